@@ -1,0 +1,322 @@
+"""What a model is trained on: rows -> messages -> (ids, response mask) -> batches, and the paper's data pool.
+
+Four steps, one section each: read rows from a file or the hub, turn any known schema into messages, encode messages
+in the template of Appendix A.1 with a mask of the supervised tokens, group the samples into batches.
+"""
+
+import itertools
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import tokenizers
+import torch
+from torch import Tensor
+
+from model import TOKENIZER_FILES, UserError, find_folder, read_json
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+RELEASED_POOL = "jlpang888/DS2_50k"  # the 50k samples that the authors trained on
+POOL_SIZE = 50_000
+# Sec. 4.1 samples 50k from five sets, 300k together. Per set: its id on the hub and its size in that collection (as
+# the data-selection papers it follows give it), so that each contributes in proportion.
+POOL = {
+    "ai2-adapt-dev/flan_v2_converted": 100_000,  # Flan v2
+    "OpenAssistant/oasst1": 33_000,
+    "tatsu-lab/alpaca": 52_000,
+    "databricks/databricks-dolly-15k": 15_000,
+    "WizardLMTeam/WizardLM_evol_instruct_V2_196k": 100_000,
+}
+
+
+def read_file(path: Path) -> Iterator[dict]:
+    """The rows of a .json, .jsonl or .parquet file, one by one. UserError names the file and, where it can, the line."""
+    try:
+        if path.suffix == ".parquet":
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+            return
+        with path.open(encoding="utf-8-sig") as file:
+            if path.suffix == ".json" and file.read(1) == "[":
+                file.seek(0)
+                yield from json.load(file)
+                return
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as reason:
+                        raise UserError(f"{path}, line {number}: not JSON ({reason})") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, pyarrow.ArrowException) as reason:
+        raise UserError(f"{path} cannot be read: {reason}") from None
+
+
+def hub_files(name: str, split: str = "train") -> list[Path]:
+    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
+    patterns = [f"*{split}*.{suffix}" for suffix in ("parquet", "jsonl", "json")]
+    for revision in (None, "refs/convert/parquet"):
+        folder = find_folder(name, patterns, revision, repo_type="dataset")
+        files = sorted(file for pattern in patterns for file in folder.rglob(pattern))
+        if files:
+            return files
+    raise UserError(f"{name}: the hub has no parquet, jsonl or json file of a split named {split}")
+
+
+def load_rows(source: str, limit: int | None = None) -> list[dict]:
+    """The first `limit` rows (default: all) of a local .json, .jsonl or .parquet file, or of a hub data set's train split."""
+    path = Path(source)
+    local = path.suffix in (".json", ".jsonl", ".parquet")
+    rows = itertools.chain.from_iterable(map(read_file, [path] if local else hub_files(source)))
+    rows = list(itertools.islice(rows, limit))
+    if not rows:
+        raise UserError(f"{source} has no rows")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ messages
+
+Message = dict  # {"role": "system" | "user" | "assistant", "content": str}
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+
+
+def _turn(role, content) -> Message:
+    role = ROLES.get(role, role)
+    if role not in ("system", "user", "assistant"):
+        raise UserError(f"role {role!r} is not system, user or assistant")
+    if not isinstance(content, str):
+        raise UserError(f"the {role}'s content is {type(content).__name__}, not text")
+    return {"role": role, "content": content}
+
+
+def _exchange(prompt: str, extra: str | None, answer: str) -> list[Message]:
+    """One question and its answer; `extra` (Alpaca's input, Dolly's context) follows the question on its own line."""
+    return [_turn("user", f"{prompt}\n{extra}" if extra else prompt), _turn("assistant", answer)]
+
+
+def _from_messages(row: dict) -> list[Message]:
+    return [_turn(turn.get("role"), turn.get("content")) for turn in row["messages"]]
+
+
+def _from_completion(row: dict) -> list[Message]:
+    if isinstance(row["prompt"], list):  # the conversational form: two lists of messages
+        return _from_messages({"messages": row["prompt"] + row["completion"]})
+    return _exchange(row["prompt"], None, row["completion"])
+
+
+def _from_sharegpt(row: dict) -> list[Message]:
+    turns = row["conversations"]
+    return [_turn(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+
+
+# Columns that tell a schema -> its row as messages. The first whose columns are all there is taken.
+SCHEMAS = {
+    ("messages",): _from_messages,
+    ("conversations",): _from_sharegpt,
+    ("prompt", "completion"): _from_completion,
+    ("instruction", "output"): lambda row: _exchange(row["instruction"], row.get("input"), row["output"]),  # Alpaca
+    ("instruction", "response"): lambda row: _exchange(row["instruction"], row.get("context"), row["response"]),  # Dolly
+}
+TREE_COLUMNS = {"message_id", "parent_id", "text", "role"}  # OpenAssistant, one message a row
+
+
+def tree_conversations(root: dict) -> Iterator[list[Message]]:
+    """Every root-to-leaf path of an OpenAssistant tree along the best-ranked replies, each path one conversation.
+
+    Of several assistant replies the one ranked best (lowest; unranked last) is followed, of several user replies each
+    one. Deleted messages are left out; a question that nobody answered is cut off the end of its path.
+    """
+    found = []
+
+    def walk(node, path):
+        path = path + [_turn(node["role"], node["text"])]
+        replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
+        if path[-1]["role"] == "user":  # so the replies are the assistant's
+            replies.sort(key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
+            replies = replies[:1]
+        for reply in replies:
+            walk(reply, path)
+        if not replies:
+            path = path[:-1] if path[-1]["role"] == "user" else path
+            if path and path not in found:
+                found.append(path)
+
+    if not root.get("deleted"):
+        walk(root, [])
+    # an unanswered question leaves the head of a longer path behind
+    return (path for path in found if not any(other[: len(path)] == path and other != path for other in found))
+
+
+def _build_trees(rows: list[dict]) -> list[dict]:
+    replies = defaultdict(list)
+    for row in rows:
+        replies[row["parent_id"]].append(row)
+    for row in rows:
+        row["replies"] = replies[row["message_id"]]
+    return replies[None]
+
+
+def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]:
+    """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
+
+    Schemas: messages; prompt/completion; Alpaca; Dolly; ShareGPT; OpenAssistant (whole trees, or a message a row).
+    Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them.
+    """
+    if isinstance(rows[0], dict) and rows[0].keys() >= TREE_COLUMNS:
+        rows = [{"prompt": root} for root in _build_trees(rows)]
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            if isinstance(row, dict) and isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
+                found.extend(tree_conversations(row["prompt"]))
+                continue
+            schema = next((columns for columns in SCHEMAS if isinstance(row, dict) and row.keys() >= set(columns)), None)
+            if schema is None:
+                known = "; ".join("/".join(columns) for columns in SCHEMAS)
+                columns = sorted(row) if isinstance(row, dict) else type(row).__name__
+                raise UserError(f"columns {columns} fit no schema (one of: {known}; OpenAssistant trees)")
+            found.append(SCHEMAS[schema](row))
+        except (UserError, AttributeError, TypeError, KeyError) as reason:
+            raise UserError(f"{source}, row {number}: {reason}") from None
+    return found
+
+
+def load_conversations(sources: str, limit: int | None = None, seed: int = 42) -> list[list[Message]]:
+    """The conversations of comma-separated sources, one source after the other; `limit` holds for each source.
+
+    The source `pool` draws POOL_SIZE conversations from the five sets of POOL, seeded, each in proportion to its size.
+    """
+    found = []
+    for source in filter(None, sources.split(",")):
+        if source != "pool":
+            found += conversations(load_rows(source, limit), source)
+            continue
+        total, taken, drawn = sum(POOL.values()), 0, 0
+        for name, size in POOL.items():
+            taken, before = taken + size, drawn
+            drawn = round(POOL_SIZE * taken / total)
+            candidates = conversations(load_rows(name), name)
+            if len(candidates) < drawn - before:
+                raise UserError(f"{name} has {len(candidates)} conversations, the pool needs {drawn - before}")
+            found += random.Random(f"{name} {seed}").sample(candidates, drawn - before)[:limit]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ encoding
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json, as SFT needs it: text is only ever text, control tokens are added by their ids.
+
+    eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str):
+        self.eos, self.eos_id = eos, backend.token_to_id(eos)
+        backend.no_truncation()
+        backend.no_padding()
+        with_prefix, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+        starts = (i for i in range(len(with_prefix)) if with_prefix[i : i + len(plain)] == plain)
+        self.prefix = with_prefix[: next(starts, 0)]
+        backend.encode_special_tokens = True  # "<|end_of_text|>" in a text is spelled out, never a control token
+        backend.post_processor = None  # it could also trim the offsets that `encode` draws the boundary by
+        self.backend = backend
+        self.vocab_size = backend.get_vocab_size()
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `text`, without BOS or EOS, and the character at which each token starts."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, control tokens included."""
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+
+def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text."""
+    folder = find_folder(name_or_path, TOKENIZER_FILES, revision)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as reason:  # noqa: BLE001 - the library raises plain Exception for a file that it cannot read
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {reason}") from None
+    eos = read_json(folder / "tokenizer_config.json").get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if not isinstance(eos, str) or backend.token_to_id(eos) is None:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
+    return Tokenizer(backend, eos)
+
+
+class Example(NamedTuple):
+    """One sample: ids (L,) int64, and response (L,) bool, true where the token is supervised (I of Eq. 1)."""
+
+    ids: Tensor
+    response: Tensor
+
+
+def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Example:
+    """Messages in the template of Appendix A.1 as token ids, cut to `max_length`, with the mask of supervised tokens.
+
+    `<|system|>\\n{}\\n`, `<|user|>\\n{}\\n` and `<|assistant|>\\n{}{eos}\\n`, contents stripped, the last newline
+    dropped. Each stretch between end tokens is encoded whole; its end token is appended by its id. Supervised are
+    the assistant's tokens and their end token; a token that straddles the boundary belongs to the prompt.
+    """
+    ids, response = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
+
+    def append(text, answer_start):
+        stretch, starts = tokenizer.encode(text)
+        ids.extend(stretch)
+        response.extend(start >= answer_start for start in starts)
+
+    text = ""
+    for message in messages:
+        text += f"<|{message['role']}|>\n"
+        if message["role"] == "assistant":
+            append(text + message["content"].strip(), len(text))
+            ids.append(tokenizer.eos_id)
+            response.append(True)
+            text = "\n"
+        else:
+            text += message["content"].strip() + "\n"
+    if text := text.removesuffix("\n"):
+        append(text, len(text))
+    return Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
+
+
+def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit=None, seed=42) -> tuple[list[Example], int]:
+    """Every sample of `sources` that keeps a supervised token within `max_length`, and how many did not."""
+    examples = [encode(messages, tokenizer, max_length) for messages in load_conversations(sources, limit, seed)]
+    kept = [example for example in examples if example.response.any()]
+    if not kept:
+        raise UserError(f"{sources}: not one of {len(examples)} samples has a response token within {max_length} tokens")
+    return kept, len(examples) - len(kept)
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def plan_batches(lengths: list[int], batch_size: int, micro_batch_size: int, seed: int) -> Iterator[list[list[int]]]:
+    """One epoch: global batches of sample indices, each a list of micro-batches of at most `micro_batch_size`.
+
+    The order is drawn from `seed`. Which samples form a global batch does not depend on their lengths, so neither
+    does the optimization; inside it similar lengths are put together, so there is little padding.
+    """
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
+    for start in range(0, len(order), batch_size):
+        batch = sorted(order[start : start + batch_size], key=lambda i: (lengths[i], i))
+        yield [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
+
+
+def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
+    """Samples as one batch, padded on the right: ids (B, L) int64 and response (B, L) bool."""
+    ids = torch.nn.utils.rnn.pad_sequence([example.ids for example in examples], batch_first=True)
+    response = torch.nn.utils.rnn.pad_sequence([example.response for example in examples], batch_first=True)
+    return ids.to(device), response.to(device)

@@ -1,0 +1,199 @@
+"""LoRA, the only part that is trained: y = W x + b + (alpha / rank) B A dropout(x), with W frozen (Hu et al., 2022).
+
+`LoRALinear` is a Linear whose weight keeps its name, so a model with adapters is still the checkpoint it came from.
+Adapters are saved and read in peft's file format.
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model import Transformer, UserError, read_json, save_model
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen Linear with a trainable low-rank update: y = W x + b + (alpha / rank) B A dropout(x).
+
+    weight (out, in) and bias are the base's own tensors, in its dtype. lora_A (rank, in) and lora_B (out, rank) are
+    float32 whatever that dtype is, and are cast to the input's where they are used. B starts at zero, so a new
+    adapter changes nothing.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # on the CPU: one seed, one adapter, on any device
+        self.lora_A.data = self.lora_A.data.to(base.weight.device)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.stand_in = None  # factors used instead of (A, B), see `replaced`
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        y = F.linear(x, self.weight, self.bias)
+        if self.stand_in is None:
+            x = F.dropout(x, self.dropout, self.training)
+        factors = (self.lora_A, self.lora_B) if self.stand_in is None else self.stand_in
+        if not factors:
+            return y
+        for factor in factors:
+            x = F.linear(x, factor.to(x.dtype))
+        return y.add(x, alpha=self.alpha / self.rank)
+
+    @torch.no_grad()
+    def product(self) -> Tensor:
+        """B A, (out, in) float32: the update of W before it is scaled by alpha / rank."""
+        return self.lora_B @ self.lora_A
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every adapted layer of `model` under its dotted name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Linear):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def add_lora(model: Transformer, rank=64, alpha=16, dropout=0.1, targets=TARGETS) -> Transformer:
+    """Freeze `model` and adapt, in place, every Linear whose name is one of `targets` or ends in one (Appendix A.3).
+
+    Raises UserError for a rank below 1, a dropout outside [0, 1) and a target that the model does not have.
+    """
+    if rank < 1 or not 0 <= dropout < 1:
+        raise UserError(f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linears):
+            raise UserError(f"LoRA target {target} names no linear layer of this model")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        if any(f".{name}".endswith(f".{target}") for target in targets):
+            _replace(model, name, LoRALinear(linear, rank, alpha, dropout))
+    return model
+
+
+def remove_lora(model: Transformer) -> Transformer:
+    """Take the adapters out again, in place: every LoRALinear becomes the Linear that it was."""
+    for name, layer in lora_layers(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        _replace(model, name, linear.train(layer.training))
+    return model
+
+
+@contextmanager
+def replaced(model: nn.Module, factors: list[tuple[Tensor, ...]] | None):
+    """Within the block, layer i's update is the product of `factors[i]`, rightmost last: (A, B), or one (out, in) matrix.
+
+    None stands for the base model: no update at all. A stand-in gets no dropout and no gradient flows to (A, B).
+    """
+    layers = list(lora_layers(model).values())
+    before = [layer.stand_in for layer in layers]
+    try:
+        for layer, stand_in in zip(layers, factors or [()] * len(layers), strict=True):
+            layer.stand_in = stand_in
+        yield
+    finally:
+        for layer, stand_in in zip(layers, before, strict=True):
+            layer.stand_in = stand_in
+
+
+def disabled(model: nn.Module):
+    """A context manager within which `model` is exactly the base model: its adapters are passed over."""
+    return replaced(model, None)
+
+
+@torch.no_grad()
+def merge(model: Transformer, folder=None) -> Transformer:
+    """Fold each update into its weight, in place: W + (alpha / rank) B A, added in float32, then rounded to W's dtype.
+
+    The adapters are gone afterwards. With `folder`, the result is also written as a checkpoint of its own, which
+    transformers, vLLM and lm-eval load.
+    """
+    for layer in lora_layers(model).values():
+        layer.weight.copy_(layer.weight.float().add_(layer.product(), alpha=layer.alpha / layer.rank))
+    remove_lora(model)
+    if folder is not None:
+        save_model(model, folder)
+    return model
+
+
+# ------------------------------------------------------------------------------------------- peft's file format
+
+PREFIX = "base_model.model."
+
+
+def save_adapter(model: Transformer, folder):
+    """Write adapter_model.safetensors (float32) and adapter_config.json to `folder`; peft's PeftModel loads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+# What peft can switch on that changes the result and is not implemented here
+UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+
+
+def load_adapter(model: Transformer, folder) -> Transformer:
+    """Add the adapter in `folder`, ours or peft's, to `model` in place; adapters that it had before are taken out.
+
+    Raises UserError, by name, for a missing or leftover tensor, a shape that does not fit this base model, and any
+    peft feature that would change the result and is not implemented.
+    """
+    folder = Path(folder)
+    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: peft_type {config.get('peft_type')} with bias {config.get('bias')} is not plain LoRA")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise UserError(f"{folder}: {key} is not implemented")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as reason:
+        raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
+    parts = {name: name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
+    targets = sorted(set(parts.values()))
+    remove_lora(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, target in parts.items():
+        if target not in linears:
+            raise UserError(f"{path}: {name} adapts no linear layer of this base model")
+    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+    for name, layer in lora_layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            stored, own = tensors.get(f"{PREFIX}{name}.{part}.weight"), getattr(layer, part)
+            if stored is None or stored.shape != own.shape:
+                problem = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(own.shape)}"
+                raise UserError(f"{path}: {PREFIX}{name}.{part}.weight {problem}")
+            own.data.copy_(stored)
+    return model

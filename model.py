@@ -1,0 +1,501 @@
+"""A Llama / Qwen decoder: configuration, blocks, loading, per-token loss, KV cache and greedy generation.
+
+Read from top to bottom: what a checkpoint says (`Config`), what it computes (`Transformer`), how its weights get in
+(`load_model`), and the two things that are asked of it (`token_nll`, `generate`). Parameter names are the
+checkpoint's own, so no tensor is renamed on its way in or out.
+
+Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d head_dim, V vocabulary.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave (a file, a row, a flag, a tensor); its message says what and where."""
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+CHECKPOINT_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says of the architecture, whichever of transformers' two dialects it is written in."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: dict  # rope_type, rope_theta, and for llama3 the four numbers of its frequency scaling
+    dtype: torch.dtype | None
+    raw: dict  # config.json as it was read, to be written back beside merged weights
+
+
+def read_json(path: Path):
+    """The JSON value in `path`. Raises UserError naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as reason:
+        raise UserError(f"{path} cannot be read as JSON: {reason}") from None
+
+
+def read_config(folder: Path) -> Config:
+    """Read `folder`/config.json; whatever would change the result and is not implemented here is refused by name."""
+    raw = read_json(folder / "config.json")
+
+    def refuse(what):
+        raise UserError(f"{folder / 'config.json'}: {what}")
+
+    if not isinstance(raw, dict):
+        refuse("not a JSON object")
+    architectures, model_type = raw.get("architectures"), raw.get("model_type")
+    if architectures and architectures[0] not in FAMILIES:
+        refuse(f"architecture {architectures[0]} is not one of {', '.join(FAMILIES)}")
+    if model_type not in FAMILIES.values() or (architectures and FAMILIES[architectures[0]] != model_type):
+        refuse(f"model_type {model_type!r} with architectures {architectures} is not one of {FAMILIES}")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(raw.get(key), int):
+            refuse(f"{key} is {raw.get(key)!r}, not a number")
+    for key, implemented in {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1}.items():
+        if raw.get(key, implemented) != implemented:
+            refuse(f"{key} {raw[key]!r} is not implemented (only {implemented!r})")
+    if raw.get("quantization_config"):
+        refuse("quantization_config: quantized weights are not implemented")
+
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
+        full_layers = raw.get("max_window_layers", 28)
+        kinds = raw.get("layer_types") or ["full_attention"] * full_layers + ["sliding_attention"] * layers
+        if set(kinds[:layers]) != {"full_attention"}:
+            refuse(f"use_sliding_window: sliding-window attention (from layer {full_layers} on) is not implemented")
+
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        refuse(f"rope parameters {rope} are not implemented (rope_type default or llama3, whole heads)")
+    if rope["rope_type"] == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if key not in rope:
+                refuse(f"rope_type llama3 without {key}")
+
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    if dtype is not None and not isinstance(dtype := getattr(torch, str(dtype), None), torch.dtype):
+        refuse(f"dtype {raw.get('dtype') or raw.get('torch_dtype')!r} is unknown")
+    biased = bool(raw.get("attention_bias", False))
+    return Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or (128 if model_type == "qwen3" else raw["hidden_size"] // heads),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=model_type == "qwen2" or biased,
+        output_bias=model_type != "qwen2" and biased,
+        mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
+        qk_norm=model_type == "qwen3",
+        rope=rope,
+        dtype=dtype,
+        raw=raw,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight, the mean in float32 whatever the dtype of x."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x32 * scale).to(x.dtype)
+
+
+def rope_frequencies(config: Config, device=None) -> Tensor:
+    """Angle per position of each rotated pair, (d/2,) float32: theta^(-2i/d), slowed down for long contexts by llama3."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequency = 1.0 / config.rope["rope_theta"] ** exponent
+    if config.rope["rope_type"] == "llama3":
+        # Wavelengths that fit the original context high_freq_factor times stay; those that fit it fewer than
+        # low_freq_factor times are stretched by factor; between the two, interpolate.
+        low, high = config.rope["low_freq_factor"], config.rope["high_freq_factor"]
+        turns = config.rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - keep) * frequency / config.rope["factor"] + keep * frequency
+    return frequency
+
+
+def rope_table(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle: positions (L,) -> (L, d) each; (B, L) -> (B, 1, L, d), to broadcast over heads."""
+    angle = positions.unsqueeze(-1).float() * rope_frequencies(config, positions.device)
+    angle = torch.cat((angle, angle), dim=-1)
+    if positions.dim() == 2:
+        angle = angle.unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair (x_i, x_{i + d/2}) of a head by its position's angle: (..., L, d) -> (..., L, d)."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention. `queries` and `keys` stand alone because the probe of Eq. 7 calls them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, d = config.hidden_size, config.head_dim
+        H, H_kv = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = d
+        self.q_proj = nn.Linear(D, H * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, H_kv * d, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, H_kv * d, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * d, D, bias=config.output_bias)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def heads(self, x: Tensor) -> Tensor:  # (B, L, n * d) -> (B, L, n, d)
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x: Tensor, rope) -> Tensor:  # (B, L, D) -> (B, H, L, d)
+        return apply_rope(self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), rope)
+
+    def keys(self, x: Tensor, rope) -> Tensor:  # (B, L, D) -> (B, H_kv, L, d)
+        return apply_rope(self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2), rope)
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache=None) -> Tensor:  # (B, L, D) -> (B, L, D)
+        q, k = self.queries(x, rope), self.keys(x, rope)
+        v = self.heads(self.v_proj(x)).transpose(1, 2)  # (B, H_kv, L, d)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, H_kv, all tokens so far, d)
+        # Without a mask tensor the causal flash kernel serves this. Padding sits on the right, so no real token
+        # ever sees it, and nobody reads the rows of the padding itself.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache=None) -> Tensor:  # (B, L, D) -> (B, L, D)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder up to its last hidden state; `lm_head` turns hidden states into logits where logits are wanted.
+
+    `config`, `folder` (where the checkpoint lies) and `name_or_path` (what the user called it) are kept for saving.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.folder, self.name_or_path = config, None, None
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Make the head and the embedding one tensor, where the checkpoint says that they are."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache=None) -> Tensor:
+        """Hidden states after the final norm, (B, L) token ids -> (B, L, D).
+
+        Without further arguments attention is causal from position 0 on, for sequences padded on the right.
+        positions: (L,) or (B, L), where the tokens stand; mask: bool, broadcastable to (B, H, L, keys), true where a
+        query may look; cache: one LayerCache a layer.
+        """
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.model.embed_tokens(input_ids)
+        rope = rope_table(self.config, positions, x.dtype)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, mask, cache[i] if cache is not None else None)
+        return self.model.norm(x)
+
+
+# ------------------------------------------------------------------------------------------- loading and saving
+
+
+def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
+    """The local folder of a checkpoint: the path itself, or the hub's snapshot of the files that match `patterns`.
+
+    The hub is reached through huggingface_hub, so HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the cache apply as ever.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        return Path(snapshot_download(str(name_or_path), repo_type=repo_type, revision=revision, allow_patterns=patterns))
+    except Exception as reason:  # noqa: BLE001 - whatever the hub client raises, its first line is the reason
+        first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        raise UserError(f"{name_or_path} is neither a folder nor to be had from the hub: {first_line}") from reason
+
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Which safetensors file holds each tensor, single file or sharded. Raises UserError where index and shards disagree."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            raise UserError(f"{folder} has neither model.safetensors nor {index.name} (pickled weights are not read)")
+        return {name: folder / "model.safetensors" for name in open_safetensors(folder / "model.safetensors").keys()}
+    listed = read_json(index).get("weight_map", {})
+    for file in set(listed.values()):
+        if Path(file).name != file or not (folder / file).exists():
+            raise UserError(f"{index} names {file}, which is no file of {folder}")
+    found = {name: file for file in sorted(set(listed.values())) for name in open_safetensors(folder / file).keys()}
+    for name in sorted(found.keys() | listed.keys()):
+        if found.get(name) != listed.get(name):
+            raise UserError(f"{index} puts {name} in {listed.get(name)}, but it is in {found.get(name)}")
+    return {name: folder / file for name, file in found.items()}
+
+
+def open_safetensors(path: Path):
+    """safetensors.safe_open, with a UserError that names the file when its header cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as reason:
+        raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
+
+
+def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**24):
+    """Copy tensor `name` into `target`, converting as it goes, `block` elements at a time.
+
+    The file is mapped anew for each block: pages of a mapping count as memory until it closes, and a tensor that is
+    kept as a view would hold the whole file open.
+    """
+    rows = max(1, block // max(1, target[0].numel()))
+    for start in range(0, len(target), rows):
+        with open_safetensors(path) as file:
+            target[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
+
+
+def load_model(name_or_path, dtype: torch.dtype | None = None, device="cpu", revision: str | None = None) -> Transformer:
+    """A checkpoint in Hugging Face layout, from a local folder or the hub, as a Transformer in eval mode.
+
+    dtype: what the weights become (default: what config.json says, else what the embedding is stored in).
+    Peak memory is the model itself and one block of a tensor. Raises UserError for anything missing, left over, of
+    another shape or not implemented, by name.
+    """
+    folder = find_folder(name_or_path, CHECKPOINT_FILES + TOKENIZER_FILES, revision)
+    config = read_config(folder)
+    files = find_tensors(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters = dict(model.named_parameters())
+
+    # Old checkpoints carry rope buffers, and some a copy of a tied head: neither says anything new.
+    files = {name: path for name, path in files.items() if not name.endswith("rotary_emb.inv_freq")}
+    embedding = "model.embed_tokens.weight"
+    if config.tie_word_embeddings and "lm_head.weight" in files and embedding in files:
+        head = open_safetensors(files["lm_head.weight"]).get_tensor("lm_head.weight")
+        if not torch.equal(head, open_safetensors(files[embedding]).get_tensor(embedding)):
+            raise UserError(f"{files['lm_head.weight']}: lm_head.weight differs from {embedding}, but the config ties them")
+        del head, files["lm_head.weight"]
+    for name in sorted(parameters.keys() | files.keys()):
+        if name not in files:
+            raise UserError(f"{folder} has no tensor {name}, which {config.raw['model_type']} needs")
+        if name not in parameters:
+            raise UserError(f"{files[name]} holds a tensor {name}, which {config.raw['model_type']} does not have")
+        stored = open_safetensors(files[name]).get_slice(name)
+        if list(stored.get_shape()) != list(parameters[name].shape):
+            expected = list(parameters[name].shape)
+            raise UserError(f"{files[name]}: {name} has shape {list(stored.get_shape())}, the config asks for {expected}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{files[name]}: {name} is stored as {stored.get_dtype()}, not as a float")
+
+    if dtype is None:
+        dtype = config.dtype or open_safetensors(files[embedding]).get_slice(embedding)[:1].dtype
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            read_tensor_into(parameter, files[name], name)
+    model.folder, model.name_or_path = folder, str(name_or_path)
+    return model.eval()
+
+
+def save_model(model: Transformer, folder):
+    """Write `model` as a checkpoint that load_model, transformers, vLLM and lm-eval load, its tokenizer files beside it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.lm_head.weight.dtype
+    config = {k: v for k, v in model.config.raw.items() if k not in ("dtype", "torch_dtype")}
+    key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # named_parameters lists a tied tensor once, under its first name: the embedding
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for pattern in ["generation_config.json", *TOKENIZER_FILES]:
+        for file in Path(model.folder).glob(pattern) if model.folder else ():
+            shutil.copyfile(file, folder / file.name)
+
+
+# ----------------------------------------------------------------------------------------------- per-token loss
+
+
+class _TokenNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, with_gradient):
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if with_gradient else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            target = targets[rows].unsqueeze(1)
+            logits = (hidden[rows] @ weight.T).float()  # (chunk, V); log-softmax is always float32
+            logits -= logits.amax(dim=1, keepdim=True)
+            target_logit = logits.gather(1, target)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            nll[rows] = (total.log() - target_logit).squeeze(1)
+            if with_gradient:  # d nll / d hidden = (softmax - onehot(target)) W
+                probability = logits.div_(total)
+                probability.scatter_add_(1, target, torch.full_like(total, -1.0))
+                gradient[rows] = probability.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad_nll):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_nll.unsqueeze(1)).to(gradient.dtype), None, None, None, None
+
+
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Negative log-likelihood of each target: -log P(targets_t | hidden_t), the summands of Eq. 1.
+
+    hidden (T, D), weight (V, D), targets (T,) -> (T,) float32, in nats. Equal to cross entropy on hidden @ weight.T,
+    but the (T, V) logits never exist: `chunk` rows at a time (default: 2^23 logits, 32 MB), one pass that also keeps
+    each token's gradient for its hidden state. So whatever weights a selection gives the tokens later, backward is
+    one multiplication. There is no gradient for `weight`: it is frozen here. To train it, use plain cross entropy.
+    """
+    chunk = chunk or max(1, 2**23 // len(weight))
+    return _TokenNLL.apply(hidden, weight.detach(), targets, chunk, torch.is_grad_enabled() and hidden.requires_grad)
+
+
+def response_nll(model: Transformer, input_ids: Tensor, response: Tensor) -> Tensor:
+    """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (response.sum(),) float32.
+
+    The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary.
+    """
+    hidden = model(input_ids)
+    return token_nll(hidden[:, :-1][response[:, 1:]], model.lm_head.weight, input_ids[:, 1:][response[:, 1:]])
+
+
+# --------------------------------------------------------------------------------------------------- generation
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H_kv, capacity, d) each, filled from the left, each row at its own length."""
+
+    def __init__(self, config: Config, batch: int, capacity: int, dtype: torch.dtype, device):
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = None  # (B,), where the next token of each row goes; None while the prompt is read
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H_kv, L, d); return all that the new queries may have to look at."""
+        if self.positions is None:
+            self.k[:, :, : k.shape[2]], self.v[:, :, : v.shape[2]] = k, v
+            return k, v
+        row = torch.arange(len(k), device=k.device)
+        self.k[row, :, self.positions], self.v[row, :, self.positions] = k[:, :, 0], v[:, :, 0]
+        return self.k, self.v
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids=()) -> list[list[int]]:
+    """Greedy continuation of each prompt, all in one batch: at most `max_new_tokens` token ids, up to the first stop id.
+
+    Prompts of different lengths are padded on the right; each row goes on at its own end, over its own padding.
+    """
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(length.max())
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    capacity = longest + max_new_tokens
+    cache = [LayerCache(model.config, len(prompts), capacity, dtype, device) for _ in model.model.layers]
+
+    hidden = model(ids, cache=cache)[torch.arange(len(ids), device=device), length - 1]  # (B, D)
+    produced, done = [[] for _ in prompts], [False] * len(prompts)
+    for _ in range(max_new_tokens):
+        token = model.lm_head(hidden).argmax(dim=-1)
+        for i, t in enumerate(token.tolist()):
+            done[i] = done[i] or t in stop_ids
+            if not done[i]:
+                produced[i].append(t)
+        if all(done):
+            break
+        for layer in cache:
+            layer.positions = length
+        mask = torch.arange(capacity, device=device) <= length[:, None, None, None]  # (B, 1, 1, capacity)
+        hidden = model(token[:, None], positions=length[:, None], mask=mask, cache=cache)[:, 0]
+        length = length + 1
+    return produced
