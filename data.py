@@ -9,6 +9,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ POOL = {
 
 
 def read_file(path: Path) -> Iterator[dict]:
-    """The rows of a .json, .jsonl or .parquet file, one by one. UserError names the file and, where it can, the line."""
+    """The rows of a .json, .jsonl or .parquet file, one by one. A UserError names the file and, in JSONL, the line."""
     try:
         if path.suffix == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
@@ -63,14 +64,15 @@ def hub_files(name: str, split: str = "train") -> list[Path]:
     patterns = [f"*{split}*.{suffix}" for suffix in ("parquet", "jsonl", "json")]
     for revision in (None, "refs/convert/parquet"):
         folder = find_folder(name, patterns, revision, repo_type="dataset")
-        files = sorted(file for pattern in patterns for file in folder.rglob(pattern))
+        paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        files = [paths[name] for name in sorted(paths) if any(fnmatch(name, pattern) for pattern in patterns)]
         if files:
             return files
     raise UserError(f"{name}: the hub has no parquet, jsonl or json file of a split named {split}")
 
 
 def load_rows(source: str, limit: int | None = None) -> list[dict]:
-    """The first `limit` rows (default: all) of a local .json, .jsonl or .parquet file, or of a hub data set's train split."""
+    """The first `limit` rows (default: all) of a .json, .jsonl or .parquet file, or of a hub data set's train split."""
     path = Path(source)
     local = path.suffix in (".json", ".jsonl", ".parquet")
     rows = itertools.chain.from_iterable(map(read_file, [path] if local else hub_files(source)))
@@ -120,8 +122,9 @@ SCHEMAS = {
     ("messages",): _from_messages,
     ("conversations",): _from_sharegpt,
     ("prompt", "completion"): _from_completion,
-    ("instruction", "output"): lambda row: _exchange(row["instruction"], row.get("input"), row["output"]),  # Alpaca
-    ("instruction", "response"): lambda row: _exchange(row["instruction"], row.get("context"), row["response"]),  # Dolly
+    # Alpaca, then Dolly
+    ("instruction", "output"): lambda row: _exchange(row["instruction"], row.get("input"), row["output"]),
+    ("instruction", "response"): lambda row: _exchange(row["instruction"], row.get("context"), row["response"]),
 }
 TREE_COLUMNS = {"message_id", "parent_id", "text", "role"}  # OpenAssistant, one message a row
 
@@ -168,19 +171,18 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
     Schemas: messages; prompt/completion; Alpaca; Dolly; ShareGPT; OpenAssistant (whole trees, or a message a row).
     Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them.
     """
-    if isinstance(rows[0], dict) and rows[0].keys() >= TREE_COLUMNS:
+    if all(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
         rows = [{"prompt": root} for root in _build_trees(rows)]
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            if isinstance(row, dict) and isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
+            if isinstance(row.get("prompt"), dict):
                 found.extend(tree_conversations(row["prompt"]))
                 continue
-            schema = next((columns for columns in SCHEMAS if isinstance(row, dict) and row.keys() >= set(columns)), None)
+            schema = next((columns for columns in SCHEMAS if row.keys() >= set(columns)), None)
             if schema is None:
                 known = "; ".join("/".join(columns) for columns in SCHEMAS)
-                columns = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(f"columns {columns} fit no schema (one of: {known}; OpenAssistant trees)")
+                raise UserError(f"columns {', '.join(sorted(row))} fit no schema ({known}; OpenAssistant's trees)")
             found.append(SCHEMAS[schema](row))
         except (UserError, AttributeError, TypeError, KeyError) as reason:
             raise UserError(f"{source}, row {number}: {reason}") from None
@@ -246,7 +248,7 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
         raise UserError(f"{folder} has no tokenizer.json")
     try:
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as reason:  # noqa: BLE001 - the library raises plain Exception for a file that it cannot read
+    except Exception as reason:  # the library raises nothing narrower for a file that it cannot read
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {reason}") from None
     eos = read_json(folder / "tokenizer_config.json").get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
@@ -291,23 +293,23 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
     return Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
 
 
-def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit=None, seed=42) -> tuple[list[Example], int]:
-    """Every sample of `sources` that keeps a supervised token within `max_length`, and how many did not."""
+def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit: int | None = None, seed: int = 42):
+    """Every sample of `sources` that keeps a response token within `max_length`, and how many did not: (list, int)."""
     examples = [encode(messages, tokenizer, max_length) for messages in load_conversations(sources, limit, seed)]
     kept = [example for example in examples if example.response.any()]
     if not kept:
-        raise UserError(f"{sources}: not one of {len(examples)} samples has a response token within {max_length} tokens")
+        raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
     return kept, len(examples) - len(kept)
 
 
 # ------------------------------------------------------------------------------------------------------- batches
 
 
-def plan_batches(lengths: list[int], batch_size: int, micro_batch_size: int, seed: int) -> Iterator[list[list[int]]]:
+def plan_batches(lengths: list[int], batch_size: int, micro_batch_size: int, seed) -> Iterator[list[list[int]]]:
     """One epoch: global batches of sample indices, each a list of micro-batches of at most `micro_batch_size`.
 
-    The order is drawn from `seed`. Which samples form a global batch does not depend on their lengths, so neither
-    does the optimization; inside it similar lengths are put together, so there is little padding.
+    The order is drawn from `seed` (an int or a str). Which samples form a global batch does not depend on their
+    lengths, so neither does the optimization; inside it similar lengths share a micro-batch, to save padding.
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     for start in range(0, len(order), batch_size):

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Transformer, UserError, read_json, save_model
+from model import Linear, Transformer, UserError, read_json, save_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A frozen Linear with a trainable low-rank update: y = W x + b + (alpha / rank) B A dropout(x).
 
     weight (out, in) and bias are the base's own tensors, in its dtype. lora_A (rank, in) and lora_B (out, rank) are
@@ -87,7 +87,7 @@ def add_lora(model: Transformer, rank=64, alpha=16, dropout=0.1, targets=TARGETS
 def remove_lora(model: Transformer) -> Transformer:
     """Take the adapters out again, in place: every LoRALinear becomes the Linear that it was."""
     for name, layer in lora_layers(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         _replace(model, name, linear.train(layer.training))
     return model
@@ -95,9 +95,9 @@ def remove_lora(model: Transformer) -> Transformer:
 
 @contextmanager
 def replaced(model: nn.Module, factors: list[tuple[Tensor, ...]] | None):
-    """Within the block, layer i's update is the product of `factors[i]`, rightmost last: (A, B), or one (out, in) matrix.
+    """Within the block, adapted layer i multiplies by `factors[i]` in turn: another (A, B), or one (out, in) matrix.
 
-    None stands for the base model: no update at all. A stand-in gets no dropout and no gradient flows to (A, B).
+    None stands for the base model: no update at all. There is no dropout before a stand-in.
     """
     layers = list(lora_layers(model).values())
     before = [layer.stand_in for layer in layers]
@@ -161,7 +161,7 @@ def save_adapter(model: Transformer, folder):
 
 
 # What peft can switch on that changes the result and is not implemented here
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
 
 
 def load_adapter(model: Transformer, folder) -> Transformer:
@@ -173,7 +173,7 @@ def load_adapter(model: Transformer, folder) -> Transformer:
     folder = Path(folder)
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise UserError(f"{folder}: peft_type {config.get('peft_type')} with bias {config.get('bias')} is not plain LoRA")
+        raise UserError(f"{folder}: peft_type {config.get('peft_type')}, bias {config.get('bias')} is not plain LoRA")
     for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{folder}: {key} is not implemented")

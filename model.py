@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 CHECKPOINT_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"]
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,17 @@ class Config:
     raw: dict  # config.json as it was read, to be written back beside merged weights
 
 
-def read_json(path: Path):
-    """The JSON value in `path`. Raises UserError naming the file when it is missing or not JSON."""
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError naming the file when it is missing or holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as reason:
+    except (OSError, ValueError) as reason:
         raise UserError(f"{path} cannot be read as JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
 
 
 def read_config(folder: Path) -> Config:
@@ -72,65 +75,72 @@ def read_config(folder: Path) -> Config:
     def refuse(what):
         raise UserError(f"{folder / 'config.json'}: {what}")
 
-    if not isinstance(raw, dict):
-        refuse("not a JSON object")
-    architectures, model_type = raw.get("architectures"), raw.get("model_type")
-    if architectures and architectures[0] not in FAMILIES:
-        refuse(f"architecture {architectures[0]} is not one of {', '.join(FAMILIES)}")
-    if model_type not in FAMILIES.values() or (architectures and FAMILIES[architectures[0]] != model_type):
-        refuse(f"model_type {model_type!r} with architectures {architectures} is not one of {FAMILIES}")
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    architecture, family = (raw.get("architectures") or [None])[0], raw.get("model_type")
+    if family not in FAMILIES.values() or (architecture and FAMILIES.get(architecture) != family):
+        refuse(f"architecture {architecture} of model_type {family} is not one of {FAMILIES}")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in sizes:
         if not isinstance(raw.get(key), int):
-            refuse(f"{key} is {raw.get(key)!r}, not a number")
-    for key, implemented in {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1}.items():
+            refuse(f"{key} is {raw.get(key)!r}, not a whole number")
+    only = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
+    for key, implemented in only.items():
         if raw.get(key, implemented) != implemented:
-            refuse(f"{key} {raw[key]!r} is not implemented (only {implemented!r})")
-    if raw.get("quantization_config"):
-        refuse("quantization_config: quantized weights are not implemented")
+            refuse(f"{key} {raw[key]!r} is not implemented")
 
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
     if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
-        full_layers = raw.get("max_window_layers", 28)
-        kinds = raw.get("layer_types") or ["full_attention"] * full_layers + ["sliding_attention"] * layers
-        if set(kinds[:layers]) != {"full_attention"}:
-            refuse(f"use_sliding_window: sliding-window attention (from layer {full_layers} on) is not implemented")
+        kinds = ["full_attention"] * raw.get("max_window_layers", 28) + ["sliding_attention"] * layers
+        if set((raw.get("layer_types") or kinds)[:layers]) != {"full_attention"}:
+            refuse("use_sliding_window: sliding-window attention is not implemented")
 
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        refuse(f"rope parameters {rope} are not implemented (rope_type default or llama3, whole heads)")
+        refuse(f"rope parameters {rope} are not implemented, only whole heads of rope_type default or llama3")
     if rope["rope_type"] == "llama3":
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if key not in rope:
                 refuse(f"rope_type llama3 without {key}")
 
     dtype = raw.get("dtype") or raw.get("torch_dtype")
-    if dtype is not None and not isinstance(dtype := getattr(torch, str(dtype), None), torch.dtype):
-        refuse(f"dtype {raw.get('dtype') or raw.get('torch_dtype')!r} is unknown")
-    biased = bool(raw.get("attention_bias", False))
+    if dtype and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        refuse(f"dtype {dtype!r} is unknown")
+    biased = bool(raw.get("attention_bias"))
     return Config(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        **{key: raw[key] for key in sizes},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if model_type == "qwen3" else raw["hidden_size"] // heads),
+        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=model_type == "qwen2" or biased,
-        output_bias=model_type != "qwen2" and biased,
-        mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
-        qk_norm=model_type == "qwen3",
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        qkv_bias=biased or family == "qwen2",
+        output_bias=biased and family != "qwen2",
+        mlp_bias=bool(raw.get("mlp_bias")) and family == "llama",
+        qk_norm=family == "qwen3",
         rope=rope,
-        dtype=dtype,
+        dtype=getattr(torch, dtype) if dtype else None,
         raw=raw,
     )
 
 
 # ------------------------------------------------------------------------------------------------------- blocks
+
+
+class Linear(nn.Linear):
+    """nn.Linear that is not initialized on the meta device, where it waits for its weights (or shares another's)."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -148,7 +158,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: Config, device=None) -> Tensor:
-    """Angle per position of each rotated pair, (d/2,) float32: theta^(-2i/d), slowed down for long contexts by llama3."""
+    """Angle per position of each rotated pair, (d/2,) float32: theta^(-2i/d), which llama3 slows for long contexts."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / config.rope["rope_theta"] ** exponent
     if config.rope["rope_type"] == "llama3":
@@ -185,10 +195,10 @@ class Attention(nn.Module):
         D, d = config.hidden_size, config.head_dim
         H, H_kv = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = d
-        self.q_proj = nn.Linear(D, H * d, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, H_kv * d, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, H_kv * d, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * d, D, bias=config.output_bias)
+        self.q_proj = Linear(D, H * d, bias=config.qkv_bias)
+        self.k_proj = Linear(D, H_kv * d, bias=config.qkv_bias)
+        self.v_proj = Linear(D, H_kv * d, bias=config.qkv_bias)
+        self.o_proj = Linear(H * d, D, bias=config.output_bias)
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -218,9 +228,9 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.gate_proj = Linear(D, inner, bias=bias)
+        self.up_proj = Linear(D, inner, bias=bias)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -252,12 +262,12 @@ class Transformer(nn.Module):
         self.config, self.folder, self.name_or_path = config, None, None
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self):
@@ -265,7 +275,7 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache=None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions=None, mask=None, cache=None) -> Tensor:
         """Hidden states after the final norm, (B, L) token ids -> (B, L, D).
 
         Without further arguments attention is causal from position 0 on, for sequences padded on the right.
@@ -289,112 +299,105 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
 
     The hub is reached through huggingface_hub, so HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the cache apply as ever.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    name = str(name_or_path)
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(snapshot_download(str(name_or_path), repo_type=repo_type, revision=revision, allow_patterns=patterns))
-    except Exception as reason:  # noqa: BLE001 - whatever the hub client raises, its first line is the reason
-        first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-        raise UserError(f"{name_or_path} is neither a folder nor to be had from the hub: {first_line}") from reason
-
-
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds each tensor, single file or sharded. Raises UserError where index and shards disagree."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        if not (folder / "model.safetensors").exists():
-            raise UserError(f"{folder} has neither model.safetensors nor {index.name} (pickled weights are not read)")
-        return {name: folder / "model.safetensors" for name in open_safetensors(folder / "model.safetensors").keys()}
-    listed = read_json(index).get("weight_map", {})
-    for file in set(listed.values()):
-        if Path(file).name != file or not (folder / file).exists():
-            raise UserError(f"{index} names {file}, which is no file of {folder}")
-    found = {name: file for file in sorted(set(listed.values())) for name in open_safetensors(folder / file).keys()}
-    for name in sorted(found.keys() | listed.keys()):
-        if found.get(name) != listed.get(name):
-            raise UserError(f"{index} puts {name} in {listed.get(name)}, but it is in {found.get(name)}")
-    return {name: folder / file for name, file in found.items()}
+        return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
+    except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
+        why = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
+        raise UserError(f"{name} is neither a folder nor to be had from the hub: {why}") from reason
 
 
 def open_safetensors(path: Path):
-    """safetensors.safe_open, with a UserError that names the file when its header cannot be read."""
+    """safetensors.safe_open, with a UserError that names the file when it is missing or not whole."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as reason:
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
 
 
-def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**24):
-    """Copy tensor `name` into `target`, converting as it goes, `block` elements at a time.
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Which safetensors file holds each tensor, single file or sharded. UserError where index and shards differ."""
+    index = folder / "model.safetensors.index.json"
+    listed = read_json(index).get("weight_map", {}) if index.exists() else None
+    found = {}
+    for file in ["model.safetensors"] if listed is None else sorted(set(listed.values())):
+        if Path(file).name != file:
+            raise UserError(f"{index} names {file}, which is not a file of its own folder")
+        found |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
+    if listed is not None and found != listed:
+        name = min(set(found.items()) ^ set(listed.items()))[0]
+        raise UserError(f"{index} puts {name} in {listed.get(name)}, the shards in {found.get(name)}")
+    # Old checkpoints carry buffers of rope, which the config already determines.
+    return {name: folder / file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
-    The file is mapped anew for each block: pages of a mapping count as memory until it closes, and a tensor that is
-    kept as a view would hold the whole file open.
+
+def check_tensors(files: dict[str, Path], parameters: dict[str, Tensor], folder: Path):
+    """Raise UserError for the first tensor that is missing, left over, of another shape, or no float."""
+    for name in sorted(parameters.keys() | files.keys()):
+        if name not in files:
+            raise UserError(f"{folder} has no tensor {name}, which its config asks for")
+        if name not in parameters:
+            raise UserError(f"{files[name]}: tensor {name} has no place in this architecture")
+        stored, expected = open_safetensors(files[name]).get_slice(name), list(parameters[name].shape)
+        if stored.get_shape() != expected:
+            raise UserError(f"{files[name]}: {name} has shape {stored.get_shape()}, the config asks for {expected}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{files[name]}: {name} is stored as {stored.get_dtype()}, not as a float")
+
+
+def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22):
+    """Copy tensor `name` of a safetensors file into `target`, converted, some rows (`block` elements) at a time.
+
+    The file is mapped anew for each block: the pages of a mapping count as memory until it closes.
     """
-    rows = max(1, block // max(1, target[0].numel()))
+    rows = max(1, block // target[0].numel())
     for start in range(0, len(target), rows):
         with open_safetensors(path) as file:
             target[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
 
 
-def load_model(name_or_path, dtype: torch.dtype | None = None, device="cpu", revision: str | None = None) -> Transformer:
-    """A checkpoint in Hugging Face layout, from a local folder or the hub, as a Transformer in eval mode.
+def load_model(name_or_path, dtype: torch.dtype | None = None, device="cpu", revision: str | None = None):
+    """A checkpoint in Hugging Face layout, from a local folder or the hub -> Transformer in eval mode.
 
-    dtype: what the weights become (default: what config.json says, else what the embedding is stored in).
-    Peak memory is the model itself and one block of a tensor. Raises UserError for anything missing, left over, of
-    another shape or not implemented, by name.
+    dtype: what the weights become (default: what the config says, else what the embedding is stored in). Peak memory
+    is the model and one block of a tensor. Raises UserError, by name, for what is missing, left over or unknown.
     """
     folder = find_folder(name_or_path, CHECKPOINT_FILES + TOKENIZER_FILES, revision)
-    config = read_config(folder)
-    files = find_tensors(folder)
+    config, files = read_config(folder), find_tensors(folder)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head in files and embedding in files:  # some files hold a tied head twice
+        copies = [open_safetensors(files[name]).get_tensor(name) for name in (embedding, head)]
+        if not torch.equal(*copies):
+            raise UserError(f"{files[head]}: {head} differs from {embedding}, but the config ties them")
+        del copies, files[head]
     with torch.device("meta"):
         model = Transformer(config)
-    parameters = dict(model.named_parameters())
-
-    # Old checkpoints carry rope buffers, and some a copy of a tied head: neither says anything new.
-    files = {name: path for name, path in files.items() if not name.endswith("rotary_emb.inv_freq")}
-    embedding = "model.embed_tokens.weight"
-    if config.tie_word_embeddings and "lm_head.weight" in files and embedding in files:
-        head = open_safetensors(files["lm_head.weight"]).get_tensor("lm_head.weight")
-        if not torch.equal(head, open_safetensors(files[embedding]).get_tensor(embedding)):
-            raise UserError(f"{files['lm_head.weight']}: lm_head.weight differs from {embedding}, but the config ties them")
-        del head, files["lm_head.weight"]
-    for name in sorted(parameters.keys() | files.keys()):
-        if name not in files:
-            raise UserError(f"{folder} has no tensor {name}, which {config.raw['model_type']} needs")
-        if name not in parameters:
-            raise UserError(f"{files[name]} holds a tensor {name}, which {config.raw['model_type']} does not have")
-        stored = open_safetensors(files[name]).get_slice(name)
-        if list(stored.get_shape()) != list(parameters[name].shape):
-            expected = list(parameters[name].shape)
-            raise UserError(f"{files[name]}: {name} has shape {list(stored.get_shape())}, the config asks for {expected}")
-        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{files[name]}: {name} is stored as {stored.get_dtype()}, not as a float")
-
-    if dtype is None:
-        dtype = config.dtype or open_safetensors(files[embedding]).get_slice(embedding)[:1].dtype
-    model.to(dtype).to_empty(device=device)
+    check_tensors(files, dict(model.named_parameters()), folder)
+    dtype = dtype or config.dtype or open_safetensors(files[embedding]).get_slice(embedding)[:1].dtype
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        read_tensor_into(weight, files[name], name)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
     model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            read_tensor_into(parameter, files[name], name)
     model.folder, model.name_or_path = folder, str(name_or_path)
     return model.eval()
 
 
 def save_model(model: Transformer, folder):
-    """Write `model` as a checkpoint that load_model, transformers, vLLM and lm-eval load, its tokenizer files beside it."""
+    """Write a checkpoint that load_model, transformers, vLLM and lm-eval load, the tokenizer's files beside it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = model.lm_head.weight.dtype
-    config = {k: v for k, v in model.config.raw.items() if k not in ("dtype", "torch_dtype")}
-    key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    dtype_key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
+    config = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # named_parameters lists a tied tensor once, under its first name: the embedding
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for pattern in ["generation_config.json", *TOKENIZER_FILES]:
-        for file in Path(model.folder).glob(pattern) if model.folder else ():
+        for file in model.folder.glob(pattern) if model.folder else ():
             shutil.copyfile(file, folder / file.name)
 
 
@@ -472,7 +475,7 @@ class LayerCache:
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids=()) -> list[list[int]]:
-    """Greedy continuation of each prompt, all in one batch: at most `max_new_tokens` token ids, up to the first stop id.
+    """Greedy continuation of each prompt, in one batch: at most `max_new_tokens` ids, up to the first stop id.
 
     Prompts of different lengths are padded on the right; each row goes on at its own end, over its own padding.
     """

@@ -71,10 +71,10 @@ def attention_score(q: Tensor, k: Tensor, response: Tensor) -> Tensor:
 
 
 class AttentionProbe:
-    """Eq. 7 for one layer of a model that trains through flash attention (Sec. 3.3): store the layer's input, recompute.
+    """Eq. 7 beside flash attention: store what enters one decoder layer, recompute its attention from that (Sec. 3.3).
 
-    A forward pre-hook keeps the hidden states that enter decoder layer `layer` (negative counts from the end). After
-    a forward pass of a batch, `scores` runs that layer's norm and its q and k projections again and computes the
+    A forward pre-hook keeps the hidden states that enter decoder layer `layer` (negative counts from the end). After a
+    forward pass of a batch, `scores` runs that layer's norm and its q and k projections again and computes the
     explicit softmax for the response queries alone. Each forward pass of the model arms the hook once, so the rerun
     of a layer by gradient checkpointing does not fire it. `remove` takes the hooks out.
     """
@@ -82,7 +82,7 @@ class AttentionProbe:
     def __init__(self, model, layer: int = -1):
         layers = model.model.layers
         if not -len(layers) <= layer < len(layers):
-            raise UserError(f"layer {layer} does not exist: the model has layers 0 to {len(layers) - 1}, or -1 for the last")
+            raise UserError(f"layer {layer} does not exist: layers are 0 to {len(layers) - 1}, or -1 for the last")
         self.layer, self.config = layers[layer], model.config
         self.hidden, self.armed = None, False
         self.hooks = [model.register_forward_pre_hook(self._arm), self.layer.register_forward_pre_hook(self._keep)]

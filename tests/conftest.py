@@ -1,0 +1,135 @@
+"""Fixtures: a small byte-level tokenizer and tiny random checkpoints of the three families, written by transformers."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches out; those of the hub start a server of their own
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "<|user|>\nName three primary colours.\n<|assistant|>\nRed, yellow and blue are the primary colours.",
+    "<|system|>\nAnswer briefly.\n<|user|>\nWhat is two plus two?\n<|assistant|>\nTwo plus two is four.",
+    "A sentence with numbers 1 2 3 45 678, some code: x = f(y) + z[0]; and an emoji \U0001f44d or two.",
+]
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_tokenizer(adds_bos: bool) -> Tokenizer:
+    """A byte-level BPE of 400 tokens; with `adds_bos` its post-processor puts BOS first, as Llama 3's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    steps = [processors.ByteLevel(trim_offsets=True)]
+    if adds_bos:
+        bos = [(BOS, tokenizer.token_to_id(BOS))]
+        steps.append(processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=bos))
+    tokenizer.post_processor = processors.Sequence(steps)
+    return tokenizer
+
+
+def make_config(family: str, **changes):
+    """transformers' config of a tiny model: 3 layers, grouped queries, and what each family has of its own."""
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    kind, own = {
+        "llama": (LlamaConfig, {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": ROPE_LLAMA3}),
+        "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),  # biased q, k, v; head_dim 48 / 6
+        "qwen3": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": False}),  # norms of q and k
+    }[family]
+    return kind(**(sizes | own | changes))
+
+
+def make_checkpoint(folder: Path, family: str, adds_bos=False, shard_size="5GB", **changes) -> Path:
+    """A random checkpoint as transformers saves it, with a tokenizer. Norms and biases are random too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(4)  # the default initialization is so small that attention would be uniform
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    backend = make_tokenizer(adds_bos)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS).save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def edit_json(path: Path, change):
+    """Rewrite a JSON file by `change`, a function that gets its value and edits it in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def to_old_dialect(config: dict):
+    """transformers 4's config.json: rope_theta on top, rope_scaling beside it, torch_dtype."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    config["torch_dtype"] = config.pop("dtype")
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2", "qwen3"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    """One tiny checkpoint of each family in turn."""
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, shard_size="100KB")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A tiny Llama checkpoint, single file, tied head, whose tokenizer adds BOS."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama-bos"), "llama", adds_bos=True)
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A JSONL file of 20 Alpaca rows of different lengths."""
+    words = " ".join(TEXT).split()
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(20):
+            row = {
+                "instruction": f"Repeat {i} words.",
+                "input": "",
+                "output": " ".join(words[i % 7 : i % 7 + 3 + 2 * i]),
+            }
+            file.write(json.dumps(row) + "\n")
+    return path

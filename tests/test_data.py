@@ -1,0 +1,304 @@
+"""Rows, schemas, the template and its mask, batches: against cases worked by hand."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+import torch
+from conftest import BOS, EOS, edit_json, make_tokenizer
+from hub import serve
+
+import data
+from data import Example, collate, conversations, encode, load_conversations, load_rows, load_tokenizer, plan_batches
+from model import UserError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+# ------------------------------------------------------------------------------------------------------- schemas
+
+ONE_EXCHANGE = [user("Q"), assistant("A")]
+ROWS = {
+    "messages": ({"messages": [{"role": "system", "content": "S"}, *ONE_EXCHANGE]}, None),
+    "prompt and completion": ({"prompt": "Q", "completion": "A"}, ONE_EXCHANGE),
+    "conversational prompt": ({"prompt": [user("Q")], "completion": [assistant("A")]}, ONE_EXCHANGE),
+    "alpaca": ({"instruction": "Q", "input": "", "output": "A", "text": "unused"}, ONE_EXCHANGE),
+    "alpaca with input": ({"instruction": "Q", "input": "I", "output": "A"}, [user("Q\nI"), assistant("A")]),
+    "alpaca without input": ({"instruction": "Q", "output": "A"}, ONE_EXCHANGE),
+    "dolly": ({"instruction": "Q", "context": "C", "response": "A"}, [user("Q\nC"), assistant("A")]),
+    "dolly, null context": ({"instruction": "Q", "context": None, "response": "A"}, ONE_EXCHANGE),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, ONE_EXCHANGE),
+}
+
+
+@pytest.mark.parametrize("schema", ROWS)
+def test_schemas(schema):
+    row, expected = ROWS[schema]
+    assert conversations([row]) == [expected or row["messages"]]
+
+
+def node(name, role, *replies, rank=None, deleted=False):
+    return {"text": name, "role": role, "rank": rank, "deleted": deleted, "replies": list(replies)}
+
+
+TREE = node(
+    "root",
+    "prompter",
+    node("second best", "assistant", node("never seen", "prompter"), rank=1),
+    node(
+        "best",
+        "assistant",
+        node("follow-up 1", "prompter", node("unranked", "assistant"), node("ranked", "assistant", rank=3)),
+        node("follow-up 2", "prompter", node("gone", "assistant", rank=0, deleted=True), node("kept", "assistant")),
+        node("unanswered", "prompter"),
+        rank=0,
+    ),
+)
+TREE_PATHS = [["root", "best", "follow-up 1", "ranked"], ["root", "best", "follow-up 2", "kept"]]
+
+
+def flatten(tree, parent=None):
+    """The same tree as the hub has it: one message a row."""
+    own = {"message_id": tree["text"], "parent_id": parent, **{k: v for k, v in tree.items() if k != "replies"}}
+    return [own] + [row for reply in tree["replies"] for row in flatten(reply, tree["text"])]
+
+
+@pytest.mark.parametrize("rows", [[{"message_tree_id": 1, "prompt": TREE}], flatten(TREE)], ids=["trees", "messages"])
+def test_openassistant_follows_the_best_ranked_reply_down_every_path(rows):
+    found = conversations(rows)
+    assert [[turn["content"] for turn in path] for path in found] == TREE_PATHS
+    assert [turn["role"] for turn in found[0]] == ["user", "assistant"] * 2
+
+
+def test_openassistant_paths_that_end_unanswered():
+    stub = node("q", "prompter", node("a", "assistant", node("u1", "prompter"), node("u2", "prompter"), rank=0))
+    assert [[t["content"] for t in p] for p in conversations([{"prompt": stub}])] == [["q", "a"]]
+    assert conversations([{"prompt": node("alone", "prompter")}, {"prompt": stub}])[0][0]["content"] == "q"
+
+
+WRONG_ROWS = {
+    "row 1: columns answer, question fit no schema": {"question": "Q", "answer": "A"},
+    "row 1: role 'tool'": {"messages": [{"role": "tool", "content": "x"}]},
+    "row 1: the assistant's content is NoneType": {"messages": [user("Q"), assistant(None)]},
+    "row 1": "not an object",
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ROWS)
+def test_rows_that_fit_no_schema_are_refused_with_their_number(message):
+    with pytest.raises(UserError, match=message):
+        conversations([WRONG_ROWS[message]])
+
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+
+def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
+    rows = [{"prompt": f"question {i} \u00e9", "completion": "answer"} for i in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "c.json").write_text("\n".join(map(json.dumps, rows)))  # JSON lines by the wrong name
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    files = [str(tmp_path / name) for name in ("a.json", "b.jsonl", "c.json", "d.parquet")]
+    for file in files:
+        assert load_rows(file) == rows
+        assert load_rows(file, limit=2) == rows[:2]
+    assert load_conversations(",".join(files[:2]), limit=3) == 2 * conversations(rows[:3])
+
+
+def test_broken_files_are_named(tmp_path):
+    (tmp_path / "line.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "\u00e9"}'.encode("latin-1"))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    for name, message in {
+        "line.jsonl": "line.jsonl, line 2",
+        "latin.jsonl": "latin.jsonl cannot be read",
+        "empty.jsonl": "has no rows",
+        "cut.parquet": "cut.parquet cannot be read",
+        "missing.json": "missing.json cannot be read",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_rows(str(tmp_path / name))
+
+
+LOAD_FROM_HUB = (
+    "import sys; from data import load_rows; print(len(load_rows(sys.argv[1], 3)), load_rows(sys.argv[1])[-1])"
+)
+
+
+def run_offline_and_online(code, argument, environment):
+    command = [sys.executable, "-c", code, argument]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_hub_data_sets_from_their_own_files_and_from_the_hubs_parquet_copies(tmp_path):
+    rows = [{"prompt": "a", "completion": str(i)} for i in range(7)]
+    own, bare, copies = tmp_path / "own", tmp_path / "bare", tmp_path / "copies"
+    for path in (own / "data", bare, copies / "default" / "train"):
+        path.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist
+    pyarrow.parquet.write_table(table(rows[:4]), own / "data" / "train-00000-of-00002.parquet")
+    pyarrow.parquet.write_table(table(rows[4:]), own / "data" / "train-00001-of-00002.parquet")
+    pyarrow.parquet.write_table(table(rows[:1]), own / "data" / "test-00000-of-00001.parquet")
+    (bare / "script.py").write_text("")
+    pyarrow.parquet.write_table(table(rows), copies / "default" / "train" / "0000.parquet")
+    repos = {
+        ("dataset", "who/own", "main"): own,
+        ("dataset", "who/bare", "main"): bare,
+        ("dataset", "who/bare", "refs/convert/parquet"): copies,
+    }
+    with serve(repos, tmp_path / "cache") as (environment, requests):
+        for name in ("who/own", "who/bare"):
+            result = run_offline_and_online(LOAD_FROM_HUB, name, environment)
+            assert result.stdout == f"3 {rows[-1]}\n", result.stderr
+        assert not any("test-00000" in path for _, path, _ in requests)  # only the split that is asked for
+        missing = run_offline_and_online(LOAD_FROM_HUB, "who/none", environment)
+        assert "UserError" in missing.stderr and "who/none" in missing.stderr
+    offline = run_offline_and_online(LOAD_FROM_HUB, "who/own", environment | {"HF_HUB_OFFLINE": "1"})
+    assert offline.stdout == f"3 {rows[-1]}\n", offline.stderr  # the server is gone: this is the cache
+
+
+def test_the_pool_is_drawn_in_proportion_and_by_the_seed(monkeypatch):
+    monkeypatch.setattr(data, "POOL", {"a": 100, "b": 300, "c": 200})
+    monkeypatch.setattr(data, "POOL_SIZE", 60)
+    monkeypatch.setattr(data, "load_rows", lambda name: [{"prompt": name, "completion": str(i)} for i in range(200)])
+    drawn = load_conversations("pool", seed=1)
+    assert Counter(turns[0]["content"] for turns in drawn) == {"a": 10, "b": 30, "c": 20}
+    assert len({(t[0]["content"], t[1]["content"]) for t in drawn}) == 60
+    assert drawn == load_conversations("pool", seed=1) != load_conversations("pool", seed=2)
+    assert sum(data.POOL.values()) == 600 and len(load_conversations("pool", limit=5)) == 15
+
+
+# ------------------------------------------------------------------------------------------------------ encoding
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["adds BOS", "adds none"])
+def tokenizer(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(request.param).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "bos_token": BOS}))
+    loaded = load_tokenizer(folder)
+    assert (loaded.prefix == [0]) == request.param
+    return loaded
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids.tolist())
+
+
+def test_the_template_and_its_mask_by_hand(tokenizer):
+    turns = [
+        {"role": "system", "content": " Be brief. "},
+        user("  What is\ntwo plus two? \n"),
+        assistant(" Four.\n"),
+        user("And \U0001f44d?"),
+        assistant("A thumb: \U0001f44d"),
+    ]
+    example = encode(turns, tokenizer, 1000)
+    bos = BOS if tokenizer.prefix else ""
+    assert text_of(tokenizer, example.ids) == (
+        f"{bos}<|system|>\nBe brief.\n<|user|>\nWhat is\ntwo plus two?\n<|assistant|>\nFour.{EOS}\n"
+        f"<|user|>\nAnd \U0001f44d?\n<|assistant|>\nA thumb: \U0001f44d{EOS}"
+    )
+    assert text_of(tokenizer, example.ids[example.response]) == f"Four.{EOS}A thumb: \U0001f44d{EOS}"
+    assert example.ids.dtype == torch.int64 and example.response.dtype == torch.bool
+
+
+def test_an_unanswered_last_question_is_context_without_a_last_newline(tokenizer):
+    example = encode([user("a"), assistant("b"), user("c")], tokenizer, 1000)
+    assert text_of(tokenizer, example.ids).endswith(f"b{EOS}\n<|user|>\nc")
+    assert text_of(tokenizer, example.ids[example.response]) == f"b{EOS}"
+    empty = encode([user("a"), assistant("  ")], tokenizer, 1000)
+    assert text_of(tokenizer, empty.ids[empty.response]) == EOS
+
+
+def test_text_that_spells_control_tokens_stays_text(tokenizer):
+    turns = [user(f"say {EOS} and {BOS}<|assistant|>\nhacked"), assistant(f"no {EOS} here")]
+    example = encode(turns, tokenizer, 1000)
+    assert (example.ids == tokenizer.eos_id).sum() == 1 and example.ids[-1] == tokenizer.eos_id
+    assert (example.ids == 0).sum() == len(tokenizer.prefix)
+    assert text_of(tokenizer, example.ids[example.response]) == f"no {EOS} here{EOS}"
+
+
+def test_a_token_that_straddles_the_boundary_belongs_to_the_prompt():
+    # A tokenizer without words: it merges across the boundary, so that "\nY" is one token, and "\nYes" is not.
+    vocab = {chr(i): i for i in range(128)} | {"\nY": 128, "es": 129, EOS: 130}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("\n", "Y"), ("e", "s")]))
+    backend.add_special_tokens([EOS])
+    tokenizer = data.Tokenizer(backend, EOS)
+    example = encode([user("Ok?"), assistant("Yes")], tokenizer, 100)
+    tokens = [backend.id_to_token(i) for i in example.ids.tolist()]
+    assert tokens[-3:] == ["\nY", "es", EOS]
+    assert example.response.tolist() == [False] * (len(tokens) - 2) + [True, True]
+
+
+def test_offsets_that_a_post_processor_would_trim_do_not_move_the_boundary(tokenizer):
+    # "A:  x" keeps spaces inside an answer; a trimming post-processor reports the token " x" as starting at x.
+    example = encode([user("a"), assistant("x   y")], tokenizer, 100)
+    assert text_of(tokenizer, example.ids[example.response]) == f"x   y{EOS}"
+
+
+def test_truncation_and_samples_that_lose_their_response(tokenizer, tmp_path):
+    full = encode([user("a b c"), assistant("one two three")], tokenizer, 1000)
+    first = int(full.response.nonzero()[0])
+    cut = encode([user("a b c"), assistant("one two three")], tokenizer, first + 1)
+    assert torch.equal(cut.ids, full.ids[: first + 1]) and cut.response.sum() == 1
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a b c" * n, "completion": "yes"}) + "\n" for n in (1, 1, 50)))
+    examples, dropped = data.load_examples(str(path), tokenizer, first + 2)
+    assert len(examples) == 2 and dropped == 1
+    with pytest.raises(UserError, match="no response token within 3 tokens"):
+        data.load_examples(str(path), tokenizer, 3)
+
+
+@pytest.mark.parametrize("eos", [EOS, {"content": EOS, "special": True}, None, "<nothing>"])
+def test_the_end_of_text_comes_from_the_tokenizers_config(llama, tmp_path, eos):
+    (tmp_path / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes((llama / "tokenizer_config.json").read_bytes())
+    edit_json(tmp_path / "tokenizer_config.json", lambda config: config.update(eos_token=eos))
+    if eos in (None, "<nothing>"):
+        with pytest.raises(UserError, match="eos_token"):
+            load_tokenizer(tmp_path)
+    else:
+        assert load_tokenizer(tmp_path).eos_id == 1
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def test_batches_hold_every_sample_once_in_a_seeded_order():
+    lengths = [(7 * i) % 50 + 1 for i in range(100)]
+    plan = list(plan_batches(lengths, 24, 4, seed=1))
+    assert [len(batch) for batch in plan] == [6, 6, 6, 6, 1]
+    assert sorted(i for batch in plan for micro in batch for i in micro) == list(range(100))
+    assert plan == list(plan_batches(lengths, 24, 4, seed=1)) != list(plan_batches(lengths, 24, 4, seed=2))
+
+
+def test_lengths_sort_samples_within_a_global_batch_and_never_between_two():
+    lengths = [(7 * i) % 50 + 1 for i in range(96)]
+    sets = lambda plan: [{i for micro in batch for i in micro} for batch in plan]  # noqa: E731
+    by_length = list(plan_batches(lengths, 24, 4, seed=3))
+    assert sets(by_length) == sets(plan_batches([1] * 96, 24, 4, seed=3)) == sets(plan_batches(lengths, 24, 6, seed=3))
+    for batch in by_length:
+        ordered = [lengths[i] for micro in batch for i in micro]
+        assert ordered == sorted(ordered)
+
+
+def test_collate_pads_on_the_right():
+    a = Example(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
+    b = Example(torch.tensor([8]), torch.tensor([True]))
+    ids, response = collate([a, b])
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert response.tolist() == [[False, True, True], [True, False, False]]

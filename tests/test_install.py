@@ -1,0 +1,42 @@
+"""requirements.txt alone is enough to run: no package of the tests slips into run time."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def test_every_module_imports_with_requirements_txt_alone(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    names = re.findall(r"^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    pinned = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]  # what is tested here
+    (tmp_path / "pinned.txt").write_text("\n".join(pinned))
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "-r",
+        ROOT / "requirements.txt",
+        "-c",
+        tmp_path / "pinned.txt",
+    ]
+    subprocess.run(install, check=True)
+    assert len(MODULES) >= 6
+    code = f"import {', '.join(MODULES)}"
+    isolated = {"cwd": ROOT, "env": {"PATH": "/usr/bin:/bin"}, "check": True}
+    subprocess.run([python, "-c", code], **isolated)
+    subprocess.run([python, "train.py", "--help"], capture_output=True, **isolated)
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
+    )
+    for peer in ("transformers", "peft", "accelerate", "datasets", "lm_eval"):
+        assert f"\n{peer}==" not in listed.stdout
+    assert sys.prefix not in listed.stdout

@@ -1,0 +1,297 @@
+"""The decoder's own promises: what it refuses, how it loads, the loss per token, generation. Parity is elsewhere."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import edit_json, make_checkpoint, to_old_dialect
+from memory import peak_allocated
+from safetensors.torch import load_file, save_file
+from test_sstoken import random_batch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import model as model_module
+from model import UserError, generate, load_model, read_config, response_nll, save_model, token_nll
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def test_both_config_dialects_say_the_same(checkpoint, tmp_path):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    new = read_config(tmp_path)
+    edit_json(tmp_path / "config.json", to_old_dialect)
+    old = read_config(tmp_path)
+    assert "rope_parameters" in new.raw and "rope_parameters" not in old.raw
+    for field in new.__dataclass_fields__:
+        if field not in ("raw", "rope"):
+            assert getattr(new, field) == getattr(old, field), field
+    assert {key: old.rope[key] for key in new.rope} == new.rope
+
+
+REFUSED = {
+    "architecture": {"architectures": ["MistralForCausalLM"]},
+    "architecture of another family": {"architectures": ["Qwen2ForCausalLM"]},
+    "model_type": {"model_type": "mistral"},
+    "hidden_size": {"hidden_size": None},
+    "hidden_act": {"hidden_act": "gelu"},
+    "attention_dropout": {"attention_dropout": 0.1},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "yarn": {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "low_freq_factor": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}},
+    "sliding-window": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
+    "sliding-window attention": {
+        "use_sliding_window": True,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 2,
+    },
+    "dtype": {"dtype": "float13"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(llama, tmp_path, name):
+    shutil.copy(llama / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", lambda config: config.update(REFUSED[name]))
+    with pytest.raises(UserError, match=name.split()[0]):
+        read_config(tmp_path)
+
+
+def test_a_sliding_window_that_no_layer_uses_is_accepted(checkpoint, tmp_path):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3, "layer_types": None}
+    edit_json(tmp_path / "config.json", lambda config: config.update(window))
+    assert read_config(tmp_path).num_hidden_layers == 3
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.fixture
+def copied(llama, tmp_path):
+    """A copy of the tiny Llama whose tensors a test may change: (folder, change) with change(edit)."""
+    folder = shutil.copytree(llama, tmp_path / "copy")
+
+    def change(edit):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return folder, change
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16])
+def test_any_stored_float_becomes_the_dtype_asked_for(copied, stored, wanted):
+    folder, change = copied
+    change(lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    expected = load_file(folder / "model.safetensors")
+    edit_json(folder / "config.json", lambda config: config.pop("dtype"))
+    parameters = dict(load_model(folder, wanted).named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, expected[name].to(wanted or stored)), name
+
+
+def test_rows_read_in_blocks_give_the_same_tensor(llama):
+    expected = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+    for block in (1, 48 * 7, 10**9):
+        target = torch.empty_like(expected)
+        model_module.read_tensor_into(target, llama / "model.safetensors", "model.embed_tokens.weight", block)
+        assert torch.equal(target, expected)
+
+
+WRONG_TENSORS = {
+    "no tensor model.norm.weight": lambda t: t.pop("model.norm.weight"),
+    "tensor model.extra has no place": lambda t: t.update({"model.extra": torch.zeros(3)}),
+    "model.norm.weight has shape": lambda t: t.update({"model.norm.weight": torch.zeros(47)}),
+    "model.norm.weight is stored as I64": lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)}),
+    "lm_head.weight differs": lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TENSORS)
+def test_a_wrong_tensor_is_refused_by_name(copied, message):
+    folder, change = copied
+    change(WRONG_TENSORS[message])
+    with pytest.raises(UserError, match=message):
+        load_model(folder)
+
+
+def test_rope_buffers_and_a_second_copy_of_a_tied_head_are_harmless(copied):
+    folder, change = copied
+    before = load_model(folder)
+    change(
+        lambda t: t.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+                "lm_head.weight": t["model.embed_tokens.weight"].clone(),
+            }
+        )
+    )
+    after = load_model(folder)
+    ids = torch.arange(20)[None]
+    assert torch.equal(before(ids), after(ids))
+    assert after.lm_head.weight is after.model.embed_tokens.weight
+
+
+def test_shards_and_index_must_agree(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(shards) > 1
+    original = index.read_text()
+
+    edit_json(index, lambda value: value["weight_map"].update({"model.norm.weight": shards[0]}))
+    with pytest.raises(UserError, match="model.norm.weight"):
+        load_model(folder)
+    for outside in ("../x.safetensors", "/etc/passwd"):
+        edit_json(index, lambda value, file=outside: value["weight_map"].update({"model.norm.weight": file}))
+        with pytest.raises(UserError, match="not a file of its own folder"):
+            load_model(folder)
+    index.write_text(original)
+    (folder / shards[-1]).write_bytes((folder / shards[-1]).read_bytes()[:-10])
+    with pytest.raises(UserError, match=shards[-1]):
+        load_model(folder)
+    (folder / shards[-1]).unlink()
+    with pytest.raises(UserError, match=shards[-1]):
+        load_model(folder)
+
+
+MEASURE_LOADING = """
+import sys, torch
+from model import load_model
+from runs import peak_memory_mb
+before = peak_memory_mb(torch.device("cpu"))
+model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
+weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+print((peak_memory_mb(torch.device("cpu")) - before) / weights)
+"""
+
+
+@pytest.mark.parametrize("stored, wanted", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+def test_loading_peaks_at_1_3_times_the_weights(tmp_path, stored, wanted):
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 50000}
+    make_checkpoint(tmp_path, "llama", num_attention_heads=16, **wide)
+    tensors = {n: t.to(getattr(torch, stored)) for n, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path), wanted]
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 < ratio < 1.3
+
+
+def test_saved_models_load_again(checkpoint, tmp_path):
+    model = load_model(checkpoint, torch.bfloat16)
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ------------------------------------------------------------------------------------------------------ forward
+
+
+def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, monkeypatch):
+    model = load_model(checkpoint)
+    ids, _ = random_batch([40, 23])
+    calls, sdpa = [], F.scaled_dot_product_attention
+    spy = lambda *args, **kwargs: calls.append(kwargs) or sdpa(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
+        model(ids)
+    assert len(calls) == 3 and all(c["attn_mask"] is None and c["is_causal"] for c in calls)
+
+
+def test_right_padding_changes_nothing_for_real_tokens(checkpoint):
+    model = load_model(checkpoint)
+    lengths = [12, 50, 31]
+    ids, _ = random_batch(lengths)
+    padded = model(ids)
+    for i, length in enumerate(lengths):
+        assert (padded[i, :length] - model(ids[i : i + 1, :length])[0]).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------- per-token loss
+
+
+def loss_case(tokens=37, vocab=211, size=24):
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(tokens, size) * 2, torch.randn(vocab, size)
+    return hidden.requires_grad_(), weight, torch.randint(0, vocab, (tokens,)), torch.rand(tokens) - 0.3
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 1000, None])
+def test_token_nll_equals_cross_entropy_on_full_logits(chunk):
+    hidden, weight, targets, weights = loss_case()
+    nll = token_nll(hidden, weight, targets, chunk)
+    (nll * weights).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="none")
+    (expected * weights).sum().backward()
+    assert nll.dtype == torch.float32
+    assert (nll - expected).abs().max() < 1e-5
+    assert (hidden.grad - exact.grad).abs().max() < 1e-5
+
+
+def test_token_nll_without_gradient_gives_the_same_bits():
+    hidden, weight, targets, _ = loss_case()
+    with torch.no_grad():
+        without = token_nll(hidden, weight, targets)
+    assert torch.equal(without, token_nll(hidden, weight, targets))
+    assert token_nll(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+def test_token_nll_in_bfloat16_computes_log_softmax_in_float32():
+    hidden, weight, targets, _ = loss_case()
+    hidden, weight = hidden.detach().bfloat16().requires_grad_(), weight.bfloat16()
+    nll = token_nll(hidden, weight, targets)
+    expected = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+    assert nll.dtype == torch.float32 and (nll - expected).abs().max() < 1e-5
+    nll.sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_token_nlls_memory_grows_with_the_chunk_and_not_with_the_tokens():
+    vocab, chunk = 50_000, 16
+    weight, hidden = torch.randn(vocab, 8), torch.randn(640, 8, requires_grad=True)
+    targets = torch.randint(0, vocab, (640,))
+    one_chunk = chunk * vocab * 4
+    few = peak_allocated(lambda: token_nll(hidden[:64], weight, targets[:64], chunk).sum().backward())
+    many = peak_allocated(lambda: token_nll(hidden, weight, targets, chunk).sum().backward())
+    assert one_chunk < few < 3 * one_chunk
+    assert many < few + 640 * 8 * 4 * 8
+    wider = peak_allocated(lambda: token_nll(hidden, weight, targets, 2 * chunk).sum().backward())
+    assert 1.8 < wider / many < 2.2
+
+
+def test_response_nll_is_the_loss_of_each_response_token_given_what_precedes_it(checkpoint):
+    model = load_model(checkpoint)
+    ids, response = random_batch([20, 33])
+    expected = []
+    for row, mask in zip(ids, response, strict=True):
+        logits = model.lm_head(model(row[None]))[0].double().log_softmax(-1)
+        expected += [-logits[i - 1, row[i]].item() for i in range(len(row)) if mask[i]]
+    result = response_nll(model, ids, response)
+    assert result.shape == (int(response.sum()),)
+    assert (result - torch.tensor(expected)).abs().max() < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------- generation
+
+
+def test_generation_with_the_cache_equals_generation_without(checkpoint):
+    model = load_model(checkpoint)
+    prompts = [[5, 6, 7], list(range(10, 40)), [300]]
+    produced = generate(model, prompts, max_new_tokens=12)
+    for prompt, new in zip(prompts, produced, strict=True):
+        ids = list(prompt)
+        for _ in range(12):
+            ids.append(int(model.lm_head(model(torch.tensor([ids]))[0, -1]).argmax()))
+        assert new == ids[len(prompt) :]
+    stop = produced[1][4]
+    assert generate(model, prompts, 12, stop_ids=[stop])[1] == produced[1][: produced[1].index(stop)]

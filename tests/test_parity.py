@@ -1,0 +1,165 @@
+"""Our decoder, LoRA and probe against transformers and peft, on random checkpoints of every family."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import edit_json, make_checkpoint, to_old_dialect
+from hub import serve
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_data import run_offline_and_online
+from test_lora import adapted
+from test_sstoken import random_batch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from data import load_tokenizer
+from lora import load_adapter, lora_layers, merge, save_adapter
+from model import generate, load_model
+from sstoken import AttentionProbe
+
+
+def theirs(folder, dtype=torch.float32, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **settings).eval()
+
+
+@pytest.fixture(scope="module", params=["new", "old"])
+def dialect(request, checkpoint, tmp_path_factory):
+    """Each checkpoint in both config dialects, as transformers 5 and 4 write them."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("dialect") / "copy")
+    if request.param == "old":
+        edit_json(folder / "config.json", to_old_dialect)
+    return folder
+
+
+@torch.no_grad()
+def test_logits(dialect):
+    ids, _ = random_batch([200, 200])  # beyond the original context of the llama3 rope scaling
+    ours, reference = load_model(dialect), theirs(dialect)
+    assert (ours.lm_head(ours(ids)) - reference(ids).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_logits_of_variants(tmp_path):
+    ids, _ = random_batch([60])
+    default_rope = {"rope_type": "default", "rope_theta": 5e5}
+    for name, family, changes in [
+        ("biases everywhere", "llama", {"attention_bias": True, "mlp_bias": True}),
+        ("untied, default rope", "llama", {"tie_word_embeddings": False, "rope_parameters": default_rope}),
+        ("biased qwen3", "qwen3", {"attention_bias": True}),
+        ("one key head", "qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ]:  # fmt: skip
+        folder = make_checkpoint(tmp_path / family / name, family, **changes)
+        ours, reference = load_model(folder), theirs(folder)
+        assert (ours.lm_head(ours(ids)) - reference(ids).logits).abs().max() < 1e-4, name
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_to_float32_as_theirs(checkpoint):
+    ids, _ = random_batch([100])
+    exact = theirs(checkpoint)(ids).logits
+    ours, reference = load_model(checkpoint, torch.bfloat16), theirs(checkpoint, torch.bfloat16)
+    own_error = (ours.lm_head(ours(ids)).float() - exact).abs().mean()
+    their_error = (reference(ids).logits.float() - exact).abs().mean()
+    assert own_error < 1.2 * their_error
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+@torch.no_grad()
+def test_the_probe_equals_the_attention_that_transformers_returns(dialect, layer):
+    lengths = [75, 20, 140]
+    ids, response = random_batch(lengths)
+    ours, reference = load_model(dialect), theirs(dialect)
+    probe = AttentionProbe(ours, layer)
+    ours(ids)
+    scores = probe.scores(response)
+    for i, length in enumerate(lengths):
+        attention = reference(ids[i : i + 1, :length], output_attentions=True).attentions[layer][0].mean(0)
+        expected = attention[:, ~response[i, :length]].sum(1) * response[i, :length]
+        assert (scores[i, :length] - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_greedy_generation(checkpoint):
+    prompts = [[5, 6, 7], list(range(10, 40)), [300]]
+    ours, reference = load_model(checkpoint), theirs(checkpoint)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for prompt, new in zip(prompts, generate(ours, prompts, 12), strict=True):
+        assert reference.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() == new
+
+
+@torch.no_grad()
+def test_peft_loads_what_we_save(checkpoint, tmp_path):
+    ids, _ = random_batch([50])
+    ours = adapted(checkpoint).eval()
+    save_adapter(ours, tmp_path)
+    reference = PeftModel.from_pretrained(theirs(checkpoint), tmp_path).eval()
+    assert (ours.lm_head(ours(ids)) - reference(ids).logits).abs().max() < 1e-4
+    with reference.disable_adapter():
+        assert (ours.lm_head(ours(ids)) - reference(ids).logits).abs().max() > 1e-2  # the adapter counted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear", r".*layers\.1\..*v_proj"])
+def test_we_load_what_peft_saves(checkpoint, tmp_path, targets):
+    ids, _ = random_batch([50])
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    reference = get_peft_model(theirs(checkpoint), config).eval()
+    reference.save_pretrained(tmp_path)
+    ours = load_adapter(load_model(checkpoint), tmp_path)
+    assert len(lora_layers(ours)) == {"q_proj": 6, "all-linear": 21}.get(
+        targets if isinstance(targets, str) else targets[0], 1
+    )
+    assert (ours.lm_head(ours(ids)) - reference(ids).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_transformers_loads_what_merge_writes(dialect, tmp_path):
+    ids, _ = random_batch([50])
+    ours = adapted(dialect).eval()
+    expected = ours.lm_head(ours(ids))
+    merge(ours, tmp_path)
+    assert (theirs(tmp_path)(ids).logits - expected).abs().max() < 1e-4
+    text = "Name three primary colours."
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+        == AutoTokenizer.from_pretrained(dialect)(text).input_ids
+    )
+
+
+def test_the_tokenizer_gives_the_ids_that_transformers_gives(checkpoint, llama):
+    text = "Some text with 12 numbers,\n\ttabs and \u00e9\u4e2d\U0001f44d."
+    for folder in (checkpoint, llama):
+        ours = load_tokenizer(folder)
+        assert ours.prefix + ours.encode(text)[0] == PreTrainedTokenizerFast.from_pretrained(folder)(text).input_ids
+        assert ours.decode(ours.encode(text)[0]) == text
+
+
+# ------------------------------------------------------------------------------------------------------- the hub
+
+LOAD = "import sys; from model import load_model; m = load_model(*sys.argv[1].split('@')[:1], "
+LOAD += "revision=(sys.argv[1].split('@') + [None])[1]); print(sum(p.double().sum().item() for p in m.parameters()))"
+
+
+def test_models_from_the_hub_token_revision_cache_and_offline(checkpoint, llama, tmp_path):
+    total = lambda folder: f"{sum(p.double().sum().item() for p in load_model(folder).parameters())}\n"  # noqa: E731
+    (extra := tmp_path / "main").mkdir()
+    shutil.copytree(checkpoint, extra, dirs_exist_ok=True)
+    (extra / "original").mkdir()
+    (extra / "original" / "consolidated.00.pth").write_bytes(b"large")
+    repos = {("model", "who/tiny", "main"): extra, ("model", "who/tiny", "v2"): llama}
+    with serve(repos, tmp_path / "cache", token="hf_secret") as (environment, requests):
+        refused = run_offline_and_online(LOAD, "who/tiny", environment)
+        assert "UserError: who/tiny is neither a folder nor to be had from the hub" in refused.stderr
+        with_token = environment | {"HF_TOKEN": "hf_secret"}
+        assert run_offline_and_online(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
+        assert not any(path.endswith(".pth") for _, path, _ in requests)
+        downloads = [path for method, path, _ in requests if method == "GET" and path.endswith(".safetensors")]
+        assert run_offline_and_online(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
+        again = [path for method, path, _ in requests if method == "GET" and path.endswith(".safetensors")]
+        assert downloads and again == downloads  # the second time everything is in the cache
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    assert run_offline_and_online(LOAD, "who/tiny", offline).stdout == total(checkpoint)
+    missing = run_offline_and_online(LOAD, "who/other", offline)
+    assert "UserError: who/other" in missing.stderr
+    with serve(repos, tmp_path / "cache 2") as (environment, _):
+        assert run_offline_and_online(LOAD, "who/tiny@v2", environment).stdout == total(llama)

@@ -1,0 +1,238 @@
+"""Every equation of the paper against a naive float64 loop or a case worked by hand, and the probe."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_checkpoint
+from memory import peak_allocated
+from torch.utils.checkpoint import checkpoint as recompute
+
+from lora import add_lora, lora_layers
+from model import UserError, load_model
+from sstoken import (
+    AttentionProbe,
+    attention_score,
+    ema_update,
+    excess_loss,
+    normalize,
+    retrospective_excess_loss,
+    score,
+    select,
+    selected_loss,
+    sft_loss,
+    share_of,
+)
+
+
+def random_losses(n=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, generator=generator) * 8, torch.rand(n, generator=generator) * 8
+
+
+def test_eq_01_sft_loss_is_the_mean_over_supervised_tokens():
+    probabilities = [0.5, 0.25, 0.125]  # -log p: log 2, 2 log 2, 3 log 2; their mean is 2 log 2
+    nll = torch.tensor([-math.log(p) for p in probabilities])
+    assert sft_loss(nll).item() == pytest.approx(2 * math.log(2))
+
+
+def test_eq_02_excess_loss_is_the_log_ratio_of_reference_to_current():
+    p_current, p_reference = 0.2, 0.6
+    el = excess_loss(torch.tensor([-math.log(p_current)]), torch.tensor([-math.log(p_reference)]))
+    assert el.item() == pytest.approx(math.log(p_reference / p_current))
+
+
+def test_eq_03_rel_is_the_log_ratio_of_current_to_history():
+    p_current, p_history = 0.6, 0.2
+    rel = retrospective_excess_loss(torch.tensor([-math.log(p_current)]), torch.tensor([-math.log(p_history)]))
+    assert rel.item() == pytest.approx(math.log(p_current / p_history))
+
+
+def test_eq_04_ema_in_place_against_the_closed_form():
+    alpha, steps = 0.9, 20
+    history = [torch.full((3,), 2.0), torch.full((2, 2), -1.0)]
+    kept = list(history)
+    for _ in range(steps):
+        ema_update(history, [torch.full((3,), 5.0), torch.full((2, 2), 1.0)], alpha)
+    assert all(a is b for a, b in zip(history, kept, strict=True))
+    left = alpha**steps  # theta_his^t = alpha^t theta^0 + (1 - alpha^t) theta for a constant theta
+    assert torch.allclose(history[0], torch.tensor(left * 2.0 + (1 - left) * 5.0))
+    assert torch.allclose(history[1], torch.tensor(left * -1.0 + (1 - left) * 1.0))
+
+
+def naive_attention_score(q, k, response):
+    """Eqs. 5-7 written out, one head, one query and one key at a time, in Python's own floats."""
+    q, k, length = q.double().tolist(), k.double().tolist(), len(response)
+    scores = []
+    for i in range(length):
+        if not response[i]:
+            continue
+        total = 0.0
+        for h in range(len(q)):
+            keys = k[h * len(k) // len(q)]  # consecutive query heads share a key head
+            logits = [sum(a * b for a, b in zip(q[h][i], keys[j], strict=True)) for j in range(i + 1)]  # causal
+            weights = [math.exp(x / math.sqrt(len(q[h][i]))) for x in logits]
+            total += sum(w for j, w in enumerate(weights) if not response[j]) / sum(weights)
+        scores.append(total / len(q))
+    return torch.tensor(scores)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
+def test_eq_05_06_07_attention_score_against_a_naive_loop(heads, kv_heads):
+    generator = torch.Generator().manual_seed(heads)
+    q = torch.randn(heads, 70, 8, generator=generator)
+    k = torch.randn(kv_heads, 70, 8, generator=generator)
+    response = torch.zeros(70, dtype=torch.bool)
+    response[10:20] = response[25:67] = True  # two turns; the second is longer than one chunk of queries
+    result = attention_score(q, k, response)
+    assert result.dtype == torch.float32 and result.shape == (52,)
+    assert (result - naive_attention_score(q, k, response)).abs().max() < 1e-6
+    with_bf16 = attention_score(q.bfloat16(), k.bfloat16(), response)
+    assert with_bf16.dtype == torch.float32 and with_bf16.min() >= 0 and with_bf16.max() <= 1
+
+
+def test_eq_07_equals_sdpa_with_the_prompts_indicator_as_the_values():
+    q, k = torch.randn(6, 40, 16), torch.randn(2, 40, 16)
+    response = torch.rand(40) < 0.6
+    response[0] = False
+    indicator = (~response).float()[None, :, None].expand(2, 40, 1)
+    attended = F.scaled_dot_product_attention(q[None], k[None], indicator[None], is_causal=True, enable_gqa=True)
+    assert (attention_score(q, k, response) - attended[0].mean(0)[response, 0]).abs().max() < 1e-6
+
+
+def test_eq_07_hand_worked():
+    # One head, d = 1, q = 0: every visible key gets the same weight, so the score is the prompt's share of them.
+    response = torch.tensor([False, False, True, True, False, True])
+    result = attention_score(torch.zeros(1, 6, 1), torch.randn(1, 6, 1), response)
+    assert torch.allclose(result, torch.tensor([2 / 3, 2 / 4, 3 / 6]))
+    everything = torch.ones(3, dtype=torch.bool)  # no prompt at all
+    assert attention_score(torch.zeros(1, 3, 1), torch.randn(1, 3, 1), everything).tolist() == [0, 0, 0]
+
+
+def test_eq_08_normalize():
+    assert normalize(torch.tensor([-3.0, 1.0, 5.0, -1.0])).tolist() == [0.0, 0.5, 1.0, 0.25]
+    assert normalize(torch.full((4,), 0.7)).tolist() == [0, 0, 0, 0]
+    assert normalize(torch.tensor([2.0])).tolist() == [0]
+
+
+def test_eq_09_score():
+    rel, attention = torch.tensor([0.0, 1.0, 0.5]), torch.tensor([0.8, 0.4, 0.0])
+    assert torch.allclose(score(rel, attention, 0.25), torch.tensor([0.6, 0.55, 0.125]))
+    assert torch.equal(score(rel, attention, 1.0), rel)
+    assert torch.equal(score(rel, attention, 0.0), attention)
+
+
+def test_eq_10_loss_over_selected_tokens_and_its_gradient():
+    nll = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    loss = selected_loss(nll, torch.tensor([True, False, True]))
+    loss.backward()
+    assert loss.item() == 3.5
+    assert nll.grad.tolist() == [0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize("rho, n, k", [(0.1, 30, 3), (0.55, 100, 55), (0.6, 5, 3), (0.6, 1, 1), (0.6, 4, 3), (1, 7, 7)])
+def test_eq_11_select_takes_exactly_the_top_share(rho, n, k):
+    values = random_losses(n)[0]
+    selected = select(values, rho)
+    assert selected.dtype == torch.bool and int(selected.sum()) == k == share_of(rho, n)
+    assert k == n or values[selected].min() > values[~selected].max()
+
+
+def test_eq_11_ties_go_to_the_lowest_index_and_one_token_is_always_selected():
+    assert select(torch.zeros(5), 0.6).tolist() == [True, True, True, False, False]
+    assert select(torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]), 0.6).tolist() == [True, True, False, True, False]
+    assert select(torch.zeros(4000), 0.6).tolist() == [True] * 2400 + [False] * 1600
+    assert select(torch.tensor([0.1, 0.9]), 0.001).tolist() == [False, True]
+    for rho in (0, -0.1, 1.1):
+        with pytest.raises(UserError, match="rho"):
+            select(torch.zeros(3), rho)
+
+
+# -------------------------------------------------------------------------------------------------- the probe
+
+
+def random_batch(lengths, vocab=400, seed=0):
+    """Right-padded random ids and a response mask with several turns a row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, response = torch.zeros(len(lengths), max(lengths), dtype=torch.long), None
+    response = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, length in enumerate(lengths):
+        ids[i, :length] = torch.randint(2, vocab, (length,), generator=generator)
+        response[i, length // 3 : length // 2] = response[i, 2 * length // 3 : length] = True
+    return ids, response
+
+
+def test_the_probe_draws_no_random_number_and_sees_adapters_without_dropout(llama):
+    model = add_lora(load_model(llama), rank=4, alpha=8, dropout=0.5)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    ids, response = random_batch([30, 41])
+    probe = AttentionProbe(model, 0)  # nothing before layer 0 has dropout, so both modes must agree
+    model.eval()
+    model(ids)
+    expected = probe.scores(response)
+    model.train()
+    model(ids)
+    state = torch.get_rng_state()
+    assert torch.equal(probe.scores(response), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(layer.training for layer in lora_layers(model).values())
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.zero_()
+    model(ids)
+    assert not torch.equal(probe.scores(response), expected)  # the adapters counted
+
+
+def test_the_probe_is_not_fired_by_a_recomputed_layer(llama):
+    model = load_model(llama)
+    ids, response = random_batch([25, 33])
+    probe = AttentionProbe(model, 1)
+    model(ids)
+    kept = probe.hidden
+    assert not kept.requires_grad
+    layer = model.model.layers[1]
+    x = torch.randn(1, 5, 48, requires_grad=True)
+    rope = (torch.ones(5, 16), torch.zeros(5, 16))
+    recompute(layer, x, rope, use_reentrant=False).sum().backward()  # runs the layer twice more
+    assert probe.hidden is kept
+    probe.remove()
+    model(ids + 1)
+    assert probe.hidden is kept
+
+
+def test_a_layer_that_does_not_exist_is_refused(llama):
+    model = load_model(llama)
+    for layer in (3, -4):
+        with pytest.raises(UserError, match=f"layer {layer}"):
+            AttentionProbe(model, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probes_memory_stays_under_64_mb_for_2048_tokens_of_24_heads(tmp_path, dtype):
+    sizes = {"hidden_size": 3072, "intermediate_size": 64, "num_hidden_layers": 1}  # Llama-3.2-3B's attention
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}
+    model = load_model(make_checkpoint(tmp_path, "llama", **sizes, **heads), dtype)
+    response = torch.zeros(1, 2048, dtype=torch.bool)
+    response[:, 100:] = True
+    probe = AttentionProbe(model)
+    with torch.no_grad():
+        model(torch.randint(0, 400, (1, 2048)))
+    assert peak_allocated(lambda: probe.scores(response)) < 64 * 2**20
+    q, k = torch.randn(24, 2048, 128, dtype=dtype), torch.randn(8, 2048, 128, dtype=dtype)
+    assert peak_allocated(lambda: attention_score(q, k, response[0])) < 64 * 2**20
+
+
+def test_scores_are_zero_off_the_response_and_rows_do_not_see_each_other(checkpoint):
+    model = load_model(checkpoint)
+    ids, response = random_batch([17, 90, 44])
+    response[0] = False  # a row of a batch may have nothing to score
+    probe = AttentionProbe(model)
+    model(ids)
+    together = copy.deepcopy(probe.scores(response))
+    assert together[~response].eq(0).all() and together[response].gt(0).all()
+    for i, length in enumerate([17, 90, 44]):
+        model(ids[i : i + 1, :length])
+        alone = probe.scores(response[i : i + 1, :length])
+        assert (alone[0] - together[i, :length]).abs().max() < 1e-6

@@ -1,0 +1,361 @@
+"""Algorithm 1 against the same step written naively, and what the loop promises around it."""
+
+import functools
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import data
+import lora
+import runs
+import train as train_module
+from lora import add_lora, lora_layers, save_adapter
+from model import load_model, response_nll
+from train import History, learning_rate, parse_arguments, sample_weights, select_at_random, train
+
+ROOT = train_module.__file__.removesuffix("train.py")
+
+
+def arguments(checkpoint, rows, *flags):
+    defaults = ["--batch-size", "8", "--lora-rank", "4", "--lora-dropout", "0", "--dtype", "float32"]
+    return parse_arguments(["--model", str(checkpoint), "--data", str(rows), *defaults, *flags])
+
+
+def prepare(checkpoint, rows, *flags, active=True):
+    """(model with adapters, examples, arguments); with `active`, adapters that already do something: B is not zero."""
+    args = arguments(checkpoint, rows, *flags)
+    examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), args.max_length)
+    torch.manual_seed(args.seed)
+    model = load_model(args.model, getattr(torch, args.dtype))
+    add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    if active:
+        for layer in lora_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.05)
+    return model, examples, args
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Stands in for AdamW, whose first step has the same size whatever the gradient's: keeps each step's gradients."""
+
+    gradients: list
+
+    def __init__(self, parameters, lr, weight_decay):
+        assert weight_decay == 0
+        super().__init__(parameters, lr=lr)
+        RecordingSGD.gradients = []
+
+    def step(self):
+        self.gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        super().step()
+
+
+def naive_step(checkpoint, adapter, examples, rho, gamma, layer, loss_mean):
+    """Lines 4 to 10 of Algorithm 1 for one batch, sample by sample, from transformers' and peft's own float64 models.
+
+    Full logits, full attention matrices, Python loops over tokens; returns the loss and the adapter's gradients.
+    """
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True).double()
+    terms, selected_tokens = [], 0
+    for ids, response in examples:
+        tokens = [i for i in range(len(ids)) if response[i]]
+        losses = []
+        for context in (model.disable_adapter(), None):
+            if context is not None:
+                with context, torch.no_grad():
+                    out = model(ids[None])
+            else:
+                out = model(ids[None], output_attentions=True)
+            log_p = out.logits[0].log_softmax(-1)
+            losses.append([-log_p[i - 1, ids[i]] for i in tokens])
+        history, current = losses
+        rel = [h.item() - c.item() for h, c in zip(history, current, strict=True)]  # line 5
+        matrix = out.attentions[layer][0].mean(0).tolist()
+        attention = [sum(matrix[i][j] for j in range(i) if not response[j]) for i in tokens]  # line 6
+        low, high = min(rel), max(rel)
+        normalized = [(r - low) / (high - low) if high > low else 0.0 for r in rel]  # line 7
+        scores = [gamma * n + (1 - gamma) * a for n, a in zip(normalized, attention, strict=True)]  # line 8
+        k = math.ceil(round(rho * len(tokens), 9))
+        best = sorted(range(len(tokens)), key=lambda t: -scores[t])[:k]  # line 9
+        selected_tokens += k
+        total = sum(current[t] for t in best)
+        terms.append(total / k if loss_mean == "sample" else total)
+    loss = sum(terms) / (len(terms) if loss_mean == "sample" else selected_tokens)
+    loss.backward()  # line 10
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize(
+    "rho, gamma, layer, loss_mean, micro",
+    [(0.6, 0.5, -1, "sample", 2), (0.3, 0.25, 0, "batch", 4), (0.6, 0.0, 1, "sample", 8), (0.6, 1.0, -1, "sample", 1)],
+)
+def test_algorithm_1_step_against_a_naive_one(
+    checkpoint, rows, tmp_path, monkeypatch, rho, gamma, layer, loss_mean, micro
+):
+    flags = ["--rho", rho, "--gamma", gamma, "--layer", layer, "--loss-mean", loss_mean, "--micro-batch-size", micro]
+    model, examples, args = prepare(checkpoint, rows, *map(str, flags))
+    examples = examples[3:11]
+    save_adapter(model, tmp_path)
+    monkeypatch.setattr(torch.optim, "AdamW", RecordingSGD)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    log = []
+    train(model, examples, args, log.append)
+
+    loss, gradients = naive_step(checkpoint, tmp_path, examples, rho, gamma, layer, loss_mean)
+    assert log[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == set(names)
+    for name, gradient in zip(names, RecordingSGD.gradients[0], strict=True):
+        assert (gradient - gradients[name]).abs().max() < 1e-4 * gradients[name].abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_the_first_step_rel_is_exactly_zero(checkpoint, rows, monkeypatch, dtype):
+    model, examples, args = prepare(
+        checkpoint, rows, "--dtype", dtype, "--lora-dropout", "0.1", "--max-steps", "1", active=False
+    )
+    seen, real = [], train_module.retrospective_excess_loss
+    spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr(train_module, "retrospective_excess_loss", spy)
+    train(model, examples, args, lambda line: None)
+    assert seen and all(rel.eq(0).all() for rel in seen)
+
+
+@pytest.mark.parametrize("method", ["sstoken", "random"])
+def test_the_micro_batch_size_changes_nothing_but_rounding(checkpoint, rows, method):
+    results = []
+    for micro in ("1", "4", "8"):
+        model, examples, args = prepare(
+            checkpoint, rows, "--micro-batch-size", micro, "--method", method, "--rho", "0.3"
+        )
+        log = []
+        train(model, examples, args, log.append)
+        results.append(([line["loss"] for line in log], [p for p in model.parameters() if p.requires_grad]))
+    for losses, adapters in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-5)
+        for a, b in zip(adapters, results[0][1], strict=True):
+            assert (a - b).abs().max() < 1e-5
+
+
+def test_the_log_counts_every_token_once_and_the_share_selected_is_rho(checkpoint, rows):
+    model, examples, args = prepare(checkpoint, rows, "--epochs", "2")
+    log = []
+    train(model, examples, args, log.append)
+    assert [line["step"] for line in log] == list(range(1, 7))
+    assert sum(line["tokens"] for line in log) == 2 * sum(len(e.ids) for e in examples)
+    sizes = [int(e.response.sum()) for e in examples]
+    assert sum(line["response_tokens"] for line in log) == 2 * sum(sizes)
+    assert sum(line["selected_tokens"] for line in log) == 2 * sum(math.ceil(round(0.6 * n, 9)) for n in sizes)
+    assert log[0].keys() == {
+        *("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds", "peak_memory_mb")
+    }
+
+
+@pytest.mark.parametrize(
+    "flags, history_passes, probes",
+    [
+        ([], 5, 5),
+        (["--gamma", "0"], 0, 5),
+        (["--gamma", "1"], 5, 0),
+        (["--rho", "1"], 0, 0),
+        (["--method", "full"], 0, 0),
+    ],
+)
+def test_what_has_no_weight_is_not_computed(llama, rows, monkeypatch, flags, history_passes, probes):
+    model, examples, args = prepare(llama, rows, "--micro-batch-size", "4", *flags)
+    calls = {"nll": 0, "scores": 0}
+    for cls, name in ((History, "nll"), (train_module.AttentionProbe, "scores")):
+
+        def count(self, *given, real, name=name):
+            calls[name] += 1
+            return real(self, *given)
+
+        monkeypatch.setattr(cls, name, functools.partialmethod(count, real=getattr(cls, name)))
+    train(model, examples, args, lambda line: None)
+    assert calls == {"nll": history_passes, "scores": probes}
+
+
+def test_full_and_rho_one_are_the_same_training(llama, rows):
+    results = []
+    for flags in (["--method", "full"], ["--rho", "1"]):
+        model, examples, args = prepare(llama, rows, *flags)
+        log = []
+        train(model, examples, args, log.append)
+        results.append([line["loss"] for line in log])
+    assert results[0] == results[1]
+    assert all(line["selected_tokens"] == line["response_tokens"] for line in log)
+
+
+def test_attention_only_sets_gamma_to_zero_for_the_first_samples(llama, rows, monkeypatch):
+    gammas, real = [], train_module.score
+    monkeypatch.setattr(train_module, "score", lambda rel, att, gamma: gammas.append(gamma) or real(rel, att, gamma))
+    model, examples, args = prepare(llama, rows, "--attention-only", "9")
+    train(model, examples, args, lambda line: None)
+    assert gammas == [0.0] * 16 + [0.5] * 4  # batches of 8, 8 and 4 samples
+
+
+def test_random_selects_exactly_the_share_of_the_whole_pool():
+    sizes = [5, 1, 30, 12, 2]
+    selected = select_at_random(sizes, 0.3, seed=1)
+    assert [len(s) for s in selected] == sizes and sum(int(s.sum()) for s in selected) == 15
+    again, other = select_at_random(sizes, 0.3, seed=1), select_at_random(sizes, 0.3, seed=2)
+    assert all(map(torch.equal, selected, again)) and not all(map(torch.equal, selected, other))
+    hits = sum(torch.cat(select_at_random([50, 50], 0.2, seed)).float() for seed in range(500)) / 500
+    assert (hits - 0.2).abs().max() < 5 * (0.2 * 0.8 / 500) ** 0.5  # every token as likely as any other
+
+
+def test_sample_weights_leave_out_samples_without_a_selected_token():
+    batch, counts = [[0, 3], [2]], {0: 2, 2: 0, 3: 6}
+    assert sample_weights(batch, counts, "sample") == {0: 1 / 2, 3: 1 / 2}
+    assert sample_weights(batch, counts, "batch") == {0: 2 / 8, 3: 6 / 8}
+
+
+def test_learning_rate_by_hand():
+    schedule = [learning_rate(s, 10, 1.0, 0.2) for s in range(1, 11)]
+    assert schedule == pytest.approx([0.5, 1.0, *(k / 9 for k in range(8, 0, -1))])
+    assert learning_rate(1, 100, 2.0, 0.03) == pytest.approx(2 / 3)
+    assert [learning_rate(s, 3, 1.0, 0.0) for s in (1, 2, 3)] == pytest.approx([0.75, 0.5, 0.25])
+
+
+def test_history_ema_is_eq_4_on_the_merged_weights(checkpoint, rows, monkeypatch):
+    model, examples, args = prepare(
+        checkpoint, rows, "--history", "ema", "--ema-alpha", "0.7", "--lr", "0.01", active=False
+    )
+    merged = lambda: {n: (x.weight + 4 * x.product()).double() for n, x in lora_layers(model).items()}  # noqa: E731
+    expected, histories, real = merged(), [], train_module.History
+    monkeypatch.setattr(train_module, "History", lambda *a: histories.append(real(*a)) or histories[0])
+    seen = []
+
+    def log(line):  # called after each optimizer step: line 11 once more, on whole weights in float64
+        for name, theta in merged().items():
+            expected[name] = 0.7 * expected[name] + 0.3 * theta
+        seen.append(line["step"])
+
+    train(model, examples, args, log)
+    assert seen == [1, 2, 3]
+    ids, response = data.collate(examples[:4])
+    history_nll = histories[0].nll(ids, response)
+    lora.remove_lora(model)
+    for name, theta in expected.items():
+        model.get_submodule(name).weight.data.copy_(theta)
+    difference = (history_nll - response_nll(model, ids, response)).abs().max()
+    assert difference < 1e-4
+    base = response_nll(load_model(checkpoint), ids, response)
+    assert (history_nll - base).abs().max() > 100 * difference  # it has moved away from the base model
+
+
+def test_history_checkpoint_is_the_adapter_of_the_last_refresh(llama, rows):
+    model, _, _ = prepare(llama, rows)
+    history = History(model, "checkpoint", ema_alpha=0.0, every=2)
+    ids, response = torch.arange(2, 32)[None], torch.arange(30)[None] > 9
+    with lora.disabled(model), torch.no_grad():
+        base = response_nll(model, ids, response)
+    assert torch.equal(history.nll(ids, response), base)
+    history.update(1)
+    assert torch.equal(history.nll(ids, response), base)
+    history.update(2)
+    with torch.no_grad():
+        at_step_2 = response_nll(model, ids, response)
+        for layer in lora_layers(model).values():
+            layer.lora_A.add_(0.1)
+        assert torch.equal(history.nll(ids, response), at_step_2)
+        assert not torch.equal(response_nll(model, ids, response), at_step_2)
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def run(*flags):
+    return subprocess.run(
+        [sys.executable, ROOT + "train.py", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(llama, rows, tmp_path):
+    flags = [
+        "--model",
+        llama,
+        "--data",
+        rows,
+        "--eval-data",
+        rows,
+        "--lr",
+        "0.01",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "8",
+    ]
+    result = run(*flags, "--out", tmp_path / "a", "--merge")
+    assert result.returncode == 0, result.stderr
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES}
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("wrote ") and f"python evaluate.py --model {llama} --adapter {tmp_path / 'a'}" in last
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["arguments"]["rho"] == 0.6 and record["arguments"]["seed"] == 42 and record["versions"]["torch"]
+    assert record["held_out_loss_after"] < record["held_out_loss_before"] - 0.1
+    steps = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+
+    adapter = lambda name: (tmp_path / name / "adapter_model.safetensors").read_bytes()  # noqa: E731
+    for name, more in {"b": [], "c": ["--seed", "43"]}.items():
+        assert run(*flags, *more, "--out", tmp_path / name).returncode == 0
+    assert adapter("a") == adapter("b") != adapter("c")
+
+    again = run(*flags, "--out", tmp_path / "a")
+    assert again.returncode == 2 and "holds another run" in again.stderr
+    assert run(*flags, "--max-steps", "1", "--out", tmp_path / "a", "--overwrite").returncode == 0
+    assert not (tmp_path / "a" / "merged").exists()
+    assert len((tmp_path / "a" / "log.jsonl").read_text().splitlines()) == 1
+
+
+MISTAKES = {
+    "--rho": ["--rho", "0"],
+    "--gamma": ["--gamma", "1.5"],
+    "layer 9": ["--layer", "9"],
+    "--warmup-ratio": ["--warmup-ratio", "2"],
+    "--micro-batch-size 5 does not divide": ["--micro-batch-size", "5"],
+    "--method": ["--method", "best"],
+    "--max-steps": ["--max-steps", "0"],
+    "unrecognized": ["--rhoo", "1"],
+    "nowhere.jsonl": ["--data", "nowhere.jsonl"],
+    "no/where": ["--model", "no/where"],
+    "--device": ["--device", "gpu"],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_ends_with_status_2_and_one_line(llama, rows, tmp_path, capsys, message):
+    argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), *MISTAKES[message]]
+    with pytest.raises(SystemExit) as end:
+        runs.run_script(lambda: train_module.main(argv))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) <= 3
+    assert lines[-1].startswith("error:") and message in lines[-1]
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        runs.run_script(lambda: 1 / 0)
+
+
+def test_new_runs_get_folders_of_their_own_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "20000101-000000"))
+    assert runs.new_folder(None, "tiny-sstoken").as_posix() == "runs/tiny-sstoken-20000101-000000"
