@@ -176,6 +176,8 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
     found = []
     for number, row in enumerate(rows, 1):
         try:
+            if not isinstance(row, dict):
+                raise UserError(f"a {type(row).__name__}, not an object with columns")
             if isinstance(row.get("prompt"), dict):
                 found.extend(tree_conversations(row["prompt"]))
                 continue
@@ -195,7 +197,7 @@ def load_conversations(sources: str, limit: int | None = None, seed: int = 42) -
     The source `pool` draws POOL_SIZE conversations from the five sets of POOL, seeded, each in proportion to its size.
     """
     found = []
-    for source in filter(None, sources.split(",")):
+    for source in filter(None, map(str.strip, sources.split(","))):
         if source != "pool":
             found += conversations(load_rows(source, limit), source)
             continue

@@ -44,19 +44,19 @@ def ema_update(history: Iterable[Tensor], current: Iterable[Tensor], alpha: floa
 # ---------------------------------------------------------------------------------------------- attention score
 
 
+QUERY_CHUNK = 32  # queries at a time: the softmax of 24 heads over 2048 keys then takes 6 MB
+
+
 def _attention_to_prompt(q: Tensor, k: Tensor, positions: Tensor, prompt: Tensor) -> Tensor:
-    """Eqs. 5-7 for some of the queries: q (H, n, d) of the tokens at `positions` (n,), k (H_kv, L, d) -> (n,)."""
+    """Eqs. 5-7 for some queries: q (H, n, d) of the tokens at `positions` (n,), k (H_kv, L, d) float32 -> (n,)."""
     groups = len(q) // len(k)  # query heads that share one key head
     q = q.float().unflatten(0, (len(k), groups)).flatten(1, 2)  # (H_kv, groups * n, d)
-    logits = (q @ k.float().transpose(1, 2)).unflatten(1, (groups, -1))  # (H_kv, groups, n, L)
+    logits = (q @ k.transpose(1, 2)).unflatten(1, (groups, -1))  # (H_kv, groups, n, L)
     logits *= q.shape[-1] ** -0.5
     causal = torch.arange(k.shape[1], device=k.device) <= positions.unsqueeze(1)  # (n, L), the mask M_i
     attention = logits.masked_fill_(~causal, -torch.inf).softmax(dim=-1)
     # Eq. 5 takes the prompt's columns, Eq. 6 sums them, Eq. 7 averages over the heads. A sum of float32 may pass 1.
     return (attention @ prompt.float()).mean(dim=(0, 1)).clamp(max=1)
-
-
-QUERY_CHUNK = 32  # queries at a time: 24 heads over 2048 keys then take 6 MB
 
 
 def attention_score(q: Tensor, k: Tensor, response: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def attention_score(q: Tensor, k: Tensor, response: Tensor) -> Tensor:
     The prompt of a token is every earlier token that is not supervised, so a later turn of a conversation counts
     the user's turns, not its own earlier answers. The explicit softmax is computed for response queries only.
     """
-    chunks = response.nonzero().squeeze(1).split(QUERY_CHUNK)
+    chunks, k = response.nonzero().squeeze(1).split(QUERY_CHUNK), k.float()
     return torch.cat([_attention_to_prompt(q[:, chunk], k, chunk, ~response) for chunk in chunks])
 
 
@@ -113,21 +113,18 @@ class AttentionProbe:
             if len(positions) == 0:
                 continue
             length = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
-            everything = torch.arange(length, device=hidden.device)
-            k = torch.cat([self._project("keys", hidden, chunk) for chunk in everything.split(16 * QUERY_CHUNK)], dim=1)
-            row[positions] = torch.cat(
-                [
-                    _attention_to_prompt(self._project("queries", hidden, chunk), k, chunk, ~supervised[:length])
-                    for chunk in positions.split(QUERY_CHUNK)
-                ]
-            )
+            keys = torch.arange(length, device=hidden.device).split(8 * QUERY_CHUNK)
+            k = torch.cat([self._project(self.layer.self_attn.keys, hidden, chunk) for chunk in keys], dim=1).float()
+            for chunk in positions.split(QUERY_CHUNK):
+                q = self._project(self.layer.self_attn.queries, hidden, chunk)
+                row[chunk] = _attention_to_prompt(q, k, chunk, ~supervised[:length])
         self.layer.train(training)
         return out
 
-    def _project(self, which: str, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The layer's norm, then its q or k projection and rope, for some tokens: hidden (L, D) -> (heads, n, d)."""
+    def _project(self, projection, hidden: Tensor, positions: Tensor) -> Tensor:
+        """The layer's norm, then `projection` (its queries or keys), of some tokens: hidden (L, D) -> (heads, n, d)."""
         x = self.layer.input_layernorm(hidden[positions]).unsqueeze(0)
-        return getattr(self.layer.self_attn, which)(x, rope_table(self.config, positions, x.dtype))[0]
+        return projection(x, rope_table(self.config, positions, x.dtype))[0]
 
 
 # -------------------------------------------------------------------------------------- score, selection, loss

@@ -8,7 +8,6 @@ selections that are made before training starts (the baselines), the schedule. T
 
 import argparse
 import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +78,8 @@ def select_at_random(sizes: list[int], rho: float, seed: int) -> list[Tensor]:
     """The paper's Uniform Random: exactly ceil(rho * N) of the pool's N response tokens, drawn once from the seed."""
     total = sum(sizes)
     selected = torch.zeros(total, dtype=torch.bool)
-    selected[torch.tensor(random.Random(seed).sample(range(total), share_of(rho, total)))] = True
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    selected[order[: share_of(rho, total)]] = True
     return list(selected.split(sizes))
 
 
@@ -124,7 +124,7 @@ def plan_steps(lengths: list[int], args: argparse.Namespace) -> list[list[list[i
     return steps[: args.max_steps]
 
 
-def train(model: Transformer, examples: list[data.Example], args: argparse.Namespace, log: Callable[[dict], None]):
+def train(model: Transformer, examples: list[data.Example], args: argparse.Namespace, log: Callable):
     """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step."""
     device = model.lm_head.weight.device
     lengths, sizes = [len(e.ids) for e in examples], [int(e.response.sum()) for e in examples]
@@ -192,6 +192,7 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
             }
         )
     probe.remove()
+    return model  # Alg. 1, line 13
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -203,7 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     # fmt: off
     add("--method", choices=METHODS, default="sstoken", help="what chooses the tokens to train on (Sec. 4.1)")
-    add("--rho", type=float, default=0.6, help="share of each sample's response tokens to select (Eq. 11)")
+    add("--rho", type=float, default=0.6, help="share of a sample's response tokens to select (Eq. 11); 1 skips scoring")
     add("--gamma", type=float, default=0.5, help="weight of REL, against attention (Eq. 9); 0 skips the history pass")
     add("--layer", type=int, default=-1, help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",
@@ -292,6 +293,9 @@ def main(argv: list[str] | None = None):
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
     if (largest := max(int(e.ids.max()) for e in examples + held_out)) >= model.config.vocab_size:
         raise UserError(f"{args.model}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
+    if (longest := max(len(e.ids) for e in examples + held_out)) > model.config.max_position_embeddings:
+        context = model.config.max_position_embeddings
+        raise UserError(f"{args.model} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
     torch.manual_seed(args.seed)
     lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     folder = runs.new_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite)

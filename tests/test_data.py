@@ -91,7 +91,7 @@ WRONG_ROWS = {
     "row 1: columns answer, question fit no schema": {"question": "Q", "answer": "A"},
     "row 1: role 'tool'": {"messages": [{"role": "tool", "content": "x"}]},
     "row 1: the assistant's content is NoneType": {"messages": [user("Q"), assistant(None)]},
-    "row 1": "not an object",
+    "row 1: a str, not an object": "text",
 }
 
 

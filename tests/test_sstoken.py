@@ -102,6 +102,14 @@ def test_eq_07_equals_sdpa_with_the_prompts_indicator_as_the_values():
     assert (attention_score(q, k, response) - attended[0].mean(0)[response, 0]).abs().max() < 1e-6
 
 
+def test_eq_07_never_passes_one_by_rounding():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1200, 4), torch.randn(1, 1200, 4)
+    q[..., 0], k[..., 0] = 1, torch.where(torch.arange(1200) < 1000, 0, -1000)  # the response gets no attention
+    result = attention_score(q, k, torch.arange(1200) >= 1000)
+    assert result.max() == 1 and result.min() > 1 - 1e-6
+
+
 def test_eq_07_hand_worked():
     # One head, d = 1, q = 0: every visible key gets the same weight, so the score is the prompt's share of them.
     response = torch.tensor([False, False, True, True, False, True])

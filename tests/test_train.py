@@ -18,7 +18,7 @@ import lora
 import runs
 import train as train_module
 from lora import add_lora, lora_layers, save_adapter
-from model import load_model, response_nll
+from model import UserError, load_model, response_nll
 from train import History, learning_rate, parse_arguments, sample_weights, select_at_random, train
 
 ROOT = train_module.__file__.removesuffix("train.py")
@@ -348,6 +348,15 @@ def test_a_mistake_ends_with_status_2_and_one_line(llama, rows, tmp_path, capsys
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) <= 3
     assert lines[-1].startswith("error:") and message in lines[-1]
+
+
+def test_a_sample_longer_than_the_models_context_is_refused(llama, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x", "completion": "word " * 600}) + "\n")
+    with pytest.raises(UserError, match="lower --max-length to 512"):
+        train_module.main(
+            ["--model", str(llama), "--data", str(tmp_path / "long.jsonl"), "--out", str(tmp_path / "out")]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_of_ours_keeps_its_traceback():
