@@ -149,13 +149,13 @@ def share_of(rho: float, n: int) -> int:
 def select(score: Tensor, rho: float) -> Tensor:
     """Top-rho selection I_rho, Eq. 11: bool, true for exactly ceil(rho * L_resp) tokens with the highest scores.
 
-    At least one token is selected; ties go to the lowest index. Raises UserError for a rho outside (0, 1].
+    That is at least one; ties go to the lowest index. Raises UserError for a rho outside (0, 1].
     """
     if not 0 < rho <= 1:
         raise UserError(f"rho is {rho}, but a share of tokens lies in (0, 1]")
     best_first = torch.sort(score, descending=True, stable=True).indices
     selected = torch.zeros_like(score, dtype=torch.bool)
-    selected[best_first[: max(1, share_of(rho, len(score)))]] = True
+    selected[best_first[: share_of(rho, len(score))]] = True
     return selected
 
 

@@ -131,7 +131,7 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
     steps = plan_steps(lengths, args)
     fixed = METHODS[args.method] and METHODS[args.method](sizes, args.rho, args.seed)
     # How many tokens of a sample will be selected is known before which, and with it the sample's weight in the loss.
-    counts = [int(s.sum()) for s in fixed] if fixed else [max(1, share_of(args.rho, size)) for size in sizes]
+    counts = [int(s.sum()) for s in fixed] if fixed else [share_of(args.rho, size) for size in sizes]
     scored = fixed is None and args.rho < 1  # otherwise the selection is known without any score
 
     adapters = [p for p in model.parameters() if p.requires_grad]
@@ -204,7 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     # fmt: off
     add("--method", choices=METHODS, default="sstoken", help="what chooses the tokens to train on (Sec. 4.1)")
-    add("--rho", type=float, default=0.6, help="share of a sample's response tokens to select (Eq. 11); 1 skips scoring")
+    add("--rho", type=float, default=0.6, help="share of a sample's response tokens to select (Eq. 11); 1: no scoring")
     add("--gamma", type=float, default=0.5, help="weight of REL, against attention (Eq. 9); 0 skips the history pass")
     add("--layer", type=int, default=-1, help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",

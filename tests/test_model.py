@@ -15,7 +15,7 @@ from test_sstoken import random_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_module
-from model import UserError, generate, load_model, read_config, response_nll, save_model, token_nll
+from model import RMSNorm, UserError, generate, load_model, read_config, response_nll, save_model, token_nll
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -207,6 +207,13 @@ def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, mon
     assert len(calls) == 3 and all(c["attn_mask"] is None and c["is_causal"] for c in calls)
 
 
+def test_rms_norm_takes_its_mean_in_float32():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(512, eps=1e-6).bfloat16(), (torch.randn(64, 512) * 30).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert ((norm(x).double() - exact).abs() / exact.abs().clamp(min=1e-3)).max() < 2**-8  # one rounding to bfloat16
+
+
 def test_right_padding_changes_nothing_for_real_tokens(checkpoint):
     model = load_model(checkpoint)
     lengths = [12, 50, 31]
@@ -238,10 +245,11 @@ def test_token_nll_equals_cross_entropy_on_full_logits(chunk):
     assert (hidden.grad - exact.grad).abs().max() < 1e-5
 
 
-def test_token_nll_without_gradient_gives_the_same_bits():
-    hidden, weight, targets, _ = loss_case()
+def test_token_nll_without_gradient_gives_the_same_bits_and_keeps_nothing():
+    hidden, weight, targets, _ = loss_case(size=4096)
     with torch.no_grad():
         without = token_nll(hidden, weight, targets)
+        assert peak_allocated(lambda: token_nll(hidden, weight, targets)) < hidden.numel() * 4
     assert torch.equal(without, token_nll(hidden, weight, targets))
     assert token_nll(hidden[:0], weight, targets[:0]).shape == (0,)
 

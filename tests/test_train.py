@@ -19,7 +19,15 @@ import runs
 import train as train_module
 from lora import add_lora, lora_layers, save_adapter
 from model import UserError, load_model, response_nll
-from train import History, learning_rate, parse_arguments, sample_weights, select_at_random, train
+from train import (
+    History,
+    learning_rate,
+    mean_response_loss,
+    parse_arguments,
+    sample_weights,
+    select_at_random,
+    train,
+)
 
 ROOT = train_module.__file__.removesuffix("train.py")
 
@@ -106,7 +114,8 @@ def test_algorithm_1_step_against_a_naive_one(
     checkpoint, rows, tmp_path, monkeypatch, rho, gamma, layer, loss_mean, micro
 ):
     flags = ["--rho", rho, "--gamma", gamma, "--layer", layer, "--loss-mean", loss_mean, "--micro-batch-size", micro]
-    model, examples, args = prepare(checkpoint, rows, *map(str, flags))
+    # two epochs at a learning rate of nothing: the second step repeats the first, if the first left nothing behind
+    model, examples, args = prepare(checkpoint, rows, *map(str, flags), "--epochs", "2", "--lr", "1e-12")
     examples = examples[3:11]
     save_adapter(model, tmp_path)
     monkeypatch.setattr(torch.optim, "AdamW", RecordingSGD)
@@ -115,10 +124,11 @@ def test_algorithm_1_step_against_a_naive_one(
     train(model, examples, args, log.append)
 
     loss, gradients = naive_step(checkpoint, tmp_path, examples, rho, gamma, layer, loss_mean)
-    assert log[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert [line["loss"] for line in log] == pytest.approx([loss, loss], rel=1e-5)
     assert gradients.keys() == set(names)
-    for name, gradient in zip(names, RecordingSGD.gradients[0], strict=True):
-        assert (gradient - gradients[name]).abs().max() < 1e-4 * gradients[name].abs().max() + 1e-9, name
+    for step in RecordingSGD.gradients:
+        for name, gradient in zip(names, step, strict=True):
+            assert (gradient - gradients[name]).abs().max() < 1e-4 * gradients[name].abs().max() + 1e-9, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -206,10 +216,33 @@ def test_attention_only_sets_gamma_to_zero_for_the_first_samples(llama, rows, mo
     assert gammas == [0.0] * 16 + [0.5] * 4  # batches of 8, 8 and 4 samples
 
 
+def test_dropout_is_on_in_training_and_off_for_held_out_rows(llama, rows):
+    losses = []
+    for dropout in ("0", "0.5"):
+        model, examples, args = prepare(llama, rows, "--max-steps", "1", "--lora-dropout", dropout)
+        train(model, examples, args, lambda line: losses.append(line["loss"]))
+    assert losses[0] != losses[1]
+    model, examples, args = prepare(llama, rows, "--lora-dropout", "0.5")
+    exact = torch.cat([response_nll(model.eval(), *data.collate([e])) for e in examples]).double().mean().item()
+    assert mean_response_loss(model.train(), examples, 4, "cpu") == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_gradient_is_clipped_only_when_asked(llama, rows, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", RecordingSGD)
+    norms = []
+    for flags in ([], ["--max-grad-norm", "0.001"]):
+        model, examples, args = prepare(llama, rows, "--max-steps", "1", *flags)
+        train(model, examples, args, lambda line: None)
+        norms.append(torch.stack([g.norm() for g in RecordingSGD.gradients[0]]).norm().item())
+    assert norms[0] > 0.01 and norms[1] == pytest.approx(0.001, rel=1e-3)
+
+
 def test_random_selects_exactly_the_share_of_the_whole_pool():
     sizes = [5, 1, 30, 12, 2]
     selected = select_at_random(sizes, 0.3, seed=1)
     assert [len(s) for s in selected] == sizes and sum(int(s.sum()) for s in selected) == 15
+    assert sum(int(s.sum()) for s in select_at_random(sizes, 0.31, seed=1)) == 16  # ceil of 15.5
+    assert sum(int(s.sum()) for s in select_at_random([30], 0.1, seed=1)) == 3
     again, other = select_at_random(sizes, 0.3, seed=1), select_at_random(sizes, 0.3, seed=2)
     assert all(map(torch.equal, selected, again)) and not all(map(torch.equal, selected, other))
     hits = sum(torch.cat(select_at_random([50, 50], 0.2, seed)).float() for seed in range(500)) / 500
