@@ -229,7 +229,6 @@ class Tokenizer:
         starts = (i for i in range(len(with_prefix)) if with_prefix[i : i + len(plain)] == plain)
         self.prefix = with_prefix[: next(starts, 0)]
         backend.encode_special_tokens = True  # "<|end_of_text|>" in a text is spelled out, never a control token
-        backend.post_processor = None  # it could also trim the offsets that `encode` draws the boundary by
         self.backend = backend
         self.vocab_size = backend.get_vocab_size()
 
