@@ -65,9 +65,11 @@ def hub_files(name: str, split: str = "train") -> list[Path]:
     for revision in (None, "refs/convert/parquet"):
         folder = find_folder(name, patterns, revision, repo_type="dataset")
         paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-        files = [paths[name] for name in sorted(paths) if any(fnmatch(name, pattern) for pattern in patterns)]
-        if files:
-            return files
+        names = [path for path in sorted(paths) if any(fnmatch(path, pattern) for pattern in patterns)]
+        if revision and len(configurations := {path.split("/")[0] for path in names}) > 1:
+            raise UserError(f"{name} has several configurations, not one: {', '.join(sorted(configurations))}")
+        if names:
+            return [paths[path] for path in names]
     raise UserError(f"{name}: the hub has no parquet, jsonl or json file of a split named {split}")
 
 

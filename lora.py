@@ -61,6 +61,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def decoder_linears(model: Transformer) -> dict[str, nn.Linear]:
+    """Every layer that can be adapted, under its dotted name: all but the head, whose weight token_nll takes itself."""
+    return {name: module for name, module in model.model.named_modules("model") if isinstance(module, nn.Linear)}
+
+
 def _replace(model: nn.Module, name: str, layer: nn.Linear):
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
@@ -69,14 +74,17 @@ def _replace(model: nn.Module, name: str, layer: nn.Linear):
 def add_lora(model: Transformer, rank=64, alpha=16, dropout=0.1, targets=TARGETS) -> Transformer:
     """Freeze `model` and adapt, in place, every Linear whose name is one of `targets` or ends in one (Appendix A.3).
 
-    Raises UserError for a rank below 1, a dropout outside [0, 1) and a target that the model does not have.
+    Raises UserError for a rank below 1, a dropout outside [0, 1), a target that the decoder does not have;
+    ValueError when there are adapters already.
     """
+    if lora_layers(model):
+        raise ValueError("the model has adapters already; remove_lora takes them out")
     if rank < 1 or not 0 <= dropout < 1:
         raise UserError(f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = decoder_linears(model)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linears):
-            raise UserError(f"LoRA target {target} names no linear layer of this model")
+            raise UserError(f"LoRA target {target} names no linear layer of the decoder")
     model.requires_grad_(False)
     for name, linear in linears.items():
         if any(f".{name}".endswith(f".{target}") for target in targets):
@@ -184,10 +192,10 @@ def load_adapter(model: Transformer, folder) -> Transformer:
     parts = {name: name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
     targets = sorted(set(parts.values()))
     remove_lora(model)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = decoder_linears(model)
     for name, target in parts.items():
         if target not in linears:
-            raise UserError(f"{path}: {name} adapts no linear layer of this base model")
+            raise UserError(f"{path}: {name} adapts no linear layer of this decoder")
     add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
     for name, layer in lora_layers(model).items():
         for part in ("lora_A", "lora_B"):

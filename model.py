@@ -96,8 +96,9 @@ def read_config(folder: Path) -> Config:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        refuse(f"rope parameters {rope} are not implemented, only whole heads of rope_type default or llama3")
+    per_layer = any(isinstance(value, dict) for value in rope.values())
+    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or per_layer:
+        refuse(f"rope parameters {rope} are not implemented, only rope_type default or llama3, one for all layers")
     if rope["rope_type"] == "llama3":
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if key not in rope:
@@ -358,8 +359,10 @@ def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22):
             target[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
 
 
-def load_model(name_or_path, dtype: torch.dtype | None = None, device="cpu", revision: str | None = None):
-    """A checkpoint in Hugging Face layout, from a local folder or the hub -> Transformer in eval mode.
+def load_model(
+    name_or_path, dtype: torch.dtype | None = None, device="cpu", revision: str | None = None
+) -> Transformer:
+    """A checkpoint in Hugging Face layout, from a local folder or the hub, in eval mode.
 
     dtype: what the weights become (default: what the config says, else what the embedding is stored in). Peak memory
     is the model and one block of a tensor. Raises UserError, by name, for what is missing, left over or unknown.

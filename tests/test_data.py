@@ -138,35 +138,40 @@ LOAD_FROM_HUB = (
 )
 
 
-def run_offline_and_online(code, argument, environment):
+def run_python(code, argument, environment):
     command = [sys.executable, "-c", code, argument]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_hub_data_sets_from_their_own_files_and_from_the_hubs_parquet_copies(tmp_path):
     rows = [{"prompt": "a", "completion": str(i)} for i in range(7)]
-    own, bare, copies = tmp_path / "own", tmp_path / "bare", tmp_path / "copies"
-    for path in (own / "data", bare, copies / "default" / "train"):
+    own, bare, copies, several = tmp_path / "own", tmp_path / "bare", tmp_path / "copies", tmp_path / "several"
+    for path in (own / "data", bare, copies / "default" / "train", several / "a" / "train", several / "b" / "train"):
         path.mkdir(parents=True)
     table = pyarrow.Table.from_pylist
     pyarrow.parquet.write_table(table(rows[:4]), own / "data" / "train-00000-of-00002.parquet")
     pyarrow.parquet.write_table(table(rows[4:]), own / "data" / "train-00001-of-00002.parquet")
     pyarrow.parquet.write_table(table(rows[:1]), own / "data" / "test-00000-of-00001.parquet")
     (bare / "script.py").write_text("")
-    pyarrow.parquet.write_table(table(rows), copies / "default" / "train" / "0000.parquet")
+    for folder in (copies / "default", several / "a", several / "b"):
+        pyarrow.parquet.write_table(table(rows), folder / "train" / "0000.parquet")
     repos = {
         ("dataset", "who/own", "main"): own,
         ("dataset", "who/bare", "main"): bare,
         ("dataset", "who/bare", "refs/convert/parquet"): copies,
+        ("dataset", "who/several", "main"): bare,
+        ("dataset", "who/several", "refs/convert/parquet"): several,
     }
     with serve(repos, tmp_path / "cache") as (environment, requests):
         for name in ("who/own", "who/bare"):
-            result = run_offline_and_online(LOAD_FROM_HUB, name, environment)
+            result = run_python(LOAD_FROM_HUB, name, environment)
             assert result.stdout == f"3 {rows[-1]}\n", result.stderr
         assert not any("test-00000" in path for _, path, _ in requests)  # only the split that is asked for
-        missing = run_offline_and_online(LOAD_FROM_HUB, "who/none", environment)
+        mixed = run_python(LOAD_FROM_HUB, "who/several", environment)
+        assert "UserError: who/several has several configurations, not one: a, b" in mixed.stderr
+        missing = run_python(LOAD_FROM_HUB, "who/none", environment)
         assert "UserError" in missing.stderr and "who/none" in missing.stderr
-    offline = run_offline_and_online(LOAD_FROM_HUB, "who/own", environment | {"HF_HUB_OFFLINE": "1"})
+    offline = run_python(LOAD_FROM_HUB, "who/own", environment | {"HF_HUB_OFFLINE": "1"})
     assert offline.stdout == f"3 {rows[-1]}\n", offline.stderr  # the server is gone: this is the cache
 
 

@@ -137,6 +137,9 @@ WRONG_ADAPTERS = {
     "peft_type IA3": lambda config, tensors: config.update(peft_type="IA3"),
     "has shape": lambda config, tensors: config.update(r=5),
     "is missing": lambda config, tensors: tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"),
+    "lm_head.lora_A.weight adapts": lambda config, tensors: tensors.update(
+        {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 48)}
+    ),
     "adapts no linear layer": lambda config, tensors: tensors.update(
         {"base_model.model.x.lora_A.weight": torch.ones(1)}
     ),
@@ -162,9 +165,11 @@ def test_an_adapter_of_another_base_is_refused(llama, checkpoint, tmp_path):
 
 
 def test_arguments_that_cannot_work_are_refused(llama):
-    for settings in ({"rank": 0}, {"dropout": 1.0}, {"targets": ["q_proj", "qkv"]}):
+    for settings in ({"rank": 0}, {"dropout": 1.0}, {"targets": ["q_proj", "qkv"]}, {"targets": ["lm_head"]}):
         with pytest.raises(UserError):
             add_lora(load_model(llama), **settings)
+    with pytest.raises(ValueError, match="adapters already"):
+        add_lora(add_lora(load_model(llama)))
 
 
 def test_merge_writes_a_folder_with_the_tokenizer(llama, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from conftest import edit_json, make_checkpoint, to_old_dialect
 from hub import serve
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_data import run_offline_and_online
+from test_data import run_python
 from test_lora import adapted
 from test_sstoken import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -148,18 +148,18 @@ def test_models_from_the_hub_token_revision_cache_and_offline(checkpoint, llama,
     (extra / "original" / "consolidated.00.pth").write_bytes(b"large")
     repos = {("model", "who/tiny", "main"): extra, ("model", "who/tiny", "v2"): llama}
     with serve(repos, tmp_path / "cache", token="hf_secret") as (environment, requests):
-        refused = run_offline_and_online(LOAD, "who/tiny", environment)
+        refused = run_python(LOAD, "who/tiny", environment)
         assert "UserError: who/tiny is neither a folder nor to be had from the hub" in refused.stderr
         with_token = environment | {"HF_TOKEN": "hf_secret"}
-        assert run_offline_and_online(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
+        assert run_python(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
         assert not any(path.endswith(".pth") for _, path, _ in requests)
         downloads = [path for method, path, _ in requests if method == "GET" and path.endswith(".safetensors")]
-        assert run_offline_and_online(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
+        assert run_python(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
         again = [path for method, path, _ in requests if method == "GET" and path.endswith(".safetensors")]
         assert downloads and again == downloads  # the second time everything is in the cache
     offline = environment | {"HF_HUB_OFFLINE": "1"}
-    assert run_offline_and_online(LOAD, "who/tiny", offline).stdout == total(checkpoint)
-    missing = run_offline_and_online(LOAD, "who/other", offline)
+    assert run_python(LOAD, "who/tiny", offline).stdout == total(checkpoint)
+    missing = run_python(LOAD, "who/other", offline)
     assert "UserError: who/other" in missing.stderr
     with serve(repos, tmp_path / "cache 2") as (environment, _):
-        assert run_offline_and_online(LOAD, "who/tiny@v2", environment).stdout == total(llama)
+        assert run_python(LOAD, "who/tiny@v2", environment).stdout == total(llama)
