@@ -63,7 +63,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def decoder_linears(model: Transformer) -> dict[str, nn.Linear]:
     """Every layer that can be adapted, under its dotted name: all but the head, whose weight token_nll takes itself."""
-    return {name: module for name, module in model.model.named_modules("model") if isinstance(module, nn.Linear)}
+    modules = model.model.named_modules(prefix="model")
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Linear):
