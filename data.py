@@ -198,8 +198,10 @@ def load_conversations(sources: str, limit: int | None = None, seed: int = 42) -
 
     The source `pool` draws POOL_SIZE conversations from the five sets of POOL, seeded, each in proportion to its size.
     """
-    found = []
-    for source in filter(None, map(str.strip, sources.split(","))):
+    found, names = [], [source.strip() for source in sources.split(",") if source.strip()]
+    if not names:
+        raise UserError(f"--data names no source: {sources!r}")
+    for source in names:
         if source != "pool":
             found += conversations(load_rows(source, limit), source)
             continue

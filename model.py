@@ -307,7 +307,7 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
         return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
         why = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
-        raise UserError(f"{name} is neither a folder nor to be had from the hub: {why}") from reason
+        raise UserError(f"{name} is neither a local folder nor available from the hub: {why}") from reason
 
 
 def open_safetensors(path: Path):

@@ -82,7 +82,7 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help with each flag's default, where it has one to show."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):

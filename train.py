@@ -208,8 +208,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gamma", type=float, default=0.5, help="weight of REL, against attention (Eq. 9); 0 skips the history pass")
     add("--layer", type=int, default=-1, help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",
-        help="history model of Eq. 3. base: the model before training, at no memory. ema: Eq. 4 on the merged weights, "
-        "exactly; costs a float32 copy of every adapted matrix, and a second full-size product at each of them in the "
+        help="history model of Eq. 3. base: the model before training, no extra memory. ema: Eq. 4 on the merged "
+        "weights, exactly; costs a float32 copy of every adapted matrix, and a second full-size product at each of them in the "
         "history pass. checkpoint: the adapter as it was at the last refresh")
     add("--ema-alpha", type=float, default=0.999, help="alpha of Eq. 4, for --history ema")
     add("--history-every", type=int, default=100, metavar="N", help="refresh --history checkpoint every N steps")
@@ -217,7 +217,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="sample: mean over each sample's selected tokens (Eq. 10), then over samples. batch: mean over all the "
         "selected tokens of a global batch, much as the authors' release")
     add("--attention-only", type=int, default=0, metavar="N",
-        help="select by attention alone (gamma 0) for the first N samples; the authors' release does for 10000")
+        help="select by attention alone (gamma 0) for the first N samples, in whole batches; the release: 10000")
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
@@ -232,15 +232,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
 
     add = parser.add_argument_group("optimisation (Appendix A.3)").add_argument
-    add("--batch-size", type=int, default=48, help="samples an optimizer step")
-    add("--micro-batch-size", type=int, help="samples a forward pass; default: the largest divisor up to 4")
+    add("--batch-size", type=int, default=48, help="samples per optimizer step")
+    add("--micro-batch-size", type=int, help="samples per forward pass; default: the largest divisor up to 4")
     add("--lr", type=float, default=1e-4, help="peak learning rate")
     add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises")
     add("--max-grad-norm", type=float, default=0.0, help="clip the gradient's norm; 0: no clipping")
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--max-steps", type=int, metavar="N", help="stop after N optimizer steps; the schedule ends there too")
     add("--lora-rank", type=int, default=64, help="rank of the adapters")
-    add("--lora-alpha", type=float, default=16, help="adapters count alpha / rank times")
+    add("--lora-alpha", type=float, default=16, help="scale of the adapters: alpha / rank")
     add("--lora-dropout", type=float, default=0.1, help="dropout on the adapters' input")
     add("--seed", type=int, default=42, help="of the data order, the adapters, dropout and random selection")
 
@@ -261,7 +261,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--warmup-ratio": (0 <= args.warmup_ratio <= 1, "in [0, 1]"),
         "--lora-dropout": (0 <= args.lora_dropout < 1, "in [0, 1)"),
         "--max-grad-norm": (args.max_grad_norm >= 0, "at least 0"),
-        "--lr": (args.lr > 0, "above 0"),
+        "--lr": (0 < args.lr < float("inf"), "above 0 and finite"),
+        "--lora-alpha": (0 < args.lora_alpha < float("inf"), "above 0 and finite"),
         "--attention-only": (args.attention_only >= 0, "at least 0"),
         "--max-length": (args.max_length >= 2, "at least 2"),
     }
@@ -279,9 +280,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f"--device {args.device} is no device that torch knows") from None
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as reason:
+        raise UserError(f"--device {args.device} cannot be used: {str(reason).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing")
     if device.type == "cuda":  # one seed, one adapter, on a GPU too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -289,7 +292,9 @@ def main(argv: list[str] | None = None):
 
     tokenizer = data.load_tokenizer(args.model, args.revision)
     examples, dropped = data.load_examples(args.data, tokenizer, args.max_length, args.limit, args.seed)
-    held_out = data.load_examples(args.eval_data, tokenizer, args.max_length, args.limit)[0] if args.eval_data else []
+    held_out, lost = (
+        data.load_examples(args.eval_data, tokenizer, args.max_length, args.limit) if args.eval_data else ([], 0)
+    )
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
     if (largest := max(int(e.ids.max()) for e in examples + held_out)) >= model.config.vocab_size:
         raise UserError(f"{args.model}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
@@ -300,14 +305,16 @@ def main(argv: list[str] | None = None):
     lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     folder = runs.new_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite)
 
+    def no_response(count):
+        return f"{count} dropped, without a response token in the first {args.max_length}"
+
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, answers = sum(len(e.ids) for e in examples), sum(int(e.response.sum()) for e in examples)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     print(f"model: {args.model}, {frozen:,} frozen parameters, {trained:,} trained")
-    print(
-        f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; "
-        f"{dropped} samples dropped, no response token within {args.max_length} tokens"
-    )
+    print(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses;", no_response(dropped))
+    if held_out:
+        print(f"held out: {len(held_out):,} samples;", no_response(lost))
     record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
     runs.write_json(folder / "run.json", record)
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches out; those of the hub start a server of their own
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub; those that are about it serve one themselves
 
 import pytest
 import torch

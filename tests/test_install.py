@@ -3,7 +3,6 @@
 import importlib.metadata
 import re
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -37,6 +36,5 @@ def test_every_module_imports_with_requirements_txt_alone(tmp_path):
     listed = subprocess.run(
         [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
     )
-    for peer in ("transformers", "peft", "accelerate", "datasets", "lm_eval"):
-        assert f"\n{peer}==" not in listed.stdout
-    assert sys.prefix not in listed.stdout
+    installed = {line.split("==")[0].lower().replace("_", "-") for line in listed.stdout.splitlines()}
+    assert "torch" in installed and not installed & {"transformers", "peft", "accelerate", "datasets", "lm-eval"}

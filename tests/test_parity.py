@@ -149,7 +149,7 @@ def test_models_from_the_hub_token_revision_cache_and_offline(checkpoint, llama,
     repos = {("model", "who/tiny", "main"): extra, ("model", "who/tiny", "v2"): llama}
     with serve(repos, tmp_path / "cache", token="hf_secret") as (environment, requests):
         refused = run_python(LOAD, "who/tiny", environment)
-        assert "UserError: who/tiny is neither a folder nor to be had from the hub" in refused.stderr
+        assert "UserError: who/tiny is neither a local folder nor available from the hub" in refused.stderr
         with_token = environment | {"HF_TOKEN": "hf_secret"}
         assert run_python(LOAD, "who/tiny", with_token).stdout == total(checkpoint)
         assert not any(path.endswith(".pth") for _, path, _ in requests)

@@ -24,6 +24,7 @@ from train import (
     learning_rate,
     mean_response_loss,
     parse_arguments,
+    plan_steps,
     sample_weights,
     select_at_random,
     train,
@@ -51,17 +52,19 @@ def prepare(checkpoint, rows, *flags, active=True):
 
 
 class RecordingSGD(torch.optim.SGD):
-    """Stands in for AdamW, whose first step has the same size whatever the gradient's: keeps each step's gradients."""
+    """Stands in for AdamW, whose first step has the same size whatever the gradient's: keeps gradients and rates."""
 
     gradients: list
+    rates: list
 
     def __init__(self, parameters, lr, weight_decay):
         assert weight_decay == 0
         super().__init__(parameters, lr=lr)
-        RecordingSGD.gradients = []
+        RecordingSGD.gradients, RecordingSGD.rates = [], []
 
     def step(self):
         self.gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        self.rates.append(self.param_groups[0]["lr"])
         super().step()
 
 
@@ -108,7 +111,13 @@ def naive_step(checkpoint, adapter, examples, rho, gamma, layer, loss_mean):
 
 @pytest.mark.parametrize(
     "rho, gamma, layer, loss_mean, micro",
-    [(0.6, 0.5, -1, "sample", 2), (0.3, 0.25, 0, "batch", 4), (0.6, 0.0, 1, "sample", 8), (0.6, 1.0, -1, "sample", 1)],
+    [
+        (0.6, 0.5, -1, "sample", 2),
+        (0.3, 0.25, 0, "batch", 4),
+        (0.6, 0.0, 1, "sample", 8),
+        (0.6, 1.0, -1, "sample", 1),
+        (1.0, 0.5, -1, "sample", 4),
+    ],
 )
 def test_algorithm_1_step_against_a_naive_one(
     checkpoint, rows, tmp_path, monkeypatch, rho, gamma, layer, loss_mean, micro
@@ -143,6 +152,19 @@ def test_at_the_first_step_rel_is_exactly_zero(checkpoint, rows, monkeypatch, dt
     assert seen and all(rel.eq(0).all() for rel in seen)
 
 
+def test_random_trains_on_the_tokens_that_it_drew(llama, rows):
+    model, examples, args = prepare(llama, rows, "--method", "random", "--rho", "0.31", "--batch-size", "20")
+    sizes = [int(e.response.sum()) for e in examples]
+    drawn = select_at_random(sizes, 0.31, args.seed)
+    with torch.no_grad():
+        nll = [response_nll(model, *data.collate([e])) for e in examples]
+    expected = torch.stack([losses[s].mean() for losses, s in zip(nll, drawn, strict=True) if s.any()]).mean().item()
+    log = []
+    train(model, examples, args, log.append)
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert log[0]["selected_tokens"] == math.ceil(0.31 * sum(sizes))
+
+
 @pytest.mark.parametrize("method", ["sstoken", "random"])
 def test_the_micro_batch_size_changes_nothing_but_rounding(checkpoint, rows, method):
     results = []
@@ -171,6 +193,7 @@ def test_the_log_counts_every_token_once_and_the_share_selected_is_rho(checkpoin
     assert log[0].keys() == {
         *("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds", "peak_memory_mb")
     }
+    assert all(line["seconds"] > 0 and line["peak_memory_mb"] > 100 for line in log)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +285,30 @@ def test_learning_rate_by_hand():
     assert [learning_rate(s, 3, 1.0, 0.0) for s in (1, 2, 3)] == pytest.approx([0.75, 0.5, 0.25])
 
 
+def test_the_optimizer_gets_the_schedule_and_the_log_says_so(llama, rows, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", RecordingSGD)
+    model, examples, args = prepare(llama, rows, "--epochs", "3", "--lr", "0.002", "--warmup-ratio", "0.3")
+    log = []
+    train(model, examples, args, log.append)
+    expected = [learning_rate(step, 9, 0.002, 0.3) for step in range(1, 10)]
+    assert RecordingSGD.rates == [line["lr"] for line in log] == expected and len(set(expected)) > 5
+
+
+def test_base_weights_stay_as_they_are(llama, rows):
+    model, examples, args = prepare(llama, rows, "--lr", "0.01")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(model, examples, args, lambda line: None)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+
+
+def test_the_order_follows_the_seed_and_changes_with_the_epoch(llama, rows):
+    plan = lambda *flags: plan_steps(list(range(1, 21)), arguments(llama, rows, *flags))  # noqa: E731
+    two = plan("--epochs", "2")
+    assert two[:3] == plan() and two[3:] != two[:3]
+    assert plan("--seed", "1") != plan() == plan("--seed", "42")
+
+
 def test_history_ema_is_eq_4_on_the_merged_weights(checkpoint, rows, monkeypatch):
     model, examples, args = prepare(
         checkpoint, rows, "--history", "ema", "--ema-alpha", "0.7", "--lr", "0.01", active=False
@@ -287,6 +334,29 @@ def test_history_ema_is_eq_4_on_the_merged_weights(checkpoint, rows, monkeypatch
     assert difference < 1e-4
     base = response_nll(load_model(checkpoint), ids, response)
     assert (history_nll - base).abs().max() > 100 * difference  # it has moved away from the base model
+
+
+def test_an_ema_of_a_bfloat16_model_moves_because_it_is_kept_in_float32(llama, rows):
+    model, _, _ = prepare(llama, rows, "--dtype", "bfloat16")
+    history = History(model, "ema", ema_alpha=0.999, every=1)
+    for _ in range(100):
+        history.update(1)
+    for (average,), layer in zip(history.factors, lora_layers(model).values(), strict=True):
+        assert torch.allclose(average, (1 - 0.999**100) * layer.product(), rtol=1e-3, atol=1e-7)
+
+
+def test_training_refreshes_the_history_as_often_as_asked(llama, rows, monkeypatch):
+    refreshed = []
+    for every in ("1", "2", "5"):
+        histories, real = [], History
+        monkeypatch.setattr(train_module, "History", lambda *a, h=histories, r=real: h.append(r(*a)) or h[0])
+        model, examples, args = prepare(llama, rows, "--history", "checkpoint", "--history-every", every)
+        train(model, examples, args, lambda line: None)
+        monkeypatch.setattr(train_module, "History", real)
+        current = next(iter(lora_layers(model).values())).lora_B
+        factors = histories[0].factors
+        refreshed.append("never" if factors is None else "last" if torch.equal(factors[0][1], current) else "before")
+    assert refreshed == ["last", "before", "never"]  # of three steps
 
 
 def test_history_checkpoint_is_the_adapter_of_the_last_refresh(llama, rows):
@@ -320,27 +390,44 @@ def run(*flags):
     )
 
 
+def test_the_defaults_are_those_of_the_paper_and_of_its_release():
+    given = vars(parse_arguments(["--model", "x", "--device", "cpu"]))
+    assert given == {
+        **{"method": "sstoken", "rho": 0.6, "gamma": 0.5, "layer": -1, "loss_mean": "sample", "attention_only": 0},
+        **{"history": "base", "ema_alpha": 0.999, "history_every": 100},
+        **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
+        **{"max_length": 2048, "out": None, "overwrite": False, "merge": False},
+        **{"batch_size": 48, "micro_batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.03, "max_grad_norm": 0.0},
+        **{"epochs": 1, "max_steps": None, "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.1, "seed": 42},
+        **{"dtype": "bfloat16", "device": "cpu"},
+    }
+    assert parse_arguments(["--model", "x", "--batch-size", "9"]).micro_batch_size == 3
+
+
+def test_help_gives_every_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("(default: 0.6)", "(default: 0)", "(default: 0.0)", "(default: jlpang888/DS2_50k)"):
+        assert default in text
+    assert "default: None" not in text and "default: False" not in text
+
+
 def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(llama, rows, tmp_path):
-    flags = [
-        "--model",
-        llama,
-        "--data",
-        rows,
-        "--eval-data",
-        rows,
-        "--lr",
-        "0.01",
-        "--epochs",
-        "4",
-        "--batch-size",
-        "8",
-    ]
+    with rows.open("a") as file:  # one row whose prompt alone is too long, and one beyond the limit
+        for words in (500, 1):
+            file.write(json.dumps({"instruction": "word " * words, "output": "lost"}) + "\n")
+    flags = f"--model {llama} --data {rows} --eval-data {rows} --limit 21 --max-length 300".split()
+    flags += ["--lr", "0.01", "--epochs", "4", "--batch-size", "8"]
     result = run(*flags, "--out", tmp_path / "a", "--merge")
     assert result.returncode == 0, result.stderr
+    assert "20 samples" in result.stdout and "1 dropped" in result.stdout
+    assert "loss " in result.stderr and "tokens/s" in result.stderr and "% selected" in result.stderr
     assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES}
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith("wrote ") and f"python evaluate.py --model {llama} --adapter {tmp_path / 'a'}" in last
     record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert (record["samples"], record["dropped"]) == (20, 1)
     assert record["arguments"]["rho"] == 0.6 and record["arguments"]["seed"] == 42 and record["versions"]["torch"]
     assert record["held_out_loss_after"] < record["held_out_loss_before"] - 0.1
     steps = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
@@ -369,7 +456,12 @@ MISTAKES = {
     "unrecognized": ["--rhoo", "1"],
     "nowhere.jsonl": ["--data", "nowhere.jsonl"],
     "no/where": ["--model", "no/where"],
-    "--device": ["--device", "gpu"],
+    "--device gpu": ["--device", "gpu"],
+    "--device meta": ["--device", "meta"],
+    "--device cuda:99": ["--device", "cuda:99"],
+    "--lr is inf": ["--lr", "inf"],
+    "--lora-alpha is nan": ["--lora-alpha", "nan"],
+    "--data names no source": ["--data", " , "],
 }
 
 
