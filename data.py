@@ -60,17 +60,29 @@ def read_file(path: Path) -> Iterator[dict]:
 
 
 def hub_files(name: str, split: str = "train") -> list[Path]:
-    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
-    patterns = [f"*{split}*.{suffix}" for suffix in ("parquet", "jsonl", "json")]
+    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies.
+
+    A split is known by its name: split.parquet, split-*.parquet or split/*.parquet, or the same as jsonl or json.
+    """
+    problem = UserError(f"{name} has no parquet, jsonl or json file of a split named {split}")
+    patterns = {
+        suffix: [f"{folder}{split}{rest}.{suffix}" for folder in ("", "*/") for rest in ("", "-*", "/*")]
+        for suffix in ("parquet", "jsonl", "json")
+    }
     for revision in (None, "refs/convert/parquet"):
-        folder = find_folder(name, patterns, revision, repo_type="dataset")
-        paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-        names = [path for path in sorted(paths) if any(fnmatch(path, pattern) for pattern in patterns)]
-        if revision and len(configurations := {path.split("/")[0] for path in names}) > 1:
-            raise UserError(f"{name} has several configurations, not one: {', '.join(sorted(configurations))}")
-        if names:
-            return [paths[path] for path in names]
-    raise UserError(f"{name}: the hub has no parquet, jsonl or json file of a split named {split}")
+        try:
+            folder = find_folder(name, sum(patterns.values(), []), revision, repo_type="dataset")
+        except UserError as reason:  # offline, either of the two may be what the cache holds
+            problem = problem if revision else reason
+            continue
+        for suffix, forms in patterns.items():
+            paths = {str(path.relative_to(folder)): path for path in folder.rglob(f"*.{suffix}")}
+            names = [path for path in sorted(paths) if any(fnmatch(path, form) for form in forms)]
+            if len(folders := sorted({str(Path(path).parent) for path in names})) > 1:
+                raise UserError(f"{name} has several configurations, not one: {', '.join(folders)}")
+            if names:
+                return [paths[path] for path in names]
+    raise problem
 
 
 def load_rows(source: str, limit: int | None = None) -> list[dict]:
@@ -96,12 +108,19 @@ def _turn(role, content) -> Message:
         raise UserError(f"role {role!r} is not system, user or assistant")
     if not isinstance(content, str):
         raise UserError(f"the {role}'s content is {type(content).__name__}, not text")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the {role}'s content holds half of a surrogate pair, which is no character") from None
     return {"role": role, "content": content}
 
 
 def _exchange(prompt: str, extra: str | None, answer: str) -> list[Message]:
     """One question and its answer; `extra` (Alpaca's input, Dolly's context) follows the question on its own line."""
-    return [_turn("user", f"{prompt}\n{extra}" if extra else prompt), _turn("assistant", answer)]
+    question = _turn("user", prompt)
+    if extra:
+        question["content"] += "\n" + _turn("user", extra)["content"]
+    return [question, _turn("assistant", answer)]
 
 
 def _from_messages(row: dict) -> list[Message]:
@@ -220,7 +239,7 @@ def load_conversations(sources: str, limit: int | None = None, seed: int = 42) -
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer.json, as SFT needs it: text is only ever text, control tokens are added by their ids.
+    """A checkpoint's tokenizer.json, as SFT needs it: special tokens come in by their ids, never from spelled-out text.
 
     eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
     """

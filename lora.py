@@ -159,6 +159,7 @@ def save_adapter(model: Transformer, folder):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
+        "revision": model.revision,
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
@@ -170,7 +171,17 @@ def save_adapter(model: Transformer, folder):
 
 
 # What peft can switch on that changes the result and is not implemented here
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+UNSUPPORTED = [
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern"),
+    *(
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+]
 
 
 def load_adapter(model: Transformer, folder) -> Transformer:
@@ -183,9 +194,14 @@ def load_adapter(model: Transformer, folder) -> Transformer:
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{folder}: peft_type {config.get('peft_type')}, bias {config.get('bias')} is not plain LoRA")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise UserError(f"{folder}: {key} is {config.get(key)!r}, not a number")
     for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{folder}: {key} is not implemented")
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):  # the others change the base too
+        raise UserError(f"{folder}: init_lora_weights {config['init_lora_weights']!r} is not implemented")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as reason:
@@ -200,9 +216,11 @@ def load_adapter(model: Transformer, folder) -> Transformer:
     add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
     for name, layer in lora_layers(model).items():
         for part in ("lora_A", "lora_B"):
-            stored, own = tensors.get(f"{PREFIX}{name}.{part}.weight"), getattr(layer, part)
+            stored, own = tensors.pop(f"{PREFIX}{name}.{part}.weight", None), getattr(layer, part)
             if stored is None or stored.shape != own.shape:
                 problem = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(own.shape)}"
                 raise UserError(f"{path}: {PREFIX}{name}.{part}.weight {problem}")
             own.data.copy_(stored)
+    if tensors:
+        raise UserError(f"{path}: tensor {min(tensors)} has no place in a plain LoRA adapter")
     return model

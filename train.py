@@ -138,7 +138,8 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
     optimizer = torch.optim.AdamW(adapters, lr=args.lr, weight_decay=0.0)
     probe = AttentionProbe(model, args.layer)
     model.train()
-    history, seen = History(model, args.history, args.ema_alpha, args.history_every), 0  # Alg. 1, line 2
+    kind = args.history if scored and args.gamma > 0 else "base"  # nothing is kept that no score reads
+    history, seen = History(model, kind, args.ema_alpha, args.history_every), 0  # Alg. 1, line 2
 
     for step, batch in enumerate(steps, 1):  # Alg. 1, line 3
         start, loss_sum, selected_sum = time.perf_counter(), torch.zeros((), device=device), 0
@@ -209,8 +210,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layer", type=int, default=-1, help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",
         help="history model of Eq. 3. base: the model before training, no extra memory. ema: Eq. 4 on the merged "
-        "weights, exactly; costs a float32 copy of every adapted matrix, and a second full-size product at each of them in the "
-        "history pass. checkpoint: the adapter as it was at the last refresh")
+        "weights, exactly; costs a float32 copy of every adapted matrix, and a second full-size product at each of "
+        "them in the history pass. checkpoint: the adapter as it was at the last refresh")
     add("--ema-alpha", type=float, default=0.999, help="alpha of Eq. 4, for --history ema")
     add("--history-every", type=int, default=100, metavar="N", help="refresh --history checkpoint every N steps")
     add("--loss-mean", choices=("sample", "batch"), default="sample",
@@ -266,6 +267,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--attention-only": (args.attention_only >= 0, "at least 0"),
         "--max-length": (args.max_length >= 2, "at least 2"),
     }
+    bounds["--seed"] = (0 <= args.seed < 2**63, "from 0 to 2^63 - 1")
     for flag in ("batch_size", "micro_batch_size", "epochs", "max_steps", "limit", "history_every", "lora_rank"):
         value = getattr(args, flag)
         bounds["--" + flag.replace("_", "-")] = (value is None or value >= 1, "at least 1")
@@ -301,6 +303,7 @@ def main(argv: list[str] | None = None):
     if (longest := max(len(e.ids) for e in examples + held_out)) > model.config.max_position_embeddings:
         context = model.config.max_position_embeddings
         raise UserError(f"{args.model} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
+    AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
     torch.manual_seed(args.seed)
     lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     folder = runs.new_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite)
@@ -341,7 +344,7 @@ def main(argv: list[str] | None = None):
         lora.merge(model, folder / "merged")
     runs.write_json(folder / "run.json", record)
     print(
-        f"wrote {', '.join(sorted(p.name for p in folder.iterdir()))} to {folder}; "
+        f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; "
         f"evaluate with: python evaluate.py --model {args.model} --adapter {folder}"
     )
 

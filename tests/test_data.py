@@ -92,6 +92,9 @@ WRONG_ROWS = {
     "row 1: role 'tool'": {"messages": [{"role": "tool", "content": "x"}]},
     "row 1: the assistant's content is NoneType": {"messages": [user("Q"), assistant(None)]},
     "row 1: a str, not an object": "text",
+    "row 1: the user's content is list, not text": {"instruction": "Q", "input": ["a"], "output": "A"},
+    "row 1: the user's content is NoneType, not text": {"instruction": None, "input": "I", "output": "A"},
+    "row 1: the assistant's content holds half of a surrogate pair": {"prompt": "Q", "completion": "bad \ud83d end"},
 }
 
 
@@ -146,21 +149,22 @@ def run_python(code, argument, environment):
 def test_hub_data_sets_from_their_own_files_and_from_the_hubs_parquet_copies(tmp_path):
     rows = [{"prompt": "a", "completion": str(i)} for i in range(7)]
     own, bare, copies, several = tmp_path / "own", tmp_path / "bare", tmp_path / "copies", tmp_path / "several"
-    for path in (own / "data", bare, copies / "default" / "train", several / "a" / "train", several / "b" / "train"):
+    for path in (own / "data", bare, copies / "default" / "train", several / "a", several / "b"):
         path.mkdir(parents=True)
     table = pyarrow.Table.from_pylist
     pyarrow.parquet.write_table(table(rows[:4]), own / "data" / "train-00000-of-00002.parquet")
     pyarrow.parquet.write_table(table(rows[4:]), own / "data" / "train-00001-of-00002.parquet")
     pyarrow.parquet.write_table(table(rows[:1]), own / "data" / "test-00000-of-00001.parquet")
     (bare / "script.py").write_text("")
-    for folder in (copies / "default", several / "a", several / "b"):
-        pyarrow.parquet.write_table(table(rows), folder / "train" / "0000.parquet")
+    for folder in (copies / "default" / "train", several / "a", several / "b"):
+        pyarrow.parquet.write_table(table(rows), folder / f"{'0000' if folder.name == 'train' else 'train-0'}.parquet")
+    for name in ("data/train_gen-00000-of-00001.parquet", "train.jsonl", "training_config.json"):  # none of it is more
+        (own / name).write_text(json.dumps(rows[0]))
     repos = {
         ("dataset", "who/own", "main"): own,
         ("dataset", "who/bare", "main"): bare,
         ("dataset", "who/bare", "refs/convert/parquet"): copies,
-        ("dataset", "who/several", "main"): bare,
-        ("dataset", "who/several", "refs/convert/parquet"): several,
+        ("dataset", "who/several", "main"): several,
     }
     with serve(repos, tmp_path / "cache") as (environment, requests):
         for name in ("who/own", "who/bare"):
@@ -171,8 +175,9 @@ def test_hub_data_sets_from_their_own_files_and_from_the_hubs_parquet_copies(tmp
         assert "UserError: who/several has several configurations, not one: a, b" in mixed.stderr
         missing = run_python(LOAD_FROM_HUB, "who/none", environment)
         assert "UserError" in missing.stderr and "who/none" in missing.stderr
-    offline = run_python(LOAD_FROM_HUB, "who/own", environment | {"HF_HUB_OFFLINE": "1"})
-    assert offline.stdout == f"3 {rows[-1]}\n", offline.stderr  # the server is gone: this is the cache
+    for name in ("who/own", "who/bare"):  # the server is gone: this is the cache
+        offline = run_python(LOAD_FROM_HUB, name, environment | {"HF_HUB_OFFLINE": "1"})
+        assert offline.stdout == f"3 {rows[-1]}\n", offline.stderr
 
 
 def test_the_pool_is_drawn_in_proportion_and_by_the_seed(monkeypatch):

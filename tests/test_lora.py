@@ -131,6 +131,12 @@ def test_saved_adapters_load_again_bit_for_bit(checkpoint, tmp_path):
 
 WRONG_ADAPTERS = {
     "use_dora": lambda config, tensors: config.update(use_dora=True),
+    "alora_invocation_tokens": lambda config, tensors: config.update(alora_invocation_tokens=[5]),
+    "init_lora_weights 'pissa'": lambda config, tensors: config.update(init_lora_weights="pissa"),
+    "lora_alpha is None": lambda config, tensors: config.pop("lora_alpha"),
+    "lora_A.bias has no place": lambda config, tensors: tensors.update(
+        {"base_model.model.model.layers.0.mlp.up_proj.lora_A.bias": torch.ones(4)}
+    ),
     "rank_pattern": lambda config, tensors: config.update(rank_pattern={"q_proj": 2}),
     "bias all": lambda config, tensors: config.update(bias="all"),
     "peft_type IA3": lambda config, tensors: config.update(peft_type="IA3"),

@@ -345,6 +345,15 @@ def test_an_ema_of_a_bfloat16_model_moves_because_it_is_kept_in_float32(llama, r
         assert torch.allclose(average, (1 - 0.999**100) * layer.product(), rtol=1e-3, atol=1e-7)
 
 
+def test_no_history_is_kept_that_no_score_reads(llama, rows, monkeypatch):
+    kinds, real = [], History
+    monkeypatch.setattr(train_module, "History", lambda model, kind, *a: kinds.append(kind) or real(model, kind, *a))
+    for flags in (["--gamma", "0"], ["--method", "full"], ["--rho", "1"], []):
+        model, examples, args = prepare(llama, rows, "--history", "ema", "--max-steps", "1", *flags)
+        train(model, examples, args, lambda line: None)
+    assert kinds == ["base", "base", "base", "ema"]
+
+
 def test_training_refreshes_the_history_as_often_as_asked(llama, rows, monkeypatch):
     refreshed = []
     for every in ("1", "2", "5"):
@@ -438,6 +447,9 @@ def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(l
         assert run(*flags, *more, "--out", tmp_path / name).returncode == 0
     assert adapter("a") == adapter("b") != adapter("c")
 
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(llama) and config["revision"] is None
+
     again = run(*flags, "--out", tmp_path / "a")
     assert again.returncode == 2 and "holds another run" in again.stderr
     assert run(*flags, "--max-steps", "1", "--out", tmp_path / "a", "--overwrite").returncode == 0
@@ -460,6 +472,7 @@ MISTAKES = {
     "--device meta": ["--device", "meta"],
     "--device cuda:99": ["--device", "cuda:99"],
     "--lr is inf": ["--lr", "inf"],
+    "--seed": ["--seed", "99999999999999999999"],
     "--lora-alpha is nan": ["--lora-alpha", "nan"],
     "--data names no source": ["--data", " , "],
 }
@@ -473,6 +486,7 @@ def test_a_mistake_ends_with_status_2_and_one_line(llama, rows, tmp_path, capsys
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) <= 3
     assert lines[-1].startswith("error:") and message in lines[-1]
+    assert not (tmp_path / "out").exists()  # so the corrected command can be run at once
 
 
 def test_a_sample_longer_than_the_models_context_is_refused(llama, tmp_path):
