@@ -151,10 +151,11 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
             ids, response = data.collate([examples[i] for i in micro_batch], device)
             history_nll = history.nll(ids, response) if uses_rel else None
             nll = response_nll(model, ids, response)
-            rel = (
-                retrospective_excess_loss(nll.detach(), history_nll) if uses_rel else torch.zeros_like(nll)
-            )  # line 5, Eq. 3
-            attention = probe.scores(response)[response] if uses_attention else torch.zeros_like(rel)  # line 6, Eq. 7
+            rel, attention = torch.zeros_like(nll), torch.zeros_like(nll)  # without a weight in the score, left at zero
+            if uses_rel:
+                rel = retrospective_excess_loss(nll.detach(), history_nll)  # Alg. 1, line 5
+            if uses_attention:
+                attention = probe.scores(response)[response]  # Alg. 1, line 6
 
             losses = []
             tokens_of = [x.split([sizes[i] for i in micro_batch]) for x in (nll, rel, attention)]
