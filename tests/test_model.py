@@ -273,6 +273,13 @@ def test_token_nll_in_bfloat16_is_not_off_by_the_rounding_of_large_logits():
     assert (hidden.grad - exact_hidden.grad).norm() < 0.01 * exact_hidden.grad.norm()
 
 
+def test_token_nll_of_a_certain_token_is_zero_and_never_below():
+    _, weight, targets, _ = loss_case(tokens=300, size=64)
+    weight = weight.bfloat16()
+    nll = token_nll(weight[targets] * 1.37, weight, targets)  # logits near 88, far above the others
+    assert nll.min() == 0 and nll.max() < 1e-3
+
+
 def test_token_nlls_memory_grows_with_the_chunk_and_not_with_the_tokens():
     vocab, chunk = 50_000, 16
     weight, hidden = torch.randn(vocab, 8), torch.randn(640, 8, requires_grad=True)
@@ -310,5 +317,9 @@ def test_generation_with_the_cache_equals_generation_without(checkpoint):
         for _ in range(12):
             ids.append(int(model.lm_head(model(torch.tensor([ids]))[0, -1]).argmax()))
         assert new == ids[len(prompt) :]
+    passes = []
+    handle = model.register_forward_hook(lambda *given: passes.append(1))
+    assert generate(model, prompts, 2) == [new[:2] for new in produced] and len(passes) == 2
+    handle.remove()
     stop = produced[1][4]
     assert generate(model, prompts, 12, stop_ids=[stop])[1] == produced[1][: produced[1].index(stop)]
