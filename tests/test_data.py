@@ -295,7 +295,7 @@ def test_batches_hold_every_sample_once_in_a_seeded_order():
 
 def test_lengths_sort_samples_within_a_global_batch_and_never_between_two():
     lengths = [(7 * i) % 50 + 1 for i in range(96)]
-    sets = lambda plan: [{i for micro in batch for i in micro} for batch in plan]  # noqa: E731
+    sets = lambda plan: [{i for micro in batch for i in micro} for batch in plan]
     by_length = list(plan_batches(lengths, 24, 4, seed=3))
     assert sets(by_length) == sets(plan_batches([1] * 96, 24, 4, seed=3)) == sets(plan_batches(lengths, 24, 6, seed=3))
     for batch in by_length:

@@ -201,7 +201,7 @@ def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, mon
     model = load_model(checkpoint)
     ids, _ = random_batch([40, 23])
     calls, sdpa = [], F.scaled_dot_product_attention
-    spy = lambda *args, **kwargs: calls.append(kwargs) or sdpa(*args, **kwargs)  # noqa: E731
+    spy = lambda *args, **kwargs: calls.append(kwargs) or sdpa(*args, **kwargs)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
         model(ids)

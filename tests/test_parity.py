@@ -141,7 +141,7 @@ LOAD += "revision=(sys.argv[1].split('@') + [None])[1]); print(sum(p.double().su
 
 
 def test_models_from_the_hub_token_revision_cache_and_offline(checkpoint, llama, tmp_path):
-    total = lambda folder: f"{sum(p.double().sum().item() for p in load_model(folder).parameters())}\n"  # noqa: E731
+    total = lambda folder: f"{sum(p.double().sum().item() for p in load_model(folder).parameters())}\n"
     (extra := tmp_path / "main").mkdir()
     shutil.copytree(checkpoint, extra, dirs_exist_ok=True)
     (extra / "original").mkdir()

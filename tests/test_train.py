@@ -146,7 +146,7 @@ def test_at_the_first_step_rel_is_exactly_zero(checkpoint, rows, monkeypatch, dt
         checkpoint, rows, "--dtype", dtype, "--lora-dropout", "0.1", "--max-steps", "1", active=False
     )
     seen, real = [], train_module.retrospective_excess_loss
-    spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]  # noqa: E731
+    spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
     monkeypatch.setattr(train_module, "retrospective_excess_loss", spy)
     train(model, examples, args, lambda line: None)
     assert seen and all(rel.eq(0).all() for rel in seen)
@@ -303,7 +303,7 @@ def test_base_weights_stay_as_they_are(llama, rows):
 
 
 def test_the_order_follows_the_seed_and_changes_with_the_epoch(llama, rows):
-    plan = lambda *flags: plan_steps(list(range(1, 21)), arguments(llama, rows, *flags))  # noqa: E731
+    plan = lambda *flags: plan_steps(list(range(1, 21)), arguments(llama, rows, *flags))
     two = plan("--epochs", "2")
     assert two[:3] == plan() and two[3:] != two[:3]
     assert plan("--seed", "1") != plan() == plan("--seed", "42")
@@ -313,7 +313,7 @@ def test_history_ema_is_eq_4_on_the_merged_weights(checkpoint, rows, monkeypatch
     model, examples, args = prepare(
         checkpoint, rows, "--history", "ema", "--ema-alpha", "0.7", "--lr", "0.01", active=False
     )
-    merged = lambda: {n: (x.weight + 4 * x.product()).double() for n, x in lora_layers(model).items()}  # noqa: E731
+    merged = lambda: {n: (x.weight + 4 * x.product()).double() for n, x in lora_layers(model).items()}
     expected, histories, real = merged(), [], train_module.History
     monkeypatch.setattr(train_module, "History", lambda *a: histories.append(real(*a)) or histories[0])
     seen = []
@@ -442,7 +442,7 @@ def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(l
     steps = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == list(range(1, 13))
 
-    adapter = lambda name: (tmp_path / name / "adapter_model.safetensors").read_bytes()  # noqa: E731
+    adapter = lambda name: (tmp_path / name / "adapter_model.safetensors").read_bytes()
     for name, more in {"b": [], "c": ["--seed", "43"]}.items():
         assert run(*flags, *more, "--out", tmp_path / name).returncode == 0
     assert adapter("a") == adapter("b") != adapter("c")
