@@ -4,7 +4,6 @@
 Adapters are saved and read in peft's file format.
 """
 
-import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Linear, Transformer, UserError, read_json, save_model
+from model import Linear, Transformer, UserError, read_json, save_model, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -167,7 +166,7 @@ def save_adapter(model: Transformer, folder):
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", config)
 
 
 # What peft can switch on that changes the result and is not implemented here

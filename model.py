@@ -9,6 +9,7 @@ Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d h
 
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def write_json(path: Path, value):
+    """Write `value` whole or not at all: to a temporary file first, which then takes the place of `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_config(folder: Path) -> Config:
@@ -395,7 +406,7 @@ def save_model(model: Transformer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     dtype_key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
     config = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     # named_parameters lists a tied tensor once, under its first name: the embedding
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

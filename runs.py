@@ -7,7 +7,6 @@ versions, seed), log.jsonl and, where asked for, merged/ (a whole checkpoint).
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import resource
@@ -41,16 +40,6 @@ def new_folder(out: str | None, name: str, overwrite: bool = False) -> Path:
     except OSError as reason:
         raise UserError(f"--out {folder} cannot be made: {reason.strerror}") from None
     return folder
-
-
-def write_json(path: Path, value):
-    """Write `value` whole or not at all: to a temporary file first, which then takes the place of `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def append_line(path: Path, value: dict):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 import lora
 import runs
-from model import Transformer, UserError, load_model, response_nll
+from model import Transformer, UserError, load_model, response_nll, write_json
 from sstoken import (
     AttentionProbe,
     ema_update,
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None):
     if held_out:
         print(f"held out: {len(held_out):,} samples;", no_response(lost))
     record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
-    runs.write_json(folder / "run.json", record)
+    write_json(folder / "run.json", record)
 
     def report_held_out(when):
         if held_out:
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None):
     lora.save_adapter(model, folder)
     if args.merge:
         lora.merge(model, folder / "merged")
-    runs.write_json(folder / "run.json", record)
+    write_json(folder / "run.json", record)
     print(
         f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; "
         f"evaluate with: python evaluate.py --model {args.model} --adapter {folder}"
