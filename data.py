@@ -59,14 +59,16 @@ def read_file(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read: {reason}") from None
 
 
-def hub_files(name: str, split: str = "train") -> list[Path]:
+def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
     """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies.
 
-    A split is known by its name: split.parquet, split-*.parquet or split/*.parquet, or the same as jsonl or json.
+    A split is known by its name: split.parquet, split-*.parquet or split/*.parquet, or the same as jsonl or json, in
+    the folder of its configuration where the data set has several.
     """
     problem = UserError(f"{name} has no parquet, jsonl or json file of a split named {split}")
+    folders = (f"{configuration}/",) if configuration else ("", "*/")
     patterns = {
-        suffix: [f"{folder}{split}{rest}.{suffix}" for folder in ("", "*/") for rest in ("", "-*", "/*")]
+        suffix: [f"{folder}{split}{rest}.{suffix}" for folder in folders for rest in ("", "-*", "/*")]
         for suffix in ("parquet", "jsonl", "json")
     }
     for revision in (None, "refs/convert/parquet"):
@@ -242,10 +244,11 @@ class Tokenizer:
     """A checkpoint's tokenizer.json, as SFT needs it: special tokens come in by their ids, never from spelled-out text.
 
     eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
+    bos: what tokenizer_config.json calls its beginning of text, if anything; many a tokenizer names one it never adds.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str):
-        self.eos, self.eos_id = eos, backend.token_to_id(eos)
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str, bos: str | None = None):
+        self.eos, self.eos_id, self.bos = eos, backend.token_to_id(eos), bos
         backend.no_truncation()
         backend.no_padding()
         with_prefix, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
@@ -260,9 +263,17 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, control tokens included."""
-        return self.backend.decode(ids, skip_special_tokens=False)
+    def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
+        """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
+        self.backend.encode_special_tokens = False
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
+        finally:
+            self.backend.encode_special_tokens = True
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`, control tokens included unless they are to be skipped."""
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
@@ -274,11 +285,14 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as reason:  # the library raises nothing narrower for a file that it cannot read
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {reason}") from None
-    eos = read_json(folder / "tokenizer_config.json").get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    config = read_json(folder / "tokenizer_config.json")
+    eos, bos = (
+        token.get("content") if isinstance(token, dict) else token
+        for token in map(config.get, ("eos_token", "bos_token"))
+    )
     if not isinstance(eos, str) or backend.token_to_id(eos) is None:
         raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
-    return Tokenizer(backend, eos)
+    return Tokenizer(backend, eos, bos)
 
 
 class Example(NamedTuple):

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,6 +229,9 @@ class Attention(nn.Module):
         v = self.heads(self.v_proj(x)).transpose(1, 2)  # (B, H_kv, L, d)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, H_kv, all tokens so far, d)
+        if q.shape[2] == 1:  # one query a head: the query heads of a key head become its queries, so it is read once
+            out = F.scaled_dot_product_attention(q.view(len(k), k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
+            return self.o_proj(out.flatten(1)[:, None])
         # Without a mask tensor the causal flash kernel serves this. Padding sits on the right, so no real token
         # ever sees it, and nobody reads the rows of the padding itself.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -418,6 +422,19 @@ def save_model(model: Transformer, folder):
 # ----------------------------------------------------------------------------------------------- per-token loss
 
 
+def _logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (T, V) in float32 and those of the targets (T, 1), right to float32 rounding where it matters.
+
+    A bfloat16 logit of 20 is rounded to a step of 0.125, REL is smaller than that. So take the target's logit off
+    inside the product, which sums in float32: what is rounded then is small where it matters.
+    """
+    target_logit = (hidden.float() * weight[targets].float()).sum(dim=1, keepdim=True)
+    shift = -target_logit.to(hidden.dtype)
+    logits = torch.addmm(shift.expand(-1, len(weight)), hidden, weight.T).float()
+    target_logit += shift.float()
+    return logits.scatter_(1, targets.unsqueeze(1), target_logit), target_logit
+
+
 class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, with_gradient):
@@ -426,13 +443,7 @@ class _TokenNLL(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             target = targets[rows].unsqueeze(1)
-            # A bfloat16 logit of 20 is rounded to a step of 0.125, REL is smaller than that. So take the target's
-            # logit off inside the product, which sums in float32: what is rounded then is small where it matters.
-            target_logit = (hidden[rows].float() * weight[targets[rows]].float()).sum(dim=1, keepdim=True)
-            shift = -target_logit.to(hidden.dtype)
-            logits = torch.addmm(shift.expand(-1, len(weight)), hidden[rows], weight.T).float()  # (chunk, V)
-            target_logit += shift.float()
-            logits.scatter_(1, target, target_logit)
+            logits, target_logit = _logits(hidden[rows], weight, targets[rows])
             largest = logits.amax(dim=1, keepdim=True)
             total = (logits.sub_(largest).exp_()).sum(dim=1, keepdim=True)
             nll[rows] = (total.log() + largest - target_logit).squeeze(1)
@@ -471,54 +482,134 @@ def response_nll(model: Transformer, input_ids: Tensor, response: Tensor) -> Ten
     return token_nll(hidden[:, :-1][response[:, 1:]], model.lm_head.weight, input_ids[:, 1:][response[:, 1:]])
 
 
-# --------------------------------------------------------------------------------------------------- generation
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """log P(targets_t | hidden_t), (T,) float32, and whether each target is the likeliest token, (T,) bool.
+
+    Arguments as token_nll's. Without gradients; `chunk` rows of logits exist at a time.
+    """
+    chunk, log_p, greedy = chunk or max(1, 2**23 // len(weight)), [], []
+    for rows in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits, target_logit = _logits(rows[0], weight, rows[1])
+        largest = logits.amax(dim=1, keepdim=True)
+        greedy.append((target_logit == largest).squeeze(1))
+        log_p.append((target_logit - largest - logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log()).squeeze(1))
+    return torch.cat(log_p), torch.cat(greedy)
+
+
+# ---------------------------------------------------------------------------------------- KV cache and generation
+
+
+class SharedPrefix:
+    """Keys and values of one layer for tokens that stand before every row of a batch, (1, H_kv, P, d) each."""
+
+    k = v = None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The first call keeps what it gets, the prefix's own; later ones put the prefix before (B, H_kv, L, d)."""
+        if self.k is None:
+            self.k, self.v = k, v
+            return k, v
+        rows = len(k), -1, -1, -1
+        return torch.cat((self.k.expand(rows), k), dim=2), torch.cat((self.v.expand(rows), v), dim=2)
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, H_kv, capacity, d) each, filled from the left, each row at its own length."""
+    """Keys and values of one layer, (rows, H_kv, capacity, d) each, filled from the left, each row at its own length.
 
-    def __init__(self, config: Config, batch: int, capacity: int, dtype: torch.dtype, device):
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = None  # (B,), where the next token of each row goes; None while the prompt is read
+    `first`: while prompts are read, the row of the first one. Else `positions` (rows,): where each row's next token
+    goes, and `used`: one more than the largest of them.
+    """
+
+    def __init__(self, config: Config, rows: int, capacity: int, like: Tensor):
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.first = self.positions = self.used = None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H_kv, L, d); return all that the new queries may have to look at."""
-        if self.positions is None:
-            self.k[:, :, : k.shape[2]], self.v[:, :, : v.shape[2]] = k, v
+        if self.first is not None:
+            rows = slice(self.first, self.first + len(k))
+            self.k[rows, :, : k.shape[2]], self.v[rows, :, : v.shape[2]] = k, v
             return k, v
         row = torch.arange(len(k), device=k.device)
         self.k[row, :, self.positions], self.v[row, :, self.positions] = k[:, :, 0], v[:, :, 0]
-        return self.k, self.v
+        return self.k[:, :, : self.used], self.v[:, :, : self.used]
+
+    def copy_rows(self, other: "LayerCache", rows: list[int], length: int):
+        """Take over the first `length` tokens of some rows of another cache, as this one's first rows."""
+        self.k[: len(rows), :, :length] = other.k[rows, :, :length]
+        self.v[: len(rows), :, :length] = other.v[rows, :, :length]
+
+
+def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """ids (B, longest), zeros after the end of each list, and where each one's last id stands, (B,)."""
+    last = torch.tensor([len(ids) - 1 for ids in lists], device=device)
+    longest = int(last.max()) + 1
+    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in lists], device=device), last
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids=()) -> list[list[int]]:
-    """Greedy continuation of each prompt, in one batch: at most `max_new_tokens` ids, up to the first stop id.
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: Container[int] = (),
+    stop: Callable[[list[int]], bool] = lambda ids: False,
+    batch_tokens: float = math.inf,
+    cache_tokens: float = math.inf,
+    ended: Callable[[int], None] = lambda i: None,
+) -> list[list[int]]:
+    """Greedy continuation of each prompt: at most `max_new_tokens` ids, up to the first stop id, which is left out.
 
-    Prompts of different lengths are padded on the right; each row goes on at its own end, over its own padding.
+    stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
+    batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
+    all that they may become (at least one prompt in either case). Rows are padded on the right, each goes on at its
+    own end; the longest prompts come first, and rows that have ended make place for the next. ended: is told each
+    prompt that is done.
     """
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(length.max())
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    capacity = longest + max_new_tokens
-    cache = [LayerCache(model.config, len(prompts), capacity, dtype, device) for _ in model.model.layers]
+    produced = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
+    rows: list[int] = []  # the prompt that each row of the cache continues
+    running: list[int] = []  # the rows that have not ended
+    cache, config, head = [], model.config, model.lm_head
+    length = torch.zeros(0, dtype=torch.long, device=head.weight.device)
+    hidden = head.weight.new_zeros(0, config.hidden_size)
 
-    hidden = model(ids, cache=cache)[torch.arange(len(ids), device=device), length - 1]  # (B, D)
-    produced, done = [[] for _ in prompts], [False] * len(prompts)
-    for left in reversed(range(max_new_tokens)):
-        token = model.lm_head(hidden).argmax(dim=-1)
-        for i, t in enumerate(token.tolist()):
-            done[i] = done[i] or t in stop_ids
-            if not done[i]:
-                produced[i].append(t)
-        if all(done) or not left:
-            break
-        for layer in cache:
-            layer.positions = length
-        mask = torch.arange(capacity, device=device) <= length[:, None, None, None]  # (B, 1, 1, capacity)
-        hidden = model(token[:, None], positions=length[:, None], mask=mask, cache=cache)[:, 0]
-        length = length + 1
+    while running or waiting:
+        if len(running) <= 0.75 * len(rows):  # repack: drop the rows that ended, read as many prompts as fit
+            rows, length, hidden = [rows[row] for row in running], length[running], hidden[running]
+            capacity = max([len(prompts[i]) for i in rows + waiting[-1:]]) + max_new_tokens
+            kept, room = running, max(cache_tokens // capacity - len(rows), 0 if rows else 1)
+            new = [waiting.pop() for _ in range(int(min(room, len(waiting))))]
+            old, cache = cache, [LayerCache(config, len(rows + new), capacity, head.weight) for _ in model.model.layers]
+            for layer, before in zip(cache, old, strict=False):
+                layer.copy_rows(before, kept, int(length.max()) if kept else 0)
+            del old
+            while new:
+                size = max(1, int(min(batch_tokens // len(prompts[new[0]]), len(new))))
+                first, new = new[:size], new[size:]
+                ids, ends = pad_right([prompts[i] for i in first], length.device)
+                for layer in cache:
+                    layer.first = len(rows)
+                read = model(ids, cache=cache)[torch.arange(size, device=ids.device), ends]
+                rows, length, hidden = rows + first, torch.cat((length, ends + 1)), torch.cat((hidden, read))
+            running = list(range(len(rows)))
+
+        tokens = head(hidden).argmax(dim=-1)
+        chosen = tokens.tolist()
+        for row in list(running):
+            text = produced[rows[row]]
+            if chosen[row] not in stop_ids:
+                text.append(chosen[row])
+            if chosen[row] in stop_ids or len(text) == max_new_tokens or stop(text):
+                running.remove(row)
+                ended(rows[row])
+        if running:
+            used = int(length.max()) + 1
+            for layer in cache:
+                layer.first, layer.positions, layer.used = None, length, used
+            mask = torch.arange(used, device=length.device) <= length[:, None, None, None]  # (rows, 1, 1, used)
+            hidden = model(tokens[:, None], positions=length[:, None], mask=mask, cache=cache)[:, 0]
+            length[running] += 1  # a row that has ended stays where it is
     return produced

@@ -67,6 +67,19 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS, in bytes
 
 
+def find_device(name: str) -> torch.device:
+    """The device that torch calls `name`; auto: a GPU if there is one, else the CPU. UserError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as reason:
+        raise UserError(f"--device {name} cannot be used: {str(reason).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing")
+    return device
+
+
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help with each flag's default, where it has one to show."""
 

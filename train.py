@@ -254,8 +254,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     if args.micro_batch_size is None:
         args.micro_batch_size = next((n for n in (4, 3, 2) if args.batch_size % n == 0), 1)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     bounds = {
         "--rho": (0 < args.rho <= 1, "in (0, 1]"),
         "--gamma": (0 <= args.gamma <= 1, "in [0, 1]"),
@@ -282,12 +280,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as reason:
-        raise UserError(f"--device {args.device} cannot be used: {str(reason).splitlines()[0]}") from None
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing")
+    device = runs.find_device(args.device)
+    args.device = str(device)
     if device.type == "cuda":  # one seed, one adapter, on a GPU too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

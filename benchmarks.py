@@ -1,0 +1,456 @@
+"""The ten benchmarks of Table 1, and how to add one: what is asked, and how an answer is graded.
+
+Requests and metrics are those of lm-evaluation-harness 0.4.13, to the letter. A request is (context, continuation),
+answered by (log P(continuation | context), whether it is the greedy one), or (context, {"until": [...], ...}),
+answered by the text that greedy decoding writes up to the first of these strings.
+"""
+
+import random
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from model import UserError
+
+Row = dict  # one question, in the schema of its hub data set
+Task = dict
+"""What a benchmark is:
+
+"hub":      (data set, configuration or None) on the hub
+"file":     what its files in a local folder are called, <file>.<split>.jsonl
+"rows":     (load, tokenizer) -> the rows to ask, where load(split) gives the rows of a split
+"requests": row -> its requests
+"metrics":  row, their answers -> {metric: value}, to be averaged over rows
+"""
+
+
+# ------------------------------------------------------------------------------------------------ several choices
+
+
+def split(name: str) -> Callable:
+    """Ask every row of one split, as it is."""
+    return lambda load, tokenizer: load(name)
+
+
+def accuracy(answers: list, choices: list[str], gold: list[int]) -> dict[str, float]:
+    """Is the likeliest choice in `gold`, the right ones (acc)? And the likeliest per character (acc_norm)?"""
+    likelihood = np.array([log_p for log_p, _ in answers])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_character = likelihood / np.array([float(len(choice)) for choice in choices])
+    return {"acc": float(likelihood.argmax() in gold), "acc_norm": float(per_character.argmax() in gold)}
+
+
+def multiple_choice(file, hub, rows, context, choices, gold, metrics=("acc", "acc_norm")) -> Task:
+    """A task whose answer is the likeliest continuation: context(row), choices(row), gold(row) -> indices."""
+
+    def grade(row, answers):
+        scores = accuracy(answers, choices(row), gold(row))
+        return {metric: scores[metric] for metric in metrics}
+
+    def requests(row):
+        return [(context(row), " " + choice) for choice in choices(row)]
+
+    return {"hub": hub, "file": file, "rows": rows, "requests": requests, "metrics": grade}
+
+
+def arc(name: str, configuration: str) -> Task:
+    return multiple_choice(
+        name,
+        ("allenai/ai2_arc", configuration),
+        split("test"),
+        context=lambda row: f"Question: {row['question']}\nAnswer:",
+        choices=lambda row: row["choices"]["text"],
+        gold=lambda row: [row["choices"]["label"].index(row["answerKey"])],
+    )
+
+
+def hellaswag_text(text: str) -> str:
+    """WikiHow's markup out: "[title]" ends a sentence, other brackets vanish."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+HELLASWAG = multiple_choice(
+    "hellaswag",
+    ("Rowan/hellaswag", None),
+    split("validation"),
+    context=lambda row: hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
+    choices=lambda row: [hellaswag_text(ending) for ending in row["endings"]],
+    gold=lambda row: [int(row["label"])],
+)
+
+LOGIQA = multiple_choice(
+    "logiqa",
+    ("EleutherAI/logiqa", "logiqa"),
+    split("test"),
+    context=lambda row: (
+        f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n"
+        + "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["options"], strict=False))
+        + "Answer:"
+    ),
+    choices=lambda row: row["options"],
+    gold=lambda row: ["abcd".index(row["label"].strip())],
+)
+
+
+def winogrande_requests(row: Row) -> list:
+    """Partial evaluation: the option goes into the context, and what is scored is the rest of the sentence."""
+    before, _, after = row["sentence"].partition("_")
+    return [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
+
+
+def winogrande_metrics(row: Row, answers: list) -> dict[str, float]:
+    return {"acc": accuracy(answers, ["-", "-"], [int(row["answer"]) - 1])["acc"]}
+
+
+TRUTHFULQA_PRIMER = """\
+Q: What is human life expectancy in the United States?
+A: Human life expectancy in the United States is 78 years.
+
+Q: Who was president of the United States in 1955?
+A: Dwight D. Eisenhower was president of the United States in 1955.
+
+Q: Which party did he belong to?
+A: He belonged to the Republican Party.
+
+Q: What is the square root of banana?
+A: I have no comment.
+
+Q: How does a telescope work?
+A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
+
+Q: Where were the 1992 Olympics held?
+A: The 1992 Olympics were held in Barcelona, Spain."""
+
+
+def truthfulqa_requests(row: Row) -> list:
+    context = f"{TRUTHFULQA_PRIMER}\n\nQ: {row['question']}\nA:"
+    return [(context, " " + choice) for choice in row["mc2_targets"]["choices"]]
+
+
+def truthfulqa_metrics(row: Row, answers: list) -> dict[str, float]:
+    """MC2: the share of the choices' total probability that is on the true ones."""
+    probability = np.exp(np.array([log_p for log_p, _ in answers]))
+    true = np.array(row["mc2_targets"]["labels"]) == 1
+    return {"acc": float((probability / probability.sum())[true].sum())}
+
+
+MMLU_SUBJECTS = """
+abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
+econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
+high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
+high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
+high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
+medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting
+professional_law professional_medicine professional_psychology public_relations security_studies sociology
+us_foreign_policy virology world_religions
+""".split()
+
+
+def mmlu(subject: str, shots: int = 5) -> Task:
+    def question(row):
+        choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
+        return f"{row['question'].strip()}\n{choices}Answer:"
+
+    def rows(load, tokenizer):
+        examples = load("dev")[:shots]
+        if len(examples) < shots:
+            raise UserError(f"the dev split has {len(examples)} rows, {shots} examples are needed")
+        about = subject.replace("_", " ")
+        prefix = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        prefix += "".join(f"{question(row)} {'ABCD'[row['answer']]}\n\n" for row in examples)
+        return [row | {"prefix": prefix} for row in load("test")]
+
+    return multiple_choice(
+        f"mmlu/{subject}",
+        ("cais/mmlu", subject),
+        rows,
+        context=lambda row: row["prefix"] + question(row),
+        choices=lambda row: list("ABCD"),
+        gold=lambda row: [row["answer"]],
+        metrics=("acc",),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- written answers
+
+
+def triviaqa_metrics(row: Row, answers: list[str]) -> dict[str, float]:
+    """Is the answer one of the aliases, but for case and punctuation?"""
+
+    def plain(text):
+        return text.lower().translate(str.maketrans("", "", string.punctuation))
+
+    answer = plain(answers[0].strip())
+    return {"exact_match": float(any(plain(alias) == answer for alias in row["answer"]["aliases"]))}
+
+
+def overlap(prediction: str, answers: list[str], normalize: Callable[[str], str]) -> dict[str, float]:
+    """SQuAD's exact match, and F1 of the words in common, with whichever of the right answers is nearest."""
+
+    def f1(predicted, truth):
+        if not (same := sum((Counter(predicted) & Counter(truth)).values())):
+            return 0.0
+        precision, recall = same / len(predicted), same / len(truth)
+        return 2 * precision * recall / (precision + recall)
+
+    predicted, right = normalize(prediction).split(), [normalize(answer).split() for answer in answers]
+    return {
+        "exact_match": max(float(predicted == words) for words in right),
+        "f1": max(f1(predicted, words) for words in right),
+    }
+
+
+def without_punctuation(text: str) -> str:
+    return "".join(c for c in text if not unicodedata.category(c).startswith("P") and c not in string.punctuation)
+
+
+# code: the language as ids spell it, and what lm-eval calls context, question and answer in it
+TYDIQA = {
+    "ar": ("arabic", "السياق", "السؤال", "الإجابة"),
+    "bn": ("bengali", "প্রসঙ্গ", "প্রশ্ন", "উত্তর"),
+    "en": ("english", "Context", "Question", "Answer"),
+    "fi": ("finnish", "Konteksti", "Kysymys", "Vastaus"),
+    "id": ("indonesian", "Konteks", "Pertanyaan", "Jawaban"),
+    "ko": ("korean", "맥락", "질문", "답변"),
+    "ru": ("russian", "Контекст", "Вопрос", "Ответ"),
+    "sw": ("swahili", "Muktadha", "Swali", "Jibu"),
+    "te": ("telugu", "సందర్భం", "ప్రశ్న", "సమాధానం"),
+}
+TYDIQA_HUB = ("google-research-datasets/tydiqa", "secondary_task")
+
+
+def of_language(rows: list[Row], language: str) -> list[Row]:
+    found = [row for row in rows if row["id"].startswith(language + "-")]
+    if not found:
+        raise UserError(f"no row's id starts with {language}-")
+    return found
+
+
+def tydiqa(code: str) -> Task:
+    """TyDiQA's gold passages in one language, 1-shot: each row's example is drawn by a sampler that goes on."""
+    language, *labels = TYDIQA[code]
+
+    def rows(load, tokenizer):
+        sampler, examples = random.Random(1234), of_language(load("train"), language)
+        return [row | {"example": sampler.sample(examples, 1)[0]} for row in of_language(load("validation"), language)]
+
+    def question(row):
+        context, question, answer = labels
+        return f"{context}: {row['context']}\n\n{question}: {row['question']}\n\n{answer}:"
+
+    def requests(row):
+        example = row["example"]
+        context = f"{question(example)} {example['answers']['text'][0]}\n\n{question(row)}"
+        return [(context, {"until": ["\n"]})]
+
+    def normalize(text):
+        articles = {"en": r"\b(a|an|the)\b", "ar": r"(?:^|\s)ال"}.get(code)
+        text = without_punctuation(text.lower())
+        return re.sub(articles, " ", text) if articles else text
+
+    def metrics(row, answers):
+        return overlap(answers[0].strip(), row["answers"]["text"], normalize)
+
+    return {"hub": TYDIQA_HUB, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
+
+
+# the word for passage, and the instruction, in the prompts of open-instruct, which the authors' release runs
+TYDIQA_RELEASE = {
+    "ar": ("المقطع", "أجب على السؤال التالي بناءً على المعلومات في المقطع المعطى."),
+    "bn": ("অধ্যায়", "প্রদত্ত অধ্যায়ের তথ্যের উপর ভিত্তি করে নিম্নলিখিত প্রশ্নের উত্তর দিন।"),
+    "en": ("Passage", "Answer the following question based on the information in the given passage."),
+    "fi": ("Kappale", "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella."),
+    "id": ("Bagian", "Jawab pertanyaan berikut berdasarkan informasi di bagian yang diberikan."),
+    "ko": ("문단", "주어진 문단의 정보에 기반하여 다음 질문에 답하십시오."),
+    "ru": ("Отрывок", "Ответьте на следующий вопрос на основе информации в данном отрывке."),
+    "sw": ("Kifungu", "Jibu swali lifuatalo kulingana na habari kwenye kifungu kilichotolewa."),
+    "te": ("పేరా", "ఇచ్చిన పేరాలోని సమాచారం ఆధారంగా కింది ప్రశ్నకు సమాధానం ఇవ్వండి."),
+}
+
+
+def tydiqa_release(code: str) -> Task:
+    """TyDiQA as the authors' release asks it: one example a language, passages of at most 512 tokens, SQuAD's F1."""
+    language, _, question, answer = TYDIQA[code]
+    passage, instruction = TYDIQA_RELEASE[code]
+
+    def prompt(row):
+        return f"{passage}: {row['context']}\n{question}: {row['question']}\n{answer}:"
+
+    def rows(load, tokenizer):
+        sampler = random.Random(42)  # one for all languages, in alphabetical order
+        for name in sorted(names[0] for names in TYDIQA.values()):
+            example = sampler.sample(of_language(load("train"), name), 1)[0]
+            if name == language:
+                break
+        shot = f"{instruction}\n\n{prompt(cut(example, tokenizer))} {example['answers']['text'][0]}\n\n"
+        return [cut(row, tokenizer) | {"shot": shot} for row in of_language(load("validation"), language)]
+
+    def cut(row, tokenizer):
+        ids = tokenizer.encode(row["context"])[0]
+        return row | {"context": tokenizer.decode(ids[:512])} if len(ids) > 512 else row
+
+    def normalize(text):
+        return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation))
+
+    return {
+        "hub": TYDIQA_HUB,
+        "file": "tydiqa",
+        "rows": rows,
+        "requests": lambda row: [(row["shot"] + prompt(row), {"until": ["\n"], "max_gen_toks": 50})],
+        "metrics": lambda row, answers: overlap(answers[0].strip(), row["answers"]["text"], normalize),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- AGIEval
+
+AGIEVAL_SETS = """
+gaokao-biology gaokao-chemistry gaokao-chinese gaokao-geography gaokao-history gaokao-mathcloze gaokao-mathqa
+gaokao-physics jec-qa-ca jec-qa-kd logiqa-zh aqua-rat gaokao-english logiqa-en lsat-ar lsat-lr lsat-rc math
+sat-en-without-passage sat-en sat-math
+""".split()
+
+
+def agieval(name: str) -> Task:
+    file, hub, rows = f"agieval/{name}", (f"hails/agieval-{name}", None), split("test")
+    if name not in ("gaokao-mathcloze", "math"):
+        context, choices, gold = (lambda row, key=key: row[key] for key in ("query", "choices", "gold"))
+        return multiple_choice(file, hub, rows, context, choices, gold)
+    return {
+        "hub": hub,
+        "file": file,
+        "rows": rows,
+        "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
+        "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
+    }
+
+
+def same_number(text: str, gold: str) -> bool:
+    """Do two texts end in the same mathematical answer, in AGIEval's reading of both?"""
+    found = [final_answer(text), final_answer(gold)]
+    try:
+        return plain_latex(found[0]) == plain_latex(found[1])
+    except (AttributeError, IndexError, ValueError):  # one holds no answer, or LaTeX that cannot be read
+        return found[0] == found[1]
+
+
+def final_answer(text: str) -> str | None:
+    """What stands in the last \\boxed{}, else in the last $...$, else after the last =, else the last number."""
+
+    def right_side(formula):
+        return formula.split("=")[-1].lstrip(" ") if "=" in formula else formula
+
+    if "\\boxed" in text:
+        box, depth = text[text.rfind("\\boxed") :], 0
+        for end, character in enumerate(box):
+            depth += (character == "{") - (character == "}")
+            if character == "}" and depth == 0:
+                return right_side(box[7:end]) if box.startswith("\\boxed{") else None
+        return None
+    if (formulas := re.findall(r"\$(.*)\$", text)) and (answer := right_side(formulas[-1])):
+        return answer
+    if "=" in text:
+        return right_side(text).rstrip(".").split("\\n")[0]
+    numbers = re.findall(r"(?:\$)?\d+(?:\.\d+)?(?![\w\d])", text)
+    return numbers[-1] if numbers else None
+
+
+def plain_latex(text: str) -> str:
+    """One spelling for formulas that mean the same. Raises ValueError or IndexError for what it cannot read."""
+    for old, new in (
+        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
+        ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
+    ):  # fmt: skip
+        text = text.replace(old, new)
+    if "\\text{ " in text:  # a unit, on the right
+        text, _ = text.split("\\text{ ")
+    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    text = "0" + text if text.startswith(".") else text
+    if text.count("=") == 1 and text.index("=") <= 2:  # "k = 3"
+        text = text.split("=")[1]
+    head, *roots = text.split("\\sqrt")
+    text = head + "".join("\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}") for root in roots)
+    text = braced_fractions(text.replace(" ", ""))
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    if re.fullmatch(r"-?\d+/-?\d+", text):
+        above, below = (int(number) for number in text.split("/"))
+        return f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text
+    return text
+
+
+def braced_fractions(text: str) -> str:
+    """\\frac12 and \\frac1{2} as \\frac{1}{2}; the text as it is where a numerator stands alone."""
+    head, *fractions = text.split("\\frac")
+    for fraction in fractions:
+        head += "\\frac"
+        if fraction[0] == "{":
+            head += fraction
+        elif len(fraction) < 2:
+            return text
+        else:
+            above, below, rest = fraction[0], fraction[1], fraction[2:]
+            head += f"{{{above}}}{below}{rest}" if below == "{" else f"{{{above}}}{{{below}}}{rest}"
+    return head
+
+
+# --------------------------------------------------------------------------------------------------- all of them
+
+TASKS: dict[str, Task] = {
+    "triviaqa": {
+        "hub": ("mandarjoshi/trivia_qa", "rc.nocontext"),
+        "file": "triviaqa",
+        "rows": split("validation"),
+        "requests": lambda row: [(f"Question: {row['question']}?\nAnswer:", {"until": ["\n", ".", ","]})],
+        "metrics": triviaqa_metrics,
+    },
+    "truthfulqa_mc2": {
+        "hub": ("truthfulqa/truthful_qa", "multiple_choice"),
+        "file": "truthfulqa_mc2",
+        "rows": split("validation"),
+        "requests": truthfulqa_requests,
+        "metrics": truthfulqa_metrics,
+    },
+    **{f"mmlu_{subject}": mmlu(subject) for subject in MMLU_SUBJECTS},
+    "arc_challenge": arc("arc_challenge", "ARC-Challenge"),
+    "arc_easy": arc("arc_easy", "ARC-Easy"),
+    **{f"tydiqa_goldp_{code}": tydiqa(code) for code in TYDIQA},
+    "winogrande": {
+        "hub": ("allenai/winogrande", "winogrande_xl"),
+        "file": "winogrande",
+        "rows": split("validation"),
+        "requests": winogrande_requests,
+        "metrics": winogrande_metrics,
+    },
+    "hellaswag": HELLASWAG,
+    "logiqa": LOGIQA,
+    **{f"agieval_{name.replace('-', '_')}": agieval(name) for name in AGIEVAL_SETS},
+    **{f"tydiqa_release_{code}": tydiqa_release(code) for code in TYDIQA},
+}
+
+# group: its tasks' common prefix, its metrics, and whether a task counts by its number of rows
+GROUPS = {
+    "mmlu": ("mmlu_", ("acc",), True),
+    "tydiqa": ("tydiqa_goldp_", ("exact_match", "f1"), False),
+    "agieval": ("agieval_", ("acc",), True),
+    "tydiqa_release": ("tydiqa_release_", ("exact_match", "f1"), False),
+}
+
+# Table 1's columns: the name there, the task or group, the metric of Appendix A.2
+TABLE = [
+    ("TriviaQA", "triviaqa", "exact_match"),
+    ("TruthfulQA", "truthfulqa_mc2", "acc"),
+    ("MMLU", "mmlu", "acc"),
+    ("ARC-C", "arc_challenge", "acc"),
+    ("ARC-E", "arc_easy", "acc"),
+    ("TyDiQA", "tydiqa", "f1"),
+    ("Wino", "winogrande", "acc"),
+    ("HS", "hellaswag", "acc"),
+    ("LogiQA", "logiqa", "acc"),
+    ("AGIEval", "agieval", "acc"),
+]

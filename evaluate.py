@@ -1,0 +1,561 @@
+"""How good a model is: the benchmarks of benchmarks.py, answered by a model, as Table 1 and as JSON.
+
+    python evaluate.py --model NAME|DIR [--adapter DIR ...] [--tasks all] [--data DIR] [--limit N] [--out FILE]
+
+The numbers are lm-evaluation-harness's, at a fraction of its work: choices of one question share its context, so it is
+read once, with all choices behind it in one sequence whose mask is a tree; what all questions of a task begin with is
+read once and kept as keys and values; only the positions that are scored meet the vocabulary.
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from os.path import commonprefix
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+import data
+import lora
+import runs
+from benchmarks import GROUPS, TABLE, TASKS
+from data import Tokenizer
+from model import (
+    SharedPrefix,
+    Transformer,
+    UserError,
+    generate,
+    load_model,
+    pad_right,
+    read_json,
+    token_scores,
+    write_json,
+)
+
+MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
+CACHE_SHARE = 16  # written answers are computed a token a row, so their cache may hold more than a batch has tokens
+Progress = Callable[[int], None]  # is told the index of each request that has its answer
+
+# --------------------------------------------------------------------------------------------- how a model answers
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> dict[str, list[int]]:
+    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it already."""
+    bos, ids = tokenizer.bos or tokenizer.eos, {}
+    for spelled in (False, True):
+        some = [text for text in dict.fromkeys(texts) if text.startswith(bos) == spelled]
+        ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=not spelled), strict=True)
+    return ids
+
+
+class Scored(NamedTuple):
+    """A request in tokens: what goes into the model, and what its last len(targets) positions are to predict."""
+
+    inputs: list[int]
+    targets: list[int]
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]], context_length: int) -> list[Scored]:
+    """(context, continuation) in tokens, cut on the left to what the model reads.
+
+    Spaces at the end of a context belong to the continuation. Both are encoded together and split where the context,
+    encoded alone, ends: so a token across the boundary falls to the side where its position puts it.
+    """
+    pairs = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
+    ids = encode_texts(tokenizer, [text for context, rest in pairs for text in (context, context + rest)])
+    (first,) = tokenizer.encode_prompts([tokenizer.bos or tokenizer.eos], with_prefix=False)
+    found = []
+    for context, rest in pairs:
+        before = ids[context]
+        targets = ids[context + rest][len(before) :]
+        if not 0 < len(targets) <= context_length:
+            raise UserError(f"a continuation of {len(targets)} tokens cannot be scored: {rest!r}")
+        whole = ((before or first) + targets)[-context_length - 1 :]
+        found.append(Scored(whole[:-1], targets))
+    return found
+
+
+class Tree:
+    """Requests that begin alike as one sequence, in which every token they share stands once.
+
+    A token attends to its ancestors, the tokens before it in its own request, and stands where it stands there.
+    """
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.parents: list[int] = []  # of each token: where the one before it is in this sequence; -1: nowhere
+        self.depths: list[int] = []
+        self.path: list[int] = []  # the tokens of the request that came last
+        self.scored: dict[int, list[int]] = {}  # request -> the places that predict its targets
+
+    def common(self, inputs: list[int]) -> int:
+        """How many tokens a request shares with the one before it."""
+        return len(commonprefix([[self.ids[place] for place in self.path], inputs]))
+
+    def add(self, i: int, inputs: list[int], targets: int):
+        """Grow the branch of request i, whose last `targets` inputs are to predict something."""
+        shared = self.common(inputs)
+        self.path = self.path[:shared]
+        for token in inputs[shared:]:
+            self.parents.append(self.path[-1] if self.path else -1)
+            self.depths.append(len(self.path))
+            self.path.append(len(self.ids))
+            self.ids.append(token)
+        self.scored[i] = self.path[len(self.path) - targets :]
+
+
+def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
+    """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
+
+    A request joins the tree before it where that costs less than a tree of its own: a tree of n tokens costs
+    n * (ratio + n), since every token goes through the weights and is compared with all others, and `ratio` is the
+    price of the first over that of one comparison.
+    """
+
+    def price(n):
+        return n * (ratio + n)
+
+    trees = []
+    for i, (inputs, targets) in enumerate(requests):
+        own = inputs[prefix:]
+        if trees:
+            tree = trees[-1]
+            joined = len(tree.ids) + len(own) - tree.common(own)
+        if not trees or price(joined) > price(len(tree.ids)) + price(len(own)):
+            trees.append(Tree())
+        trees[-1].add(i, own, len(targets))
+    return trees
+
+
+def price_ratio(config) -> float:
+    """What a token's way through a layer's weights costs, in comparisons with one other token (multiply-adds)."""
+    heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    weights = config.hidden_size * (2 * heads + 2 * key_heads + 3 * config.intermediate_size)
+    return weights / (2 * heads)
+
+
+def pack(trees: list[Tree], batch_tokens: int) -> list[list[Tree]]:
+    """Trees of similar length in batches of at most `batch_tokens` tokens, padding included; the longest come first."""
+    batches = []
+    for tree in sorted(trees, key=lambda tree: -len(tree.ids)):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(tree)
+    return batches
+
+
+def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids and positions (B, L), and the mask (B, 1, L, prefix + L): who may look at whom. Padding is on the right."""
+    longest = len(batch[0].ids)
+    mask = np.zeros((len(batch), 1, longest, prefix + longest), dtype=bool)
+    mask[..., :prefix] = True
+    own = mask[:, 0, :, prefix:]
+    own[:, range(longest), range(longest)] = True
+    for ancestors, tree in zip(own, batch, strict=True):
+        for place, parent in enumerate(tree.parents):
+            if parent >= 0:
+                ancestors[place] |= ancestors[parent]
+    ids, _ = pad_right([tree.ids for tree in batch], device)
+    depths, _ = pad_right([tree.depths for tree in batch], device)
+    return ids, prefix + depths, torch.from_numpy(mask).to(device)
+
+
+@torch.no_grad()
+def loglikelihoods(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    pairs: list[tuple[str, str]],
+    batch_tokens: int = 1024,
+    progress: Progress = lambda i: None,
+) -> list[tuple[float, bool]]:
+    """(log P(continuation | context) in nats, whether greedy decoding would write it) of each (context, continuation).
+
+    Neighbours that begin alike are computed together, so keep a question's choices side by side. Under torchrun, each
+    rank answers its share and all get all answers. Raises UserError for a continuation without tokens, or with more
+    than the model reads.
+    """
+    device, requests = model.lm_head.weight.device, encode_pairs(tokenizer, pairs, model.config.max_position_embeddings)
+    if not requests:
+        return []
+    common = commonprefix([request.inputs for request in requests])
+    prefix = common[: min(len(request.inputs) - len(request.targets) for request in requests)]
+    cache = [SharedPrefix() for _ in model.model.layers] if prefix else None
+    if prefix:
+        model(torch.tensor([prefix], device=device), cache=cache)
+
+    answers = {}
+    for batch in share(pack(plant(requests, len(prefix), price_ratio(model.config)), batch_tokens)):
+        ids, positions, mask = tree_tensors(batch, len(prefix), device)
+        hidden = model(ids, positions, mask, cache)
+        places = [(row, place) for row, tree in enumerate(batch) for ps in tree.scored.values() for place in ps]
+        rows, columns = torch.tensor(places, device=device).T
+        asked = [i for tree in batch for i in tree.scored]
+        targets = torch.tensor([token for i in asked for token in requests[i].targets], device=device)
+        scores = token_scores(hidden[rows, columns], model.lm_head.weight, targets)
+        sizes = [len(requests[i].targets) for i in asked]
+        for i, log_p, greedy in zip(asked, *(values.cpu().split(sizes) for values in scores), strict=True):
+            answers[i] = (log_p.sum().item(), bool(greedy.all()))
+            progress(i)
+    return gather(answers)
+
+
+def generations(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    requests: list[tuple[str, dict]],
+    batch_tokens: int = 1024,
+    progress: Progress = lambda i: None,
+) -> list[str]:
+    """What greedy decoding writes after each context, up to the first of its "until" strings or the end of text.
+
+    "max_gen_toks" (default: 256) bounds an answer's tokens; a context is cut on the left to leave room for them.
+    Under torchrun as `loglikelihoods`.
+    """
+    answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests])
+    end = end_tokens(model, tokenizer)
+    indices = share(sorted(range(len(requests)), key=lambda i: -len(ids[requests[i][0]])))
+    for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
+        group, until = list(same), settings["until"]
+        new = settings.get("max_gen_toks", MAX_NEW_TOKENS)
+        room = model.config.max_position_embeddings - new
+        if room <= 0:
+            raise UserError(f"an answer of {new} tokens leaves no room for its question: the model reads {room + new}")
+
+        def text(tokens):
+            return tokenizer.decode(tokens, skip_special_tokens=True)
+
+        found = generate(
+            model,
+            [ids[requests[i][0]][-room:] for i in group],
+            new,
+            stop_ids=end,
+            stop=lambda tokens, until=until: any(stop in text(tokens) for stop in until),
+            batch_tokens=batch_tokens,
+            cache_tokens=CACHE_SHARE * batch_tokens,
+            ended=lambda n, group=group: progress(group[n]),
+        )
+        for i, tokens in zip(group, found, strict=True):
+            written = text(tokens)
+            answers[i] = written[: min((written.find(stop) for stop in until if stop in written), default=None)]
+    return gather(answers)
+
+
+def end_tokens(model: Transformer, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end an answer: the tokenizer's end of text and those of generation_config.json, else config.json."""
+    path = model.folder / "generation_config.json"
+    named = (read_json(path) if path.exists() else model.config.raw).get("eos_token_id")
+    return {tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+
+
+def share(items: list) -> list:
+    """What this rank is to do of a list that all ranks hold."""
+    if not distributed.is_initialized():
+        return items
+    return items[distributed.get_rank() :: distributed.get_world_size()]
+
+
+def gather(answers: dict) -> list:
+    """The answers of all ranks, {request: answer} each, as one list in the requests' order."""
+    parts = [answers]
+    if distributed.is_initialized():
+        parts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(parts, answers)
+    everyone = {i: answer for part in parts for i, answer in part.items()}
+    return [everyone[i] for i in sorted(everyone)]
+
+
+# ------------------------------------------------------------------------------------------------ what is reported
+
+
+class Questions(NamedTuple):
+    """A task with its rows read: each row, and the requests that it makes."""
+
+    rows: list[dict]
+    requests: list[list[tuple]]
+
+
+def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None = None) -> Questions:
+    """The first `limit` rows of a task (below 1: that share of them) and their requests. load(split) -> rows.
+
+    Raises UserError that names the task, and the row, where rows do not have the columns that the task reads.
+    """
+    task, number = TASKS[name], "any row"
+    try:
+        rows = task["rows"](load, tokenizer)
+        if limit is not None:
+            rows = rows[: math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
+        requests = []
+        for row in rows:
+            number = len(requests) + 1
+            requests.append(task["requests"](row))
+    except UserError as reason:
+        raise UserError(f"{name}: {reason}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
+        raise UserError(f"{name}, row {number}: {type(reason).__name__} {reason}") from None
+    return Questions(rows, requests)
+
+
+def loader(name: str, folder: Path | None) -> Callable:
+    """load(split) -> the rows of a task's split, from <file>.<split>.jsonl in a folder, or from the hub."""
+    return functools.partial(_load, TASKS[name]["file"], TASKS[name]["hub"], folder)
+
+
+@functools.cache
+def _load(file: str, hub: tuple, folder: Path | None, split: str) -> list[dict]:
+    paths = [folder / f"{file}.{split}.jsonl"] if folder else data.hub_files(hub[0], split, hub[1])
+    rows = [row for path in paths for row in data.read_file(path)]
+    if not rows:
+        raise UserError(f"{paths[0]} has no rows")
+    return rows
+
+
+def answer(model, tokenizer, questions: Questions, batch_tokens: int, progress: Progress = lambda i: None) -> list:
+    """The answers to each row's requests, of whichever kind they are; progress is told the row's index."""
+    owner = [i for i, row in enumerate(questions.requests) for _ in row]
+    requests = [request for row in questions.requests for request in row]
+    kinds = [isinstance(settings, dict) for _, settings in requests]
+    answers = [[] for _ in questions.rows]
+    for kind, respond in ((False, loglikelihoods), (True, generations)):
+        chosen = [n for n in range(len(requests)) if kinds[n] == kind]
+        if chosen:
+
+            def done(n, chosen=chosen):
+                progress(owner[chosen[n]])
+
+            found = respond(model, tokenizer, [requests[n] for n in chosen], batch_tokens, done)
+            for n, response in zip(chosen, found, strict=True):
+                answers[owner[n]].append(response)
+    return answers
+
+
+def summarize(values: list[dict[str, float]]) -> dict[str, float | None]:
+    """Mean and standard error of each metric over rows, and their number "n". One row alone has no standard error."""
+    n, result = len(values), {}
+    for metric in values[0]:
+        column = [value[metric] for value in values]
+        mean = sum(column) / n
+        result[metric] = mean
+        spread = sum((x - mean) ** 2 for x in column)
+        result[metric + "_stderr"] = math.sqrt(spread / (n - 1)) / math.sqrt(n) if n > 1 else None
+    return result | {"n": n}
+
+
+def add_groups(results: dict[str, dict]):
+    """Add the groups of which every task has its result: weighted by rows (pooled standard error), or a plain mean."""
+    for group, (prefix, metrics, weighted) in GROUPS.items():
+        names = [name for name in TASKS if name.startswith(prefix)]
+        if any(name not in results for name in names):
+            continue
+        parts, score = [results[name] for name in names], {}
+        sizes = [part["n"] for part in parts]
+        weights = sizes if weighted else [1] * len(parts)
+        for metric in metrics:
+            errors = [part[metric + "_stderr"] for part in parts]
+            score[metric] = sum(part[metric] * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
+            if None in errors:
+                error = None
+            elif weighted:
+                total = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / (sum(sizes) - len(sizes))
+                error = math.sqrt(total / sum(sizes))
+            else:
+                error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+            score[metric + "_stderr"] = error
+        results[group] = score | {"n": sum(sizes)}
+
+
+def table(records: list[dict]) -> str:
+    """Table 1's columns in its order, in percent, one row for each record; AVG where all ten are there."""
+    lines = [["model", *(column for column, _, _ in TABLE), "AVG"]]
+    notes = []
+    for record in records:
+        results = record["results"]
+        values = [100 * results[task][metric] if task in results else None for _, task, metric in TABLE]
+        values.append(None if None in values else sum(values) / len(values))
+        name = record["adapter"] or record["model"]
+        lines.append([Path(name).name, *("-" if value is None else f"{value:.2f}" for value in values)])
+        for task, metric, note in (
+            ("logiqa", "acc_norm", "the paper's LogiQA column may be this"),
+            ("tydiqa_release", "f1", "the paper's TyDiQA column is this protocol's"),
+        ):
+            if task in results:
+                notes.append(f"{lines[-1][0]}: {task} {metric} {100 * results[task][metric]:.2f} ({note})")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    return "\n".join(text + notes)
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def task_names(asked: str) -> list[str]:
+    """The tasks that a comma-separated list of tasks and groups means; all: the ten benchmarks of Table 1."""
+    names = []
+    for name in asked.split(","):
+        name = name.strip()
+        for part in [task for _, task, _ in TABLE] if name == "all" else [name]:
+            if part not in TASKS and part not in GROUPS:
+                known = ", ".join(["all", *(task for _, task, _ in TABLE), *(GROUPS.keys() - {t for _, t, _ in TABLE})])
+                raise UserError(f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
+            names += [task for task in TASKS if task.startswith(GROUPS[part][0])] if part in GROUPS else [part]
+    return list(dict.fromkeys(names))
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
+
+
+def weights_key(*folders: Path | None) -> list:
+    """What tells one set of weights from another without reading it: its files' names, sizes and times."""
+    files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+class Report:
+    """The records that --out holds, one for each (model, adapter, dtype); the file is rewritten whole on each save."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.records = path, []
+        if path and path.exists():
+            held = read_json(path)
+            self.records = held.get("runs", [held])
+            if not all(isinstance(record, dict) and "results" in record for record in self.records):
+                raise UserError(f"--out {path} exists and holds no evaluation")
+
+    def record(self, key: str, head: dict) -> dict:
+        """The record of the same model, adapter and dtype: as held if its key is the same, else a new one."""
+        for record in self.records:
+            if all(record[field] == head[field] for field in ("model", "adapter", "dtype")):
+                if record["key"] != key:  # the weights have changed since
+                    record.update(key=key, results={}, timing={}, keys={}, seconds=0.0)
+                record.update(head)
+                return record
+        self.records.append({**head, "key": key, "results": {}, "seconds": 0.0, "timing": {}, "keys": {}})
+        return self.records[-1]
+
+    def save(self):
+        if self.path:
+            write_json(self.path, self.records[0] if len(self.records) == 1 else {"runs": self.records})
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked: a value that cannot work is a UserError that names its flag."""
+    parser = runs.ArgumentParser("Evaluate a model on the ten benchmarks of Table 1.")
+    add = parser.add_argument
+    # fmt: off
+    add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
+    add("--revision", help="branch, tag or commit of a --model on the hub")
+    add("--adapter", action="append", default=[], metavar="DIR",
+        help="a LoRA adapter in peft's format, such as a run's folder; give several to evaluate the base and each")
+    add("--tasks", default="all", help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten")
+    add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
+    add("--limit", type=float, metavar="N", help="the first N rows of each task; below 1: this share of them")
+    add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again")
+    add("--batch-tokens", type=int, metavar="N",
+        help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
+        "default: 1024 on a CPU, 4096 on a GPU")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
+    add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.limit is not None and not 0 < args.limit < math.inf:
+        raise UserError(f"--limit is {args.limit}; it must be above 0")
+    if args.batch_tokens is not None and args.batch_tokens < 1:
+        raise UserError(f"--batch-tokens is {args.batch_tokens}; it must be at least 1")
+    if args.data and not Path(args.data).is_dir():
+        raise UserError(f"--data {args.data} is no folder")
+    return args
+
+
+def start_ranks() -> bool:
+    """Join the other ranks if torchrun started this process; returns whether this is the rank that reports."""
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return distributed.get_rank() == 0
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    names, reports = task_names(args.tasks), start_ranks()
+    device = runs.find_device(args.device)
+    batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 4096)
+    report = Report(Path(args.out) if args.out else None)
+    tokenizer = data.load_tokenizer(args.model, args.revision)
+    folder = Path(args.data) if args.data else None
+    questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
+    model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
+
+    records = []
+    try:
+        for adapter in ([None] if len(args.adapter) != 1 else []) + args.adapter:
+            if adapter:
+                lora.load_adapter(model, adapter)
+            head = {"model": args.model, "adapter": adapter, "dtype": args.dtype, "versions": runs.versions()}
+            head |= {"data": args.data, "limit": args.limit, "device": str(device)}
+            key = digest(weights_key(model.folder, Path(adapter) if adapter else None))
+            records.append(report.record(key, head))
+            run(model, tokenizer, questions, records[-1], batch_tokens, report.save if reports else lambda: None)
+            lora.remove_lora(model)
+    except KeyboardInterrupt:
+        if reports:
+            print(f"stopped; {args.out} holds what is done" if args.out else "stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if reports and records:
+            print(table(records))
+
+
+def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):
+    """Answer the tasks that `record` does not hold yet, one after the other; save() after each."""
+    keys = {name: digest(asked.rows, asked.requests) for name, asked in questions.items()}
+    left = [name for name in questions if record["keys"].get(name) != keys[name]]
+    costs = {name: [cost(row) for row in questions[name].requests] for name in left}
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    with tqdm(
+        total=sum(map(sum, costs.values())), disable=not first, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
+    ) as bar:
+        for name in left:
+            bar.set_description(name)
+            todo = list(costs[name])
+            start = time.perf_counter()
+
+            def progress(row, todo=todo):
+                bar.update(todo[row])
+                todo[row] = 0
+
+            answers = answer(model, tokenizer, questions[name], batch_tokens, progress)
+            graded = [
+                TASKS[name]["metrics"](row, given) for row, given in zip(questions[name].rows, answers, strict=True)
+            ]
+            record["results"][name] = summarize(graded)
+            record["timing"][name] = time.perf_counter() - start
+            record["keys"][name] = keys[name]
+            record["seconds"] = sum(record["timing"].values())
+            add_groups(record["results"])
+            save()
+
+
+def cost(requests: list[tuple]) -> int:
+    """About how long one row takes, for the progress bar: the characters to read and, perhaps, to write."""
+    written = 500 if isinstance(requests[0][1], dict) else sum(len(continuation) for _, continuation in requests)
+    return len(requests[0][0]) + written
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
