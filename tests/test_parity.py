@@ -1,18 +1,26 @@
-"""Our decoder, LoRA and probe against transformers and peft, on random checkpoints of every family."""
+"""Our decoder, LoRA and probe against transformers and peft, our evaluator against lm-eval, on random checkpoints."""
 
 import shutil
 
 import pytest
 import torch
+from benchmark_rows import write_benchmarks
 from conftest import edit_json, make_checkpoint, to_old_dialect
+from harness import Harness, differences
 from hub import serve
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import exact_match_fn
+from lm_eval.tasks.agieval import utils as agieval_utils
+from lm_eval.tasks.tydiqa import utils as tydiqa_utils
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_data import run_python
 from test_lora import adapted
 from test_sstoken import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks import GROUPS, TABLE, TASKS, final_answer, same_number
 from data import load_tokenizer
+from evaluate import add_groups, answer, loader, loglikelihoods, prepare, summarize, task_names
 from lora import load_adapter, lora_layers, merge, save_adapter
 from model import generate, load_model
 from sstoken import AttentionProbe
@@ -163,3 +171,140 @@ def test_models_from_the_hub_token_revision_cache_and_offline(checkpoint, llama,
     assert "UserError: who/other" in missing.stderr
     with serve(repos, tmp_path / "cache 2") as (environment, _):
         assert run_python(LOAD, "who/tiny@v2", environment).stdout == total(llama)
+
+
+# ------------------------------------------------------------------------------------------------ lm-eval's numbers
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["adds BOS", "adds no BOS"])
+def both_evaluators(request, questions, tmp_path_factory):
+    """The harness and our model, on a checkpoint that reads 512 tokens: many contexts here are longer."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("both"), "llama", adds_bos=request.param == "adds BOS")
+    return Harness(folder, questions), load_model(folder), load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", [task for _, task, _ in TABLE])
+def test_requests_answers_and_metrics_are_the_harness_s(name, both_evaluators, questions):
+    harness, model, tokenizer = both_evaluators
+    theirs, results = harness.run(name), {}
+    assert theirs["samples"].keys() == set(task_names(name))
+    for task in task_names(name):
+        asked = prepare(task, loader(task, questions), tokenizer)
+        answers = answer(model, tokenizer, asked, 1024)
+        assert not differences(task, asked.requests, answers, theirs["samples"][task])
+        graded = [TASKS[task]["metrics"](row, given) for row, given in zip(asked.rows, answers, strict=True)]
+        results[task] = summarize(graded)
+    add_groups(results)
+    compared = 0
+    for task, scores in theirs["results"].items():
+        if task not in GROUPS and task not in TASKS:
+            continue  # the harness's parts of mmlu
+        for metric, value in scores.items():
+            if "acc" in metric or "exact_match" in metric or "f1" in metric:
+                ours = results[task][metric]
+                assert ours == (None if value == "N/A" else pytest.approx(value, abs=1e-9)), (task, metric)
+                compared += 1
+    assert compared >= 2 * len(task_names(name))
+
+
+def test_limit_counts_per_task_as_the_harness_s(both_evaluators, questions):
+    harness, _, tokenizer = both_evaluators
+    for limit in (1, 3, 0.5):
+        theirs = harness.run("agieval", limit)["samples"]
+        for task, samples in theirs.items():
+            asked = prepare(task, loader(task, questions), tokenizer, limit)
+            assert [request for row in asked.requests for request in row][0][0] == samples[0]["arguments"][0][0]
+            assert len(asked.rows) == len(samples)
+
+
+def test_an_adapter_is_evaluated_as_the_harness_evaluates_it(llama, questions, tmp_path):
+    model = adapted(llama)
+    save_adapter(model, tmp_path)
+    tokenizer, task = load_tokenizer(llama), "arc_easy"
+    asked = prepare(task, loader(task, questions), tokenizer)
+    answers = answer(model, tokenizer, asked, 1024)
+    plain = answer(load_model(llama), tokenizer, asked, 1024)
+    theirs = Harness(llama, questions, adapter=tmp_path).run(task)["samples"][task]
+    assert not differences(task, asked.requests, answers, theirs)
+    assert differences(task, asked.requests, plain, theirs)
+
+
+def test_loglikelihoods_of_pairs_that_copies_get_wrong(both_evaluators):
+    harness, model, tokenizer = both_evaluators
+    pairs = [
+        ("", "no context at all"),
+        ("ends in spaces   ", "then goes on"),
+        ("ends in a new line\n", " then a space"),
+        ("a token across the bound", "ary of both"),
+        ("a token across the bound", "ary"),
+        ("<|begin_of_text|>spelled out", " by the context"),
+        ("a control <|end_of_text|> token", " inside"),
+        ("long " * 300, " and cut"),
+        ("short", " long" * 60),
+        ("日本", "語\U0001f44d"),
+    ]
+    instances = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    theirs = harness.lm.loglikelihood(instances)
+    for batch_tokens in (1, 64, 4096):
+        ours = loglikelihoods(model, tokenizer, pairs, batch_tokens)
+        for pair, (log_p, greedy), (value, flag) in zip(pairs, ours, theirs, strict=True):
+            assert abs(log_p - value) < 1e-3 and greedy == flag, pair
+
+
+LATEX = (
+    r"""
+7|x=7|$x = 7$|\boxed{7}|the answer is 7.|\boxed{x=7}|\fbox{7}|$\frac12$|\frac{1}{2}|$1/2$|0.5|$.5$
+\boxed{\dfrac{1}{2}}|\boxed{\tfrac1{2}}|$\frac1$|$\frac$|$\sqrt3$|$\sqrt{3}$|$\sqrt$|$5\text{ cm}$|$5$
+$5\text{ a}\text{ b}$|$50\%$|$50$|no answer here|none either||$$|$90^\circ$|$90^{\circ}$|$\left(1, 2\right)$
+$(1,2)$|\boxed {7}|\boxed{7|\boxed{{7}}|$k = 3$|$3$|$abc = 3$|$a=b=3$|= 4.|= 4\n5|$5\$12|\$12.50|$ 12.50
+x = $3|3 apples and 4|$-1/2$|$-\frac{1}{2}$|1/2/3|$a/b$
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+
+
+def test_agieval_s_answers_are_read_as_the_harness_reads_them():
+    equal = sum(same_number(one, other) for one in LATEX for other in LATEX)
+    assert len(LATEX) < equal < len(LATEX) ** 2 / 2
+    for one in LATEX:
+        assert final_answer(one) == agieval_utils.parse_math_answer(one), one
+        for other in LATEX:
+            assert same_number(one, other) == agieval_utils.is_equiv(one, other), (one, other)
+
+
+def test_metrics_of_written_answers_are_the_harness_s():
+    texts = [
+        "The Fox!",
+        " the  fox",
+        "Fox, the",
+        "a quick brown fox",
+        "THE QUICK-brown",
+        "",
+        "¿Quién? «fox»",
+        "الكتاب كتاب",
+        "«الكتاب»",
+    ]
+    for code in ("en", "ar", "fi"):
+        task = TASKS[f"tydiqa_goldp_{code}"]
+        for text in texts:
+            for gold in ([one, other] for one in texts for other in texts[:2]):
+                theirs = tydiqa_utils.process_results_lang({"answers": gold}, [text], code)
+                assert task["metrics"]({"answers": {"text": gold}}, [text]) == theirs
+    for text in texts:
+        for gold in texts:
+            theirs = exact_match_fn(
+                predictions=[text.strip()], references=[gold], ignore_case=True, ignore_punctuation=True
+            )
+            ours = TASKS["triviaqa"]["metrics"]({"answer": {"aliases": ["-", gold] if gold else [gold]}}, [text])
+            assert (ours["exact_match"] == 1) == (theirs["exact_match"] == 1 or (bool(gold) and text == "")), (
+                text,
+                gold,
+            )

@@ -1,0 +1,105 @@
+"""Both evaluators on a folder of real rows: every request, answer and metric compared, and both times.
+
+    python tests/compare_evaluation.py --model DIR --data DIR [--tasks all] [--limit N] [--dtype float32] [--keep FILE]
+
+DIR holds <file>.<split>.jsonl as evaluate.py --data reads it. One benchmark after the other, the harness first, on the
+same threads. --keep: a JSON file with the harness's side, which is slow: what it holds is not run again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from harness import Harness, differences
+
+import evaluate
+from benchmarks import TABLE, TASKS
+from data import load_tokenizer
+from lora import load_adapter
+from model import load_model, write_json
+
+FAMILIES = {"generation": ("triviaqa", "tydiqa"), "one-token choices": ("mmlu",)}  # the others: several tokens
+
+
+def ours(model, tokenizer, name: str, folder: Path, limit, batch_tokens: int) -> dict:
+    """Our results, answers, seconds and tokens on one benchmark."""
+    questions = {
+        task: evaluate.prepare(task, evaluate.loader(task, folder), tokenizer, limit)
+        for task in evaluate.task_names(name)
+    }
+    tokens, answers, results = [], {}, {}
+    hook = model.register_forward_pre_hook(lambda module, args: tokens.append(args[0].numel()))
+    start = time.perf_counter()
+    for task, asked in questions.items():
+        answers[task] = evaluate.answer(model, tokenizer, asked, batch_tokens)
+        graded = [TASKS[task]["metrics"](row, given) for row, given in zip(asked.rows, answers[task], strict=True)]
+        results[task] = evaluate.summarize(graded)
+    seconds = time.perf_counter() - start
+    hook.remove()
+    evaluate.add_groups(results)
+    return {"results": results, "answers": answers, "questions": questions, "seconds": seconds, "tokens": sum(tokens)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter")
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--tasks", default=",".join(task for _, task, _ in TABLE))
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=8, help="the harness's")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="ours")
+    parser.add_argument("--keep", type=Path)
+    args = parser.parse_args()
+
+    kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
+    harness, model, tokenizer = None, None, load_tokenizer(args.model)
+    times, wrong = {}, []
+    print("| benchmark | metric | rows | ours | lm-eval | seconds, ours | lm-eval | ratio | tokens, ours | lm-eval |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in args.tasks.split(","):
+        if name not in kept:
+            harness = harness or Harness(args.model, args.data, args.dtype, args.batch_size, args.adapter)
+            kept[name] = harness.run(name, args.limit)
+            if args.keep:
+                write_json(args.keep, kept)
+        if model is None:
+            model = load_model(args.model, getattr(torch, args.dtype))
+            if args.adapter:
+                load_adapter(model, args.adapter)
+        theirs, mine = kept[name], ours(model, tokenizer, name, args.data, args.limit, args.batch_tokens)
+        for task, asked in mine["questions"].items():
+            wrong += differences(task, asked.requests, mine["answers"][task], theirs["samples"][task])
+        for task, scores in theirs["results"].items():
+            for metric, value in scores.items():
+                if isinstance(value, float) and abs(value - mine["results"].get(task, {}).get(metric, value)) > 1e-9:
+                    wrong.append(f"{task}: {metric} {mine['results'][task][metric]}, theirs {value}")
+        times[name] = (mine["seconds"], theirs["seconds"])
+        metric = next(m for _, task, m in TABLE if task == name)
+        score = mine["results"][name]
+        there = theirs["results"].get(name) or plain_mean(theirs["results"], metric)
+        cells = [name, metric, score["n"], f"{100 * score[metric]:.2f}", f"{100 * there[metric]:.2f}"]
+        cells += [f"{mine['seconds']:.1f}", f"{theirs['seconds']:.1f}", f"{theirs['seconds'] / mine['seconds']:.1f}"]
+        print("|", " | ".join(map(str, [*cells, mine["tokens"], theirs["tokens"]])), "|", flush=True)
+    groups = {family: [n for n in names if n in times] for family, names in FAMILIES.items()}
+    groups["choices of several tokens"] = [n for n in times if not any(n in names for names in FAMILIES.values())]
+    for family, names in {**groups, "all": list(times)}.items():
+        if names:
+            mine, there = (sum(times[n][side] for n in names) for side in (0, 1))
+            print(f"{family}: {mine:.0f} s, lm-eval {there:.0f} s, ratio {there / mine:.2f}")
+    print(f"{len(wrong)} differences", *wrong[:20], sep="\n")
+    sys.exit(bool(wrong))
+
+
+def plain_mean(results: dict, metric: str) -> dict:
+    return {metric: sum(scores[metric] for scores in results.values()) / len(results)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""lm-evaluation-harness on rows in a folder: its own tasks, with the hub replaced by <file>.<split>.jsonl."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from unittest import mock
+
+import datasets
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from benchmarks import GROUPS, TASKS
+
+SHOTS = {"mmlu": 5, "tydiqa": 1}  # the paper's; the others are asked without examples
+
+
+def shots(name: str) -> int:
+    return next((n for group, n in SHOTS.items() if name.startswith(group)), 0)
+
+
+class Harness:
+    """A model in the harness; `run` evaluates one of its tasks or groups on the rows of a folder."""
+
+    def __init__(self, model, folder: Path, dtype="float32", batch_size=8, adapter=None):
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        settings = {"peft": str(adapter)} if adapter else {}
+        self.lm = HFLM(pretrained=str(model), dtype=dtype, batch_size=batch_size, device="cpu", **settings)
+        self.folder, self.manager = folder, TaskManager()
+        self.seconds = self.tokens = 0
+        self.lm.model.register_forward_pre_hook(self._count, with_kwargs=True)
+        for name in ("loglikelihood", "generate_until"):
+            setattr(self.lm, name, self._timed(getattr(self.lm, name)))
+
+    def _count(self, module, args, kwargs):
+        self.tokens += (args[0] if args else kwargs["input_ids"]).numel()
+
+    def _timed(self, function):
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+    def _load_dataset(self, path, name=None, **_):
+        (file,) = {task["file"] for task in TASKS.values() if task["hub"] == (path, name)}
+        files = sorted(self.folder.glob(f"{file}.*.jsonl"))
+        splits = {p.name.split(".")[-2]: [json.loads(line) for line in p.open(encoding="utf-8")] for p in files}
+        found = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        anything = next(iter(found.values()))  # a split without a file is only looked at, never asked
+        return datasets.DatasetDict({"train": anything, "validation": anything, "test": anything} | found)
+
+    def run(self, name: str, limit=None) -> dict:
+        """results {task or group: {metric: value}}, samples {task: [...]}, seconds and tokens of the model's work."""
+        self.seconds = self.tokens = 0
+        # the harness has only a tag for tydiqa, no group
+        asked = [task for task in TASKS if task.startswith(GROUPS[name][0])] if name == "tydiqa" else [name]
+        with mock.patch("lm_eval.api.task.datasets.load_dataset", self._load_dataset):
+            found = lm_eval.simple_evaluate(
+                model=self.lm,
+                tasks=asked,
+                num_fewshot=shots(name),
+                limit=limit,
+                task_manager=self.manager,
+                log_samples=True,
+                bootstrap_iters=1,  # 0 would leave out the standard errors that need none
+                verbosity="ERROR",
+            )
+        results = found["results"] | found.get("groups", {})
+        plain = {task: {key.split(",")[0]: value for key, value in scores.items()} for task, scores in results.items()}
+        samples = {
+            task: [
+                {"arguments": s["arguments"], "answers": [r[0] for r in s["resps"]], "doc_id": s["doc_id"]}
+                for s in sorted(samples, key=lambda s: s["doc_id"])
+            ]
+            for task, samples in found["samples"].items()
+        }
+        return {"results": plain, "samples": samples, "seconds": self.seconds, "tokens": self.tokens}
+
+
+def differences(name: str, requests: list, answers: list, samples: list[dict]) -> list[str]:
+    """What differs between our requests and answers of a task, and the harness's samples: one line each."""
+    found = [] if len(requests) == len(samples) else [f"{name}: {len(requests)} rows, theirs {len(samples)}"]
+    for n, (ours, given, sample) in enumerate(zip(requests, answers, samples, strict=False)):
+        theirs = [tuple(argument) for argument in sample["arguments"]]
+        asked = [(context, rest if isinstance(rest, str) else generation(rest)) for context, rest in ours]
+        asked_there = [(context, rest if isinstance(rest, str) else generation(rest)) for context, rest in theirs]
+        if asked != asked_there:
+            found.append(f"{name}, row {n}: requests\n  {asked}\n  {asked_there}")
+        for mine, other in zip(given, sample["answers"], strict=True):
+            if isinstance(mine, str):
+                if mine != other:
+                    found.append(f"{name}, row {n}: {mine!r}, theirs {other!r}")
+            elif abs(mine[0] - float(other[0])) > 1e-3 or str(mine[1]) != str(other[1]):
+                found.append(f"{name}, row {n}: {mine}, theirs {other}")
+    return found
+
+
+def generation(settings: dict) -> dict:
+    """What a generation request means: the harness's own defaults filled in, greedy decoding taken as given."""
+    assert not settings.get("do_sample") and not settings.get("temperature")
+    return {"until": settings["until"], "max_gen_toks": settings.get("max_gen_toks", 256)}
