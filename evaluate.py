@@ -299,6 +299,8 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
         for row in rows:
             number = len(requests) + 1
             requests.append(task["requests"](row))
+            nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
+            task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
@@ -493,6 +495,7 @@ def start_ranks() -> bool:
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     names, reports = task_names(args.tasks), start_ranks()
+    _load.cache_clear()
     device = runs.find_device(args.device)
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 4096)
     report = Report(Path(args.out) if args.out else None)
@@ -500,6 +503,10 @@ def main(argv: list[str] | None = None):
     folder = Path(args.data) if args.data else None
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
+
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the embedding {model.config.vocab_size}"
+        raise UserError(f"{args.model}: the tokenizer has {sizes}")
 
     records = []
     try:

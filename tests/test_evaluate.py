@@ -1,0 +1,392 @@
+"""The evaluator alone: trees and aggregation by hand, the command and its files. Against lm-eval: test_parity.py."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from benchmark_rows import write_benchmarks
+from conftest import make_checkpoint
+from hub import serve
+from test_lora import adapted
+
+import benchmarks
+import evaluate
+from benchmarks import TABLE, TASKS, overlap, squad_words
+from data import load_tokenizer
+from evaluate import Scored, loglikelihoods, pack, plant, summarize, table, task_names, tree_tensors
+from lora import save_adapter
+from model import UserError, generate, load_model, token_nll, token_scores
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder
+
+
+def run(*arguments, **settings):
+    command = [sys.executable, ROOT / "evaluate.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ trees
+
+
+def test_a_tree_by_hand():
+    requests = [Scored([9, 1, 2, 3, 4], [4, 5]), Scored([9, 1, 2, 6], [7]), Scored([9, 1, 2, 6], [8])]
+    (tree,) = plant(requests, prefix=1, ratio=100)
+    assert tree.ids == [1, 2, 3, 4, 6] and tree.depths == [0, 1, 2, 3, 2] and tree.parents == [-1, 0, 1, 2, 1]
+    assert tree.scored == {0: [2, 3], 1: [4], 2: [4]}
+    ids, positions, mask = tree_tensors([tree], 1, "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 6]] and positions.tolist() == [[1, 2, 3, 4, 3]]
+    assert mask[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
+
+
+def test_requests_share_a_tree_where_that_is_cheaper():
+    alike = [Scored([*range(50), i], [0]) for i in range(100, 104)]
+    other = Scored([*range(200, 250)], [0])
+    trees = plant([*alike, other], 0, ratio=100)
+    assert [len(tree.ids) for tree in trees] == [54, 50]
+    assert len(plant(alike, 0, ratio=0)) == 4  # if only comparisons cost, nothing is worth sharing
+
+
+def test_batches_hold_every_tree_once_and_no_more_tokens_than_allowed():
+    rng = random.Random(0)
+    trees = plant([Scored([rng.randrange(1000) for _ in range(rng.randint(1, 90))], [0]) for _ in range(40)], 0, 0)
+    for limit in (1, 100, 1000):
+        batches = pack(trees, limit)
+        assert sorted(map(id, sum(batches, []))) == sorted(map(id, trees))
+        assert all(len(batch) == 1 or len(batch) * max(len(t.ids) for t in batch) <= limit for batch in batches)
+
+
+PAIRS = [
+    (f"{start} {n} and", f" {end}")
+    for n in (1, 22)
+    for start in ("The quick brown fox", "A sentence with numbers", "f(y) =")
+    for end in ("two", "two and two is four", "jumps over the dog", "\U0001f44d")
+]
+
+
+def test_neither_order_nor_batches_change_a_likelihood(llama):
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    plain = loglikelihoods(model, tokenizer, PAIRS, 4096)
+    order = random.Random(1).sample(range(len(PAIRS)), len(PAIRS))
+    shuffled = loglikelihoods(model, tokenizer, [PAIRS[i] for i in order], 60)
+    for i, (log_p, greedy) in zip(order, shuffled, strict=True):
+        assert abs(log_p - plain[i][0]) < 1e-4 and greedy == plain[i][1]
+    alone = [loglikelihoods(model, tokenizer, [pair])[0] for pair in PAIRS]
+    assert [log_p for log_p, _ in plain] == pytest.approx([log_p for log_p, _ in alone], abs=1e-4)
+
+
+def test_shared_tokens_run_once_and_only_scored_ones_meet_the_vocabulary(llama, monkeypatch):
+    model, tokenizer, tokens, rows = load_model(llama), load_tokenizer(llama), [], []
+    model.register_forward_pre_hook(lambda module, args: tokens.append(args[0].numel()))
+    scores = token_scores
+    monkeypatch.setattr(evaluate, "token_scores", lambda h, w, t: rows.append(len(t)) or scores(h, w, t))
+    prefix = "The quick brown fox jumps over the lazy dog. " * 4
+    pairs = [(f"{prefix}Question {n}?", end) for n in range(6) for end in (" two", " the dog", " is four")]
+    encoded = evaluate.encode_pairs(tokenizer, pairs, 512)
+    loglikelihoods(model, tokenizer, pairs, 100_000)
+    assert sum(rows) == sum(len(request.targets) for request in encoded)
+    assert sum(tokens) < 0.25 * sum(len(request.inputs) for request in encoded)
+
+
+@torch.no_grad()
+def test_token_scores_are_token_nll_s_and_know_the_greedy_token():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(50, 16), torch.randn(30, 16), torch.randint(30, (50,))
+    targets[::5] = (hidden @ weight.T).argmax(1)[::5]
+    for chunk in (1, 7, None):
+        log_p, greedy = token_scores(hidden, weight, targets, chunk)
+        assert torch.allclose(log_p, -token_nll(hidden, weight, targets), atol=1e-6)
+        assert greedy.tolist() == ((hidden @ weight.T).argmax(1) == targets).tolist()
+
+
+def test_generation_with_a_small_cache_writes_what_a_large_one_writes(llama):
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    prompts = tokenizer.encode_prompts([context for context, _ in PAIRS])
+    plain, rows = generate(model, prompts, 20), []
+    model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
+    for batch_tokens, cache_tokens in ((1, 1), (40, 150), (10**6, 300)):
+        done = []
+        found = generate(model, prompts, 20, batch_tokens=batch_tokens, cache_tokens=cache_tokens, ended=done.append)
+        assert found == plain and sorted(done) == list(range(len(prompts)))
+    assert all(b * n <= max(10**6, n) for b, n in rows) and (1, 1) in rows
+    stops = [ids[7] for ids in plain]
+
+    def stop(ids):
+        return ids[-1] in stops
+
+    stopped = generate(model, prompts, 20, stop=stop, cache_tokens=200)
+    for ids, whole in zip(stopped, plain, strict=True):
+        end = next(n for n, token in enumerate(whole) if token in stops)
+        assert ids == whole[: end + 1]
+
+
+# ------------------------------------------------------------------------------------------------ what is reported
+
+
+def test_summary_and_groups_by_hand():
+    assert summarize([{"acc": 1.0}, {"acc": 0.0}, {"acc": 1.0}, {"acc": 1.0}]) == {
+        "acc": 0.75,
+        "acc_stderr": pytest.approx(0.25),  # sqrt(0.75 / 3) / 2
+        "n": 4,
+    }
+    assert summarize([{"acc": 1.0}])["acc_stderr"] is None
+    results = {name: {"exact_match": 0.0, "f1": 0.0, "n": 9} for name in TASKS if name.startswith("tydiqa_goldp")}
+    for scores in results.values():
+        scores |= {"exact_match_stderr": 0.3, "f1_stderr": None}
+    results["tydiqa_goldp_ar"] |= {"f1": 0.9, "n": 1}
+    evaluate.add_groups(results)
+    assert results["tydiqa"]["f1"] == pytest.approx(0.1) and results["tydiqa"]["n"] == 73
+    assert results["tydiqa"]["exact_match_stderr"] == pytest.approx(0.1) and results["tydiqa"]["f1_stderr"] is None
+    assert "mmlu" not in results and "agieval" not in results
+
+
+def test_the_table_has_table_1_s_columns_and_an_average_of_all_ten():
+    results = {task: {metric: n / 100, "n": 1} for n, (_, task, metric) in enumerate(TABLE, 1)}
+    results["logiqa"]["acc_norm"] = 0.5
+    full = {"model": "m/Base", "adapter": None, "results": results}
+    part = {"model": "m/Base", "adapter": "runs/one", "results": {"arc_easy": {"acc": 0.25, "n": 4}}}
+    header, _, first, second, note = table([full, part]).splitlines()
+    columns = "model TriviaQA TruthfulQA MMLU ARC-C ARC-E TyDiQA Wino HS LogiQA AGIEval AVG"
+    assert header.replace("|", " ").split() == columns.split()
+    assert first.replace("|", " ").split() == ["Base", *(f"{n}.00" for n in range(1, 11)), "5.50"]
+    assert second.replace("|", " ").split() == ["one", "-", "-", "-", "-", "25.00", *["-"] * 6]
+    assert "logiqa acc_norm 50.00" in note
+
+
+def test_task_names():
+    everything = task_names("all")
+    assert len(everything) == 2 + 57 + 2 + 9 + 3 + 21 and everything[0] == "triviaqa"
+    assert task_names("agieval_lsat_ar, mmlu_anatomy,agieval_lsat_ar") == ["agieval_lsat_ar", "mmlu_anatomy"]
+    assert len(task_names("tydiqa_release")) == 9
+    with pytest.raises(UserError, match="'mmul' is not one of all, triviaqa"):
+        task_names("mmul")
+
+
+def test_tydiqa_release_by_hand(llama):
+    tokenizer = load_tokenizer(llama)
+    long = "fox " * 900
+
+    def row(language, n, context):
+        answers = {"text": [f"the answer {n}"], "answer_start": [0]}
+        return {"id": f"{language}-{n}", "context": context, "question": f"Mikä {n}?", "answers": answers}
+
+    languages = sorted(names[0] for names in benchmarks.TYDIQA.values())
+    rows = {
+        "train": [row(language, n, f"Passage {n}.") for language in languages for n in range(5)],
+        "validation": [row("finnish", 8, "Lyhyt."), row("finnish", 9, long)],
+    }
+    task, sampler = TASKS["tydiqa_release_fi"], random.Random(42)
+    drawn = {language: sampler.sample(range(5), 1)[0] for language in languages}["finnish"]
+    short, cut = (task["requests"](row)[0] for row in task["rows"](rows.get, tokenizer))
+    assert short == (
+        "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.\n\n"
+        f"Kappale: Passage {drawn}.\nKysymys: Mikä {drawn}?\nVastaus: the answer {drawn}\n\n"
+        "Kappale: Lyhyt.\nKysymys: Mikä 8?\nVastaus:",
+        {"until": ["\n"], "max_gen_toks": 50},
+    )
+    passage = re.search(r"Kappale: (fox .*)\nKysymys: Mikä 9", cut[0])[1]
+    assert long.startswith(passage) and len(tokenizer.encode(passage)[0]) == 512
+    assert task["metrics"](rows["validation"][0], ["  An answer: 8. "]) == {"exact_match": 1.0, "f1": 1.0}
+    assert overlap("a quick fox", ["fox", "the slow fox jumps"], squad_words)["f1"] == pytest.approx(2 / 3)
+
+
+def test_the_readme_s_eleventh_benchmark_is_the_code():
+    readme, code = (ROOT / "README.md").read_text(), (ROOT / "benchmarks.py").read_text()
+    (block,) = re.findall(r"def tydiqa_release\(.*?\n\n(?=\S)", code, re.DOTALL)
+    assert "\n".join("    " + line if line else "" for line in block.strip().splitlines()) in readme
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    data = tmp_path / "rows"
+    subprocess.run(["cp", "-r", questions, data], check=True)
+    command = ["--model", str(llama), "--data", str(data), "--out", str(out), "--dtype", "float32"]
+    evaluate.main([*command, "--tasks", "arc_easy,agieval_lsat_ar,triviaqa"])
+    assert "| ARC-E |" in capsys.readouterr().out
+    held = json.loads(out.read_text())
+    assert held["results"].keys() == {"arc_easy", "agieval_lsat_ar", "triviaqa"} and held["seconds"] > 0
+    assert held["results"]["arc_easy"].keys() == {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "n"}
+    assert held["results"]["triviaqa"]["n"] == 10 and held["model"] == str(llama) and held["adapter"] is None
+    assert "torch" in held["versions"]
+
+    asked, real = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda m, t, q, *rest: asked.append(len(q.rows)) or real(m, t, q, *rest))
+    evaluate.main([*command, "--tasks", "arc_easy,triviaqa"])
+    assert asked == [] and json.loads(out.read_text()) == held
+    rows = (data / "arc_easy.test.jsonl").read_text().splitlines()
+    (data / "arc_easy.test.jsonl").write_text("\n".join(rows[:3]))
+    evaluate.main([*command, "--tasks", "arc_easy,triviaqa"])
+    assert asked == [3]
+    evaluate.main([*command, "--tasks", "arc_easy,triviaqa", "--limit", "0.5"])
+    assert asked == [3, 5, 2]
+
+
+def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "out.json", evaluate.answer
+    calls = []
+
+    def answer(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy,logiqa"]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(command)
+    assert stopped.value.code == 130 and json.loads(out.read_text())["results"].keys() == {"arc_easy"}
+    printed = capsys.readouterr()
+    assert f"{out} holds what is done" in printed.err and "| ARC-E |" in printed.out
+    evaluate.main(command)
+    assert len(calls) == 3 and json.loads(out.read_text())["results"].keys() == {"arc_easy", "logiqa"}
+
+
+def test_base_and_adapters_in_one_go_load_the_base_once(llama, questions, tmp_path, monkeypatch, capsys):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for n, folder in enumerate(folders):
+        model = adapted(llama)
+        with torch.no_grad():
+            [layer.lora_B.mul_(1 + 5 * n) for layer in evaluate.lora.lora_layers(model).values()]
+        save_adapter(model, folder)
+    loads, real = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: loads.append(a) or real(*a))
+    out = tmp_path / "out.json"
+    command = ["--model", str(llama), "--data", str(questions), "--tasks", "truthfulqa_mc2", "--dtype", "float32"]
+    flags = [flag for folder in folders for flag in ("--adapter", str(folder))]
+    evaluate.main([*command, *flags, "--out", str(out)])
+    assert len(loads) == 1
+    together = json.loads(out.read_text())["runs"]
+    assert [record["adapter"] for record in together] == [None, *map(str, folders)]
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[1] for row in rows] == [llama.name, "one", "two"]
+    for record, own in zip(together, ([], flags[:2], flags[2:]), strict=True):
+        evaluate.main([*command, *own, "--out", str(tmp_path / "alone.json")])
+        alone = json.loads((tmp_path / "alone.json").read_text())
+        alone = alone.get("runs", [alone])[-1]
+        assert alone["results"] == record["results"] and alone["adapter"] == record["adapter"]
+    assert len({record["results"]["truthfulqa_mc2"]["acc"] for record in together}) == 3
+
+    save_adapter(adapted(llama, rank=2), folders[1])  # other weights under the same name are another model
+    evaluate.main([*command, "--adapter", str(folders[1]), "--out", str(out)])
+    again = json.loads(out.read_text())["runs"]
+    assert again[:2] == together[:2] and again[2]["results"] != together[2]["results"] and len(again) == 3
+
+
+def test_ranks_share_the_work_and_agree_with_one(llama, questions, tmp_path):
+    outs = [tmp_path / "one.json", tmp_path / "two.json"]
+    common = ["--model", str(llama), "--data", str(questions), "--dtype", "float32"]
+    common += ["--tasks", "arc_easy,winogrande,triviaqa,mmlu_anatomy,agieval_math"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = run(*common, "--out", outs[0], env=environment)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py"]
+    second = subprocess.run(
+        [*launch, *common, "--out", str(outs[1])], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert first.returncode == second.returncode == 0, second.stderr
+    one, two = (json.loads(out.read_text()) for out in outs)
+    assert one["results"] == two["results"]
+    assert first.stdout == second.stdout and second.stdout.count("ARC-E") == 1
+
+
+def test_rows_come_from_the_hub_one_configuration_at_a_time(llama, questions, tmp_path):
+    def publish(source, path):
+        rows = [json.loads(line) for line in (questions / f"{source}.jsonl").read_text().splitlines()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    mmlu, arc, sat = tmp_path / "mmlu", tmp_path / "arc", tmp_path / "sat"
+    for subject in ("anatomy", "virology"):
+        for split in ("dev", "test"):
+            publish(f"mmlu/{subject}.{split}", mmlu / subject / f"{split}-00000-of-00001.parquet")
+    publish("arc_easy.test", arc / "ARC-Easy" / "test-00000-of-00001.parquet")
+    publish("arc_challenge.test", arc / "ARC-Challenge" / "test-00000-of-00001.parquet")
+    publish("agieval/sat-math.test", sat / "data" / "test-00000-of-00001.parquet")
+    repos = {
+        ("dataset", "cais/mmlu", "main"): mmlu,
+        ("dataset", "allenai/ai2_arc", "main"): arc,
+        ("dataset", "hails/agieval-sat-math", "main"): sat,
+    }
+    tasks = "arc_easy,mmlu_virology,agieval_sat_math"
+    command = ["--model", llama, "--dtype", "float32", "--tasks", tasks]
+    outs = [tmp_path / f"{name}.json" for name in ("hub", "offline", "folder")]
+    with serve(repos, tmp_path / "cache") as (environment, requests):
+        found = run(*command, "--out", outs[0], env=environment)
+        assert found.returncode == 0, found.stderr
+        assert not any("anatomy" in path or "Challenge" in path for _, path, _ in requests if "/resolve/" in path)
+        refused = run(*command, "--tasks", "logiqa", env=environment)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: logiqa: EleutherAI/logiqa is neither")
+    assert run(*command, "--out", outs[1], env=environment | {"HF_HUB_OFFLINE": "1"}).returncode == 0
+    assert run(*command, "--out", outs[2], "--data", questions).returncode == 0
+    hub, offline, folder = (json.loads(out.read_text())["results"] for out in outs)
+    assert hub == offline == folder and len(hub) == 3
+
+
+def test_mistakes_end_with_one_line_that_names_them(llama, questions, tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "arc_easy.test.jsonl").write_text('{"question": "?", "choices": {"text": ["a"], "label": ["A"]}}\n')
+    (rows / "logiqa.test.jsonl").write_text("{\n")
+    (rows / "tydiqa.train.jsonl").write_text('{"id": "english-1"}\n')
+    (rows / "winogrande.validation.jsonl").write_text("")
+    (tmp_path / "other.json").write_text('{"something": 1}')
+    for flags, message in [
+        (["--tasks", "arc"], "--tasks 'arc' is not one of all, triviaqa,"),
+        (["--limit", "0"], "--limit is 0.0; it must be above 0"),
+        (["--batch-tokens", "0"], "--batch-tokens is 0; it must be at least 1"),
+        (["--data", tmp_path / "nowhere"], "nowhere is no folder"),
+        (["--data", rows, "--tasks", "arc_easy"], "arc_easy, row 1: KeyError 'answerKey'"),
+        (["--data", rows, "--tasks", "logiqa"], "logiqa: .*logiqa.test.jsonl, line 1: not JSON"),
+        (["--data", rows, "--tasks", "tydiqa_goldp_fi"], "tydiqa_goldp_fi: no row's id starts with finnish-"),
+        (["--data", rows, "--tasks", "winogrande"], "winogrande.validation.jsonl has no rows"),
+        (["--data", rows, "--tasks", "hellaswag"], "hellaswag.validation.jsonl cannot be read"),
+        (["--data", questions, "--tasks", "arc_easy", "--out", tmp_path / "other.json"], "holds no evaluation"),
+        (["--data", questions, "--tasks", "arc_easy", "--adapter", rows], "adapter_config.json"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--model", str(llama), *map(str, flags)])
+    found = run("--model", llama, "--tasks", "arc")
+    assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(questions, tmp_path):
+    folder = make_checkpoint(tmp_path / "small", "llama", vocab_size=300)
+    with pytest.raises(UserError, match="the tokenizer has 400 tokens, the embedding 300"):
+        evaluate.main(["--model", str(folder), "--data", str(questions), "--tasks", "arc_easy"])
+
+
+def test_answers_end_where_the_checkpoint_says(llama, tmp_path):
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    model.folder = tmp_path
+    assert evaluate.end_tokens(model, tokenizer) == {1}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert evaluate.end_tokens(model, tokenizer) == {1, 5, 6}
+    free = evaluate.generations(model, tokenizer, [("the quick", {"until": ["\x00"], "max_gen_toks": 9})])[0]
+    first = tokenizer.encode_prompts([free])[0][0]
+    third = generate(model, tokenizer.encode_prompts(["the quick"]), 9)[0][2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": third}))
+    ended = evaluate.generations(model, tokenizer, [("the quick", {"until": ["\x00"], "max_gen_toks": 9})])[0]
+    assert free.startswith(ended) and len(ended) < len(free) and first != tokenizer.eos_id
