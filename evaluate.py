@@ -44,7 +44,7 @@ from model import (
 )
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
-CACHE_SHARE = 16  # written answers are computed a token a row, so their cache may hold more than a batch has tokens
+CACHE_SHARE = 32  # written answers are computed a token a row, so their cache may hold more than a batch has tokens
 Progress = Callable[[int], None]  # is told the index of each request that has its answer
 
 # --------------------------------------------------------------------------------------------- how a model answers
@@ -468,7 +468,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again")
     add("--batch-tokens", type=int, metavar="N",
         help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
-        "default: 1024 on a CPU, 4096 on a GPU")
+        "default: 1024 on a CPU, 2048 on a GPU")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
     add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
     # fmt: on
@@ -497,7 +497,7 @@ def main(argv: list[str] | None = None):
     names, reports = task_names(args.tasks), start_ranks()
     _load.cache_clear()
     device = runs.find_device(args.device)
-    batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 4096)
+    batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
     report = Report(Path(args.out) if args.out else None)
     tokenizer = data.load_tokenizer(args.model, args.revision)
     folder = Path(args.data) if args.data else None
@@ -526,6 +526,8 @@ def main(argv: list[str] | None = None):
     finally:
         if reports and records:
             print(table(records))
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):
@@ -547,6 +549,7 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
                 todo[row] = 0
 
             answers = answer(model, tokenizer, questions[name], batch_tokens, progress)
+            bar.update(sum(todo))  # other ranks' share
             graded = [
                 TASKS[name]["metrics"](row, given) for row, given in zip(questions[name].rows, answers, strict=True)
             ]

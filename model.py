@@ -580,14 +580,14 @@ def generate(
         if len(running) <= 0.75 * len(rows):  # repack: drop the rows that ended, read as many prompts as fit
             rows, length, hidden = [rows[row] for row in running], length[running], hidden[running]
             capacity = max([len(prompts[i]) for i in rows + waiting[-1:]]) + max_new_tokens
-            kept, room = running, max(cache_tokens // capacity - len(rows), 0 if rows else 1)
+            kept, room = running, max(cache_tokens / capacity - len(rows), 0 if rows else 1)
             new = [waiting.pop() for _ in range(int(min(room, len(waiting))))]
             old, cache = cache, [LayerCache(config, len(rows + new), capacity, head.weight) for _ in model.model.layers]
             for layer, before in zip(cache, old, strict=False):
                 layer.copy_rows(before, kept, int(length.max()) if kept else 0)
             del old
             while new:
-                size = max(1, int(min(batch_tokens // len(prompts[new[0]]), len(new))))
+                size = max(1, int(min(batch_tokens / len(prompts[new[0]]), len(new))))
                 first, new = new[:size], new[size:]
                 ids, ends = pad_right([prompts[i] for i in first], length.device)
                 for layer in cache:

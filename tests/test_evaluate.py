@@ -64,7 +64,8 @@ def test_requests_share_a_tree_where_that_is_cheaper():
     other = Scored([*range(200, 250)], [0])
     trees = plant([*alike, other], 0, ratio=100)
     assert [len(tree.ids) for tree in trees] == [54, 50]
-    assert len(plant(alike, 0, ratio=0)) == 4  # if only comparisons cost, nothing is worth sharing
+    halves = [Scored([*range(10), *range(n, n + 40)], [0]) for n in (100, 200)]
+    assert [len(plant(halves, 0, ratio)) for ratio in (0, 1000)] == [2, 1]  # 90^2 > 2 * 50^2, 90 * 1090 < 100 * 1050
 
 
 def test_batches_hold_every_tree_once_and_no_more_tokens_than_allowed():
@@ -241,7 +242,7 @@ def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa"])
     assert asked == [3]
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa", "--limit", "0.5"])
-    assert asked == [3, 5, 2]
+    assert asked == [3, 2, 5]
 
 
 def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, capsys):
