@@ -40,7 +40,6 @@ from model import (
     pad_right,
     read_json,
     token_scores,
-    write_json,
 )
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
@@ -224,7 +223,7 @@ def generations(
     """
     answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests])
     end = end_tokens(model, tokenizer)
-    indices = share(sorted(range(len(requests)), key=lambda i: -len(ids[requests[i][0]])))
+    indices = share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[requests[i][0]]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until = list(same), settings["until"]
         new = settings.get("max_gen_toks", MAX_NEW_TOKENS)
@@ -322,23 +321,45 @@ def _load(file: str, hub: tuple, folder: Path | None, split: str) -> list[dict]:
     return rows
 
 
-def answer(model, tokenizer, questions: Questions, batch_tokens: int, progress: Progress = lambda i: None) -> list:
-    """The answers to each row's requests, of whichever kind they are; progress is told the row's index."""
-    owner = [i for i, row in enumerate(questions.requests) for _ in row]
-    requests = [request for row in questions.requests for request in row]
-    kinds = [isinstance(settings, dict) for _, settings in requests]
-    answers = [[] for _ in questions.rows]
-    for kind, respond in ((False, loglikelihoods), (True, generations)):
-        chosen = [n for n in range(len(requests)) if kinds[n] == kind]
-        if chosen:
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: dict[str, Questions],
+    batch_tokens: int,
+    progress: Callable[[str, int], None] = lambda name, row: None,
+) -> dict[str, list[list]]:
+    """The answers to each row's requests, of whichever kind they are: {task: [[answer, ...] of a row, ...]}.
 
-            def done(n, chosen=chosen):
-                progress(owner[chosen[n]])
+    What is to be written is written together, whichever task asks; choices are answered task by task, since a task's
+    questions begin alike. progress is told the task and the row of each answer.
+    """
+    asked = [
+        (name, row, request)
+        for name, task in questions.items()
+        for row, requests in enumerate(task.requests)
+        for request in requests
+    ]
+    calls = [(generations, [place for place in asked if isinstance(place[2][1], dict)])]
+    choices = [place for place in asked if isinstance(place[2][1], str)]
+    calls += [(loglikelihoods, list(places)) for _, places in itertools.groupby(choices, key=lambda place: place[0])]
+    answers = {name: [[] for _ in task.rows] for name, task in questions.items()}
+    for respond, places in calls:
 
-            found = respond(model, tokenizer, [requests[n] for n in chosen], batch_tokens, done)
-            for n, response in zip(chosen, found, strict=True):
-                answers[owner[n]].append(response)
+        def done(i, places=places):
+            progress(*places[i][:2])
+
+        found = respond(model, tokenizer, [request for _, _, request in places], batch_tokens, done)
+        for (name, row, _), response in zip(places, found, strict=True):
+            answers[name][row].append(response)
     return answers
+
+
+def score(questions: dict[str, Questions], answers: dict[str, list[list]]) -> dict[str, dict]:
+    """Each task's metrics over its rows, as `summarize` gives them."""
+    return {
+        name: summarize([TASKS[name]["metrics"](*graded) for graded in zip(task.rows, answers[name], strict=True)])
+        for name, task in questions.items()
+    }
 
 
 def summarize(values: list[dict[str, float]]) -> dict[str, float | None]:
@@ -426,33 +447,6 @@ def weights_key(*folders: Path | None) -> list:
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-class Report:
-    """The records that --out holds, one for each (model, adapter, dtype); the file is rewritten whole on each save."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.records = path, []
-        if path and path.exists():
-            held = read_json(path)
-            self.records = held.get("runs", [held])
-            if not all(isinstance(record, dict) and "results" in record for record in self.records):
-                raise UserError(f"--out {path} exists and holds no evaluation")
-
-    def record(self, key: str, head: dict) -> dict:
-        """The record of the same model, adapter and dtype: as held if its key is the same, else a new one."""
-        for record in self.records:
-            if all(record[field] == head[field] for field in ("model", "adapter", "dtype")):
-                if record["key"] != key:  # the weights have changed since
-                    record.update(key=key, results={}, timing={}, keys={}, seconds=0.0)
-                record.update(head)
-                return record
-        self.records.append({**head, "key": key, "results": {}, "seconds": 0.0, "timing": {}, "keys": {}})
-        return self.records[-1]
-
-    def save(self):
-        if self.path:
-            write_json(self.path, self.records[0] if len(self.records) == 1 else {"runs": self.records})
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked: a value that cannot work is a UserError that names its flag."""
     parser = runs.ArgumentParser("Evaluate a model on the ten benchmarks of Table 1.")
@@ -498,7 +492,7 @@ def main(argv: list[str] | None = None):
     _load.cache_clear()
     device = runs.find_device(args.device)
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
-    report = Report(Path(args.out) if args.out else None)
+    report = runs.Report(Path(args.out) if args.out else None)
     tokenizer = data.load_tokenizer(args.model, args.revision)
     folder = Path(args.data) if args.data else None
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
@@ -531,31 +525,38 @@ def main(argv: list[str] | None = None):
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):
-    """Answer the tasks that `record` does not hold yet, one after the other; save() after each."""
+    """Answer the tasks that `record` does not hold yet, one after the other; save() after each.
+
+    Tasks of one group that are answered in writing are answered at once and share their time by `cost`.
+    """
     keys = {name: digest(asked.rows, asked.requests) for name, asked in questions.items()}
     left = [name for name in questions if record["keys"].get(name) != keys[name]]
     costs = {name: [cost(row) for row in questions[name].requests] for name in left}
+    together = {}
+    for name in left:
+        in_writing = isinstance(questions[name].requests[0][0][1], dict)
+        groups = [group for group, (prefix, _, _) in GROUPS.items() if in_writing and name.startswith(prefix)]
+        together.setdefault((groups or [name])[0], {})[name] = questions[name]
+
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     with tqdm(
         total=sum(map(sum, costs.values())), disable=not first, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
     ) as bar:
-        for name in left:
-            bar.set_description(name)
-            todo = list(costs[name])
+        for title, tasks in together.items():
+            bar.set_description(title)
+            todo = {name: list(costs[name]) for name in tasks}
             start = time.perf_counter()
 
-            def progress(row, todo=todo):
-                bar.update(todo[row])
-                todo[row] = 0
+            def progress(name, row, todo=todo):
+                bar.update(todo[name][row])
+                todo[name][row] = 0
 
-            answers = answer(model, tokenizer, questions[name], batch_tokens, progress)
-            bar.update(sum(todo))  # other ranks' share
-            graded = [
-                TASKS[name]["metrics"](row, given) for row, given in zip(questions[name].rows, answers, strict=True)
-            ]
-            record["results"][name] = summarize(graded)
-            record["timing"][name] = time.perf_counter() - start
-            record["keys"][name] = keys[name]
+            record["results"] |= score(tasks, answer(model, tokenizer, tasks, batch_tokens, progress))
+            seconds = time.perf_counter() - start
+            bar.update(sum(map(sum, todo.values())))  # other ranks' share
+            whole = sum(sum(costs[name]) for name in tasks)
+            record["timing"] |= {name: seconds * sum(costs[name]) / whole for name in tasks}
+            record["keys"] |= {name: keys[name] for name in tasks}
             record["seconds"] = sum(record["timing"].values())
             add_groups(record["results"])
             save()

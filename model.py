@@ -565,8 +565,8 @@ def generate(
     stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
     batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
     all that they may become (at least one prompt in either case). Rows are padded on the right, each goes on at its
-    own end; the longest prompts come first, and rows that have ended make place for the next. ended: is told each
-    prompt that is done.
+    own end; the longest prompts come first, and rows that have ended make place for the next, unless the others are
+    much longer. ended: is told each prompt that is done.
     """
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
@@ -579,9 +579,12 @@ def generate(
     while running or waiting:
         if len(running) <= 0.75 * len(rows):  # repack: drop the rows that ended, read as many prompts as fit
             rows, length, hidden = [rows[row] for row in running], length[running], hidden[running]
-            capacity = max([len(prompts[i]) for i in rows + waiting[-1:]]) + max_new_tokens
-            kept, room = running, max(cache_tokens / capacity - len(rows), 0 if rows else 1)
-            new = [waiting.pop() for _ in range(int(min(room, len(waiting))))]
+            longest, joins = (max([len(prompts[i]) for i in some] or [0]) for some in (rows, waiting[-1:]))
+            capacity = max(longest, joins) + max_new_tokens
+            fit = max(cache_tokens / capacity - len(rows), 0 if rows else 1)
+            if capacity > 1.5 * (joins + max_new_tokens):  # most of a row beside a much longer one is padding
+                fit = 0
+            kept, new = running, [waiting.pop() for _ in range(int(min(fit, len(waiting))))]
             old, cache = cache, [LayerCache(config, len(rows + new), capacity, head.weight) for _ in model.model.layers]
             for layer, before in zip(cache, old, strict=False):
                 layer.copy_rows(before, kept, int(length.max()) if kept else 0)

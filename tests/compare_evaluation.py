@@ -2,8 +2,8 @@
 
     python tests/compare_evaluation.py --model DIR --data DIR [--tasks all] [--limit N] [--dtype float32] [--keep FILE]
 
-DIR holds <file>.<split>.jsonl as evaluate.py --data reads it. One benchmark after the other, the harness first, on the
-same threads. --keep: a JSON file with the harness's side, which is slow: what it holds is not run again.
+DIR holds <file>.<split>.jsonl as evaluate.py --data reads it. First the harness, one benchmark after the other, then
+ours, on the same threads. --keep: a JSON file with the harness's side, which is slow: what it holds is not run again.
 """
 
 import argparse
@@ -16,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from harness import Harness, differences
+from harness import Harness, differences, metric_differences
 
 import evaluate
-from benchmarks import TABLE, TASKS
+import runs
+from benchmarks import TABLE
 from data import load_tokenizer
 from lora import load_adapter
 from model import load_model, write_json
@@ -29,12 +30,9 @@ FAMILIES = {"generation": ("triviaqa", "tydiqa"), "one-token choices": ("mmlu",)
 
 def ours(model, tokenizer, questions: dict, batch_tokens: int) -> dict:
     """Our results, answers and seconds on the tasks of one benchmark."""
-    answers, results = {}, {}
     start = time.perf_counter()
-    for task, asked in questions.items():
-        answers[task] = evaluate.answer(model, tokenizer, asked, batch_tokens)
-        graded = [TASKS[task]["metrics"](row, given) for row, given in zip(asked.rows, answers[task], strict=True)]
-        results[task] = evaluate.summarize(graded)
+    answers = evaluate.answer(model, tokenizer, questions, batch_tokens)
+    results = evaluate.score(questions, answers)
     seconds = time.perf_counter() - start
     evaluate.add_groups(results)
     return {"results": results, "answers": answers, "seconds": seconds}
@@ -85,20 +83,23 @@ def main():
     args = parser.parse_args()
 
     kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
-    harness, model, tokenizer = None, None, load_tokenizer(args.model)
-    times, wrong = {}, []
-    print("| benchmark | metric | rows | ours | lm-eval | seconds | lm-eval | ratio | tokens | lm-eval | ratio |")
-    print("|---|---|" + "---:|" * 9)
-    for name in args.tasks.split(","):
+    harness, names = None, args.tasks.split(",")
+    for name in names:
         if name not in kept:
             harness = harness or Harness(args.model, args.data, args.dtype, args.batch_size, args.adapter)
             kept[name] = harness.run(name, args.limit)
             if args.keep:
                 write_json(args.keep, kept)
-        if model is None:
-            model = load_model(args.model, getattr(torch, args.dtype))
-            if args.adapter:
-                load_adapter(model, args.adapter)
+    del harness
+
+    runs.reuse_memory()  # as evaluate.py does
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model, getattr(torch, args.dtype))
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    times, wrong = {}, []
+    print("| benchmark | metric | rows | ours | lm-eval | seconds | lm-eval | ratio | tokens | lm-eval | ratio |")
+    print("|---|---|" + "---:|" * 9)
+    for name in names:
         questions = {
             task: evaluate.prepare(task, evaluate.loader(task, args.data), tokenizer, args.limit)
             for task in evaluate.task_names(name)
@@ -107,13 +108,7 @@ def main():
         least, naive = tokens_to_process(model, tokenizer, questions, mine["answers"], args.batch_size)
         for task, asked in questions.items():
             wrong += differences(task, asked.requests, mine["answers"][task], theirs["samples"][task])
-        for task, scores in theirs["results"].items():
-            for metric, value in scores.items():
-                near = (
-                    1e-4 if task == "truthfulqa_mc2" else 1e-9
-                )  # MC2 is a share of probability, the others are counts
-                if isinstance(value, float) and abs(value - mine["results"].get(task, {}).get(metric, value)) > near:
-                    wrong.append(f"{task}: {metric} {mine['results'][task][metric]}, theirs {value}")
+        wrong += metric_differences(mine["results"], theirs["results"])
         times[name] = (mine["seconds"], theirs["seconds"])
         metric = next(m for _, task, m in TABLE if task == name)
         score = mine["results"][name]

@@ -96,6 +96,23 @@ def differences(name: str, requests: list, answers: list, samples: list[dict]) -
     return found
 
 
+def metric_differences(ours: dict[str, dict], theirs: dict[str, dict]) -> list[str]:
+    """What differs between our results {task or group: {metric: value}} and the harness's: one line each."""
+    found = []
+    for task, scores in theirs.items():
+        if task not in GROUPS and task not in TASKS:
+            continue  # the harness's parts of mmlu
+        near = 1e-4 if task == "truthfulqa_mc2" else 1e-9  # MC2 is a share of probability, the others are counts
+        metrics = [metric for metric in scores if metric.startswith(("acc", "exact_match", "f1"))]
+        if not metrics:
+            found.append(f"{task}: the harness reports only {list(scores)}")
+        for metric in metrics:
+            here, there = ours[task][metric], None if scores[metric] == "N/A" else scores[metric]
+            if (here is None) != (there is None) or (here is not None and abs(here - there) > near):
+                found.append(f"{task}: {metric} {here}, theirs {there}")
+    return found
+
+
 def generation(settings: dict) -> dict:
     """What a generation request means: the harness's own defaults filled in, greedy decoding taken as given."""
     assert not settings.get("do_sample") and not settings.get("temperature")
