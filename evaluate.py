@@ -222,7 +222,6 @@ def generations(
     Under torchrun as `loglikelihoods`.
     """
     answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests])
-    end = end_tokens(model, tokenizer)
     indices = share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[requests[i][0]]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until = list(same), settings["until"]
@@ -238,11 +237,11 @@ def generations(
             model,
             [ids[requests[i][0]][-room:] for i in group],
             new,
-            stop_ids=end,
             stop=lambda tokens, until=until: any(stop in text(tokens) for stop in until),
             batch_tokens=batch_tokens,
             cache_tokens=CACHE_SHARE * batch_tokens,
             ended=lambda n, group=group: progress(group[n]),
+            **generation_settings(model, tokenizer),
         )
         for i, tokens in zip(group, found, strict=True):
             written = text(tokens)
@@ -250,11 +249,18 @@ def generations(
     return gather(answers)
 
 
-def end_tokens(model: Transformer, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end an answer: the tokenizer's end of text and those of generation_config.json, else config.json."""
+def generation_settings(model: Transformer, tokenizer: Tokenizer) -> dict:
+    """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
+
+    stop_ids: the tokenizer's end of text and those that the file names, or config.json where there is no such file.
+    """
     path = model.folder / "generation_config.json"
-    named = (read_json(path) if path.exists() else model.config.raw).get("eos_token_id")
-    return {tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+    settings = read_json(path) if path.exists() else model.config.raw
+    named = settings.get("eos_token_id")
+    return {
+        "stop_ids": {tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])},
+        "repetition_penalty": settings.get("repetition_penalty") or 1.0,
+    }
 
 
 def share(items: list) -> list:

@@ -559,6 +559,7 @@ def generate(
     batch_tokens: float = math.inf,
     cache_tokens: float = math.inf,
     ended: Callable[[int], None] = lambda i: None,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
     """Greedy continuation of each prompt: at most `max_new_tokens` ids, up to the first stop id, which is left out.
 
@@ -566,7 +567,8 @@ def generate(
     batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
     all that they may become (at least one prompt in either case). Rows are padded on the right, each goes on at its
     own end; the longest prompts come first, and rows that have ended make place for the next, unless the others are
-    much longer. ended: is told each prompt that is done.
+    much longer. ended: is told each prompt that is done. repetition_penalty: divides the logits above zero, and
+    multiplies those below, of the tokens that stand in a row already (Keskar et al., 2019).
     """
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
@@ -599,7 +601,13 @@ def generate(
                 rows, length, hidden = rows + first, torch.cat((length, ends + 1)), torch.cat((hidden, read))
             running = list(range(len(rows)))
 
-        tokens = head(hidden).argmax(dim=-1)
+        logits = head(hidden)
+        if repetition_penalty != 1:
+            for row in running:
+                seen = torch.tensor(prompts[rows[row]] + produced[rows[row]], device=length.device).unique()
+                told = logits[row, seen]
+                logits[row, seen] = torch.where(told > 0, told / repetition_penalty, told * repetition_penalty)
+        tokens = logits.argmax(dim=-1)
         chosen = tokens.tolist()
         for row in list(running):
             text = produced[rows[row]]

@@ -382,9 +382,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(questions, tmp_path):
 def test_answers_end_where_the_checkpoint_says(llama, tmp_path):
     model, tokenizer = load_model(llama), load_tokenizer(llama)
     model.folder = tmp_path
-    assert evaluate.end_tokens(model, tokenizer) == {1}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert evaluate.end_tokens(model, tokenizer) == {1, 5, 6}
+    assert evaluate.generation_settings(model, tokenizer) == {"stop_ids": {1}, "repetition_penalty": 1}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "repetition_penalty": 1.3}')
+    assert evaluate.generation_settings(model, tokenizer) == {"stop_ids": {1, 5, 6}, "repetition_penalty": 1.3}
+    (tmp_path / "generation_config.json").unlink()
     free = evaluate.generations(model, tokenizer, [("the quick", {"until": ["\x00"], "max_gen_toks": 9})])[0]
     first = tokenizer.encode_prompts([free])[0][0]
     third = generate(model, tokenizer.encode_prompts(["the quick"]), 9)[0][2]
