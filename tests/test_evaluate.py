@@ -234,7 +234,12 @@ def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp
     assert "torch" in held["versions"]
 
     asked, real = [], evaluate.answer
-    monkeypatch.setattr(evaluate, "answer", lambda m, t, q, *rest: asked.append(len(q.rows)) or real(m, t, q, *rest))
+
+    def answer(model, tokenizer, tasks, *rest):
+        asked.append(sum(len(task.rows) for task in tasks.values()))
+        return real(model, tokenizer, tasks, *rest)
+
+    monkeypatch.setattr(evaluate, "answer", answer)
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa"])
     assert asked == [] and json.loads(out.read_text()) == held
     rows = (data / "arc_easy.test.jsonl").read_text().splitlines()
@@ -243,6 +248,10 @@ def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp
     assert asked == [3]
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa", "--limit", "0.5"])
     assert asked == [3, 2, 5]
+    evaluate.main([*command, "--tasks", "tydiqa_goldp_en,arc_challenge,tydiqa_goldp_fi", "--limit", "1"])
+    assert sorted(asked[3:]) == [1, 2]  # what a group has to write is written at once
+    held = json.loads(out.read_text())
+    assert held["seconds"] == pytest.approx(sum(held["timing"].values())) and held["timing"]["tydiqa_goldp_fi"] > 0
 
 
 def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, capsys):
