@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,19 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by the fused kernels: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
+
+    mask: bool, broadcastable to (B, H, L, S), true where a query may look; None: causal, or all of S where L is 1.
+    """
+    if q.shape[2] == 1:  # the queries of all heads that share a key head become its queries, so the keys are read once
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+    # Without a mask tensor the causal flash kernel serves this. Padding sits on the right, so no real token ever sees
+    # it, and nobody reads the rows of the padding itself.
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
 class Attention(nn.Module):
     """Grouped-query causal self-attention. `queries` and `keys` stand alone because the probe of Eq. 7 calls them."""
 
@@ -227,14 +241,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache=None) -> Tensor:  # (B, L, D) -> (B, L, D)
         q, k = self.queries(x, rope), self.keys(x, rope)
         v = self.heads(self.v_proj(x)).transpose(1, 2)  # (B, H_kv, L, d)
-        if cache is not None:
-            k, v = cache.update(k, v)  # (B, H_kv, all tokens so far, d)
-        if q.shape[2] == 1:  # one query a head: the query heads of a key head become its queries, so it is read once
-            out = F.scaled_dot_product_attention(q.view(len(k), k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(out.flatten(1)[:, None])
-        # Without a mask tensor the causal flash kernel serves this. Padding sits on the right, so no real token
-        # ever sees it, and nobody reads the rows of the padding itself.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        out = (attention if cache is None else cache.attend)(q, k, v, mask)  # (B, H, L, d)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -500,46 +507,81 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | N
 # ---------------------------------------------------------------------------------------- KV cache and generation
 
 
+SIMILAR = (
+    0.7  # rows are decoded in one block if the shortest is at least this share of the longest; the rest is padding
+)
+
+
 class SharedPrefix:
     """Keys and values of one layer for tokens that stand before every row of a batch, (1, H_kv, P, d) each."""
 
     k = v = None
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The first call keeps what it gets, the prefix's own; later ones put the prefix before (B, H_kv, L, d)."""
         if self.k is None:
             self.k, self.v = k, v
-            return k, v
-        rows = len(k), -1, -1, -1
-        return torch.cat((self.k.expand(rows), k), dim=2), torch.cat((self.v.expand(rows), v), dim=2)
+        else:
+            rows = len(k), -1, -1, -1
+            k, v = torch.cat((self.k.expand(rows), k), dim=2), torch.cat((self.v.expand(rows), v), dim=2)
+        return attention(q, k, v, mask)
 
 
-class LayerCache:
-    """Keys and values of one layer, (rows, H_kv, capacity, d) each, filled from the left, each row at its own length.
+class Block:
+    """Rows of similar length that are decoded side by side, and the cache of their keys and values.
 
-    `first`: while prompts are read, the row of the first one. Else `positions` (rows,): where each row's next token
-    goes, and `used`: one more than the largest of them.
+    rows: the prompt that each one continues. Rows are aligned at their ends: their tokens stand before place `used`, to
+    which the next token of each goes. keys, values: for each layer, (rows, H_kv, capacity, d). mask: (rows, 1, 1,
+    capacity), false in the padding on the left; None where there is none.
     """
 
-    def __init__(self, config: Config, rows: int, capacity: int, like: Tensor):
-        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.first = self.positions = self.used = None
+    def __init__(self, config: Config, rows: list[int], lengths: list[int], capacity: int, like: Tensor):
+        shape, layers = (len(rows), config.num_key_value_heads, capacity, config.head_dim), config.num_hidden_layers
+        self.keys, self.values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
+        self.rows, self.used, self.mask = rows, max(lengths), None
+        if min(lengths) < self.used:
+            padding = self.used - torch.tensor(lengths, device=like.device)
+            self.mask = torch.arange(capacity, device=like.device) >= padding[:, None, None, None]
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H_kv, L, d); return all that the new queries may have to look at."""
-        if self.first is not None:
-            rows = slice(self.first, self.first + len(k))
-            self.k[rows, :, : k.shape[2]], self.v[rows, :, : v.shape[2]] = k, v
-            return k, v
-        row = torch.arange(len(k), device=k.device)
-        self.k[row, :, self.positions], self.v[row, :, self.positions] = k[:, :, 0], v[:, :, 0]
-        return self.k[:, :, : self.used], self.v[:, :, : self.used]
+    def keep(self, rows: list[int]):
+        """Drop all other rows."""
+        if len(rows) == len(self.rows):
+            return
+        self.rows = [self.rows[row] for row in rows]
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            self.keys[layer], self.values[layer] = k[rows], v[rows]
+        self.mask = self.mask[rows] if self.mask is not None else None
 
-    def copy_rows(self, other: "LayerCache", rows: list[int], length: int):
-        """Take over the first `length` tokens of some rows of another cache, as this one's first rows."""
-        self.k[: len(rows), :, :length] = other.k[rows, :, :length]
-        self.v[: len(rows), :, :length] = other.v[rows, :, :length]
+
+class ReadPrompts(NamedTuple):
+    """The cache of one layer while prompts are read, padded on the right: they go to rows `first` on of a block."""
+
+    block: Block
+    layer: int
+    first: int
+    lengths: list[int]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        for n, length in enumerate(self.lengths):
+            at = self.first + n, slice(None), slice(self.block.used - length, self.block.used)
+            self.block.keys[self.layer][at], self.block.values[self.layer][at] = k[n, :, :length], v[n, :, :length]
+        return attention(q, k, v)
+
+
+class Decode(NamedTuple):
+    """The cache of one layer while each row of all blocks gets its next token."""
+
+    blocks: list[Block]
+    layer: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:  # (rows of all blocks, heads, 1, d)
+        sizes, out = [len(block.rows) for block in self.blocks], []
+        for block, *new in zip(self.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+            query, (keys, values), end = new[0], (block.keys[self.layer], block.values[self.layer]), block.used + 1
+            keys[:, :, block.used], values[:, :, block.used] = new[1][:, :, 0], new[2][:, :, 0]
+            visible = block.mask[..., :end] if block.mask is not None else None
+            out.append(attention(query, keys[:, :, :end], values[:, :, :end], visible))
+        return torch.cat(out)
 
 
 def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
@@ -547,6 +589,28 @@ def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
     last = torch.tensor([len(ids) - 1 for ids in lists], device=device)
     longest = int(last.max()) + 1
     return torch.tensor([ids + [0] * (longest - len(ids)) for ids in lists], device=device), last
+
+
+def read_prompts(
+    model: Transformer, prompts: list[list[int]], rows: list[int], max_new_tokens: int, batch_tokens: float
+) -> tuple[Block, Tensor]:
+    """A block of the prompts named by `rows`, longest first, and their last hidden states, (rows, D)."""
+    layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
+    lengths = [len(prompts[row]) for row in rows]
+    block = Block(model.config, rows, lengths, lengths[0] + max_new_tokens, weight)
+    size = int(max(1, min(batch_tokens // lengths[0], len(rows))))
+    for first in range(0, len(rows), size):
+        some = slice(first, first + size)
+        ids, last = pad_right([prompts[row] for row in rows[some]], weight.device)
+        read = model(ids, cache=[ReadPrompts(block, layer, first, lengths[some]) for layer in layers])
+        hidden.append(read[torch.arange(len(ids), device=weight.device), last])
+    return block, torch.cat(hidden)
+
+
+def penalize(logits: Tensor, seen: list[int], penalty: float):
+    """Divide the logits (V,) above zero, multiply those below, of the tokens in `seen`, in place."""
+    seen = torch.tensor(seen, device=logits.device).unique()
+    logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
 
 
 @torch.no_grad()
@@ -565,62 +629,48 @@ def generate(
 
     stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
     batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
-    all that they may become (at least one prompt in either case). Rows are padded on the right, each goes on at its
-    own end; the longest prompts come first, and rows that have ended make place for the next, unless the others are
-    much longer. ended: is told each prompt that is done. repetition_penalty: divides the logits above zero, and
-    multiplies those below, of the tokens that stand in a row already (Keskar et al., 2019).
+    all that they may become (at least one prompt in either case). The longest prompts come first; those of similar
+    length share a block, so little of it is padding; rows that have ended make place for the next. ended: is told each
+    prompt that is done. repetition_penalty: divides the logits above zero, and multiplies those below, of the tokens
+    that stand in a row already (Keskar et al., 2019).
     """
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
-    rows: list[int] = []  # the prompt that each row of the cache continues
-    running: list[int] = []  # the rows that have not ended
-    cache, config, head = [], model.config, model.lm_head
-    length = torch.zeros(0, dtype=torch.long, device=head.weight.device)
-    hidden = head.weight.new_zeros(0, config.hidden_size)
+    blocks: list[Block] = []
+    hidden = model.lm_head.weight.new_zeros(0, model.config.hidden_size)  # of the last token of each row of each block
+    layers, device = range(model.config.num_hidden_layers), hidden.device
 
-    while running or waiting:
-        if len(running) <= 0.75 * len(rows):  # repack: drop the rows that ended, read as many prompts as fit
-            rows, length, hidden = [rows[row] for row in running], length[running], hidden[running]
-            longest, joins = (max([len(prompts[i]) for i in some] or [0]) for some in (rows, waiting[-1:]))
-            capacity = max(longest, joins) + max_new_tokens
-            fit = max(cache_tokens / capacity - len(rows), 0 if rows else 1)
-            if capacity > 1.5 * (joins + max_new_tokens):  # most of a row beside a much longer one is padding
-                fit = 0
-            kept, new = running, [waiting.pop() for _ in range(int(min(fit, len(waiting))))]
-            old, cache = cache, [LayerCache(config, len(rows + new), capacity, head.weight) for _ in model.model.layers]
-            for layer, before in zip(cache, old, strict=False):
-                layer.copy_rows(before, kept, int(length.max()) if kept else 0)
-            del old
-            while new:
-                size = max(1, int(min(batch_tokens / len(prompts[new[0]]), len(new))))
-                first, new = new[:size], new[size:]
-                ids, ends = pad_right([prompts[i] for i in first], length.device)
-                for layer in cache:
-                    layer.first = len(rows)
-                read = model(ids, cache=cache)[torch.arange(size, device=ids.device), ends]
-                rows, length, hidden = rows + first, torch.cat((length, ends + 1)), torch.cat((hidden, read))
-            running = list(range(len(rows)))
+    while blocks or waiting:
+        free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
+        if free >= 0.25 * cache_tokens:  # so that prompts are read several at a time
+            while waiting and (not blocks or free >= len(prompts[waiting[-1]]) + max_new_tokens):
+                capacity = len(prompts[waiting[-1]]) + max_new_tokens
+                alike = sum(len(prompts[i]) + max_new_tokens >= SIMILAR * capacity for i in waiting)
+                rows = [waiting.pop() for _ in range(int(max(1, min(free // capacity, alike))))]
+                block, read = read_prompts(model, prompts, rows, max_new_tokens, batch_tokens)
+                blocks, hidden, free = [*blocks, block], torch.cat((hidden, read)), free - len(rows) * capacity
 
-        logits = head(hidden)
+        logits = model.lm_head(hidden)
+        rows = [i for block in blocks for i in block.rows]
         if repetition_penalty != 1:
-            for row in running:
-                seen = torch.tensor(prompts[rows[row]] + produced[rows[row]], device=length.device).unique()
-                told = logits[row, seen]
-                logits[row, seen] = torch.where(told > 0, told / repetition_penalty, told * repetition_penalty)
-        tokens = logits.argmax(dim=-1)
-        chosen = tokens.tolist()
-        for row in list(running):
-            text = produced[rows[row]]
-            if chosen[row] not in stop_ids:
-                text.append(chosen[row])
-            if chosen[row] in stop_ids or len(text) == max_new_tokens or stop(text):
-                running.remove(row)
-                ended(rows[row])
-        if running:
-            used = int(length.max()) + 1
-            for layer in cache:
-                layer.first, layer.positions, layer.used = None, length, used
-            mask = torch.arange(used, device=length.device) <= length[:, None, None, None]  # (rows, 1, 1, used)
-            hidden = model(tokens[:, None], positions=length[:, None], mask=mask, cache=cache)[:, 0]
-            length[running] += 1  # a row that has ended stays where it is
+            for row, i in enumerate(rows):
+                penalize(logits[row], prompts[i] + produced[i], repetition_penalty)
+        going = set()
+        for i, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
+            if token not in stop_ids:
+                produced[i].append(token)
+            if token in stop_ids or len(produced[i]) == max_new_tokens or stop(produced[i]):
+                ended(i)
+            else:
+                going.add(i)
+        for block in blocks:
+            block.keep([row for row, i in enumerate(block.rows) if i in going])
+        blocks = [block for block in blocks if block.rows]
+        rows, hidden = [i for block in blocks for i in block.rows], hidden[:0]
+        if rows:
+            ids = torch.tensor([produced[i][-1:] for i in rows], device=device)
+            positions = torch.tensor([[len(prompts[i]) + len(produced[i]) - 1] for i in rows], device=device)
+            hidden = model(ids, positions, cache=[Decode(blocks, layer) for layer in layers])[:, 0]
+            for block in blocks:
+                block.used += 1
     return produced

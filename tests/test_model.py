@@ -310,7 +310,7 @@ def test_response_nll_is_the_loss_of_each_response_token_given_what_precedes_it(
 
 def test_generation_with_the_cache_equals_generation_without(checkpoint):
     model = load_model(checkpoint)
-    prompts = [[5, 6, 7], list(range(10, 40)), [300]]
+    prompts = [[5, 6, 7], list(range(10, 40)), [300, 301], list(range(40, 67)), list(range(70, 102))]
     produced = generate(model, prompts, max_new_tokens=12)
     for prompt, new in zip(prompts, produced, strict=True):
         ids = list(prompt)
@@ -319,7 +319,8 @@ def test_generation_with_the_cache_equals_generation_without(checkpoint):
         assert new == ids[len(prompt) :]
     passes = []
     handle = model.register_forward_hook(lambda *given: passes.append(1))
-    assert generate(model, prompts, 2) == [new[:2] for new in produced] and len(passes) == 2
+    assert generate(model, prompts, 2) == [new[:2] for new in produced]
+    assert len(passes) == 3  # the three long prompts are read at once, so are the two short ones; all go on together
     handle.remove()
     stop = produced[1][4]
     assert generate(model, prompts, 12, stop_ids=[stop])[1] == produced[1][: produced[1].index(stop)]
