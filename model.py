@@ -598,7 +598,7 @@ def read_prompts(
     layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
     lengths = [len(prompts[row]) for row in rows]
     block = Block(model.config, rows, lengths, lengths[0] + max_new_tokens, weight)
-    size = int(max(1, min(batch_tokens // lengths[0], len(rows))))
+    size = int(max(1, min(batch_tokens / lengths[0], len(rows))))
     for first in range(0, len(rows), size):
         some = slice(first, first + size)
         ids, last = pad_right([prompts[row] for row in rows[some]], weight.device)
@@ -646,7 +646,7 @@ def generate(
             while waiting and (not blocks or free >= len(prompts[waiting[-1]]) + max_new_tokens):
                 capacity = len(prompts[waiting[-1]]) + max_new_tokens
                 alike = sum(len(prompts[i]) + max_new_tokens >= SIMILAR * capacity for i in waiting)
-                rows = [waiting.pop() for _ in range(int(max(1, min(free // capacity, alike))))]
+                rows = [waiting.pop() for _ in range(int(max(1, min(free / capacity, alike))))]
                 block, read = read_prompts(model, prompts, rows, max_new_tokens, batch_tokens)
                 blocks, hidden, free = [*blocks, block], torch.cat((hidden, read)), free - len(rows) * capacity
 
