@@ -85,6 +85,12 @@ def encode_pairs(tokenizer: Tokenizer, pairs: list[tuple[str, str]], context_len
     return found
 
 
+def shared_prefix(requests: list[Scored]) -> list[int]:
+    """The tokens that all requests begin with, before any position that is scored."""
+    common = commonprefix([request.inputs for request in requests])
+    return common[: min(len(request.inputs) - len(request.targets) for request in requests)]
+
+
 class Tree:
     """Requests that begin alike as one sequence, in which every token they share stands once.
 
@@ -187,8 +193,7 @@ def loglikelihoods(
     device, requests = model.lm_head.weight.device, encode_pairs(tokenizer, pairs, model.config.max_position_embeddings)
     if not requests:
         return []
-    common = commonprefix([request.inputs for request in requests])
-    prefix = common[: min(len(request.inputs) - len(request.targets) for request in requests)]
+    prefix = shared_prefix(requests)
     cache = [SharedPrefix() for _ in model.model.layers] if prefix else None
     if prefix:
         model(torch.tensor([prefix], device=device), cache=cache)
@@ -382,8 +387,7 @@ def summarize(values: list[dict[str, float]]) -> dict[str, float | None]:
 
 def add_groups(results: dict[str, dict]):
     """Add the groups of which every task has its result: weighted by rows (pooled standard error), or a plain mean."""
-    for group, (prefix, metrics, weighted) in GROUPS.items():
-        names = [name for name in TASKS if name.startswith(prefix)]
+    for group, (names, metrics, weighted) in GROUPS.items():
         if any(name not in results for name in names):
             continue
         parts, score = [results[name] for name in names], {}
@@ -439,7 +443,7 @@ def task_names(asked: str) -> list[str]:
             if part not in TASKS and part not in GROUPS:
                 known = ", ".join(["all", *(task for _, task, _ in TABLE), *(GROUPS.keys() - {t for _, t, _ in TABLE})])
                 raise UserError(f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
-            names += [task for task in TASKS if task.startswith(GROUPS[part][0])] if part in GROUPS else [part]
+            names += GROUPS[part][0] if part in GROUPS else [part]
     return list(dict.fromkeys(names))
 
 
@@ -541,7 +545,7 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
     together = {}
     for name in left:
         in_writing = isinstance(questions[name].requests[0][0][1], dict)
-        groups = [group for group, (prefix, _, _) in GROUPS.items() if in_writing and name.startswith(prefix)]
+        groups = [group for group, (names, _, _) in GROUPS.items() if in_writing and name in names]
         together.setdefault((groups or [name])[0], {})[name] = questions[name]
 
     first = not distributed.is_initialized() or distributed.get_rank() == 0

@@ -507,9 +507,7 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | N
 # ---------------------------------------------------------------------------------------- KV cache and generation
 
 
-SIMILAR = (
-    0.7  # rows are decoded in one block if the shortest is at least this share of the longest; the rest is padding
-)
+SIMILAR = 0.7  # prompts share a block if the shortest is at least this share of the longest: the rest is padding
 
 
 class SharedPrefix:
@@ -552,6 +550,12 @@ class Block:
             self.keys[layer], self.values[layer] = k[rows], v[rows]
         self.mask = self.mask[rows] if self.mask is not None else None
 
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store each row's next key and value, (rows, H_kv, 1, d); all keys, all values and the mask up to them."""
+        keys, values, end = self.keys[layer], self.values[layer], self.used + 1
+        keys[:, :, self.used], values[:, :, self.used] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, :end], values[:, :, :end], self.mask[..., :end] if self.mask is not None else None
+
 
 class ReadPrompts(NamedTuple):
     """The cache of one layer while prompts are read, padded on the right: they go to rows `first` on of a block."""
@@ -575,13 +579,9 @@ class Decode(NamedTuple):
     layer: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:  # (rows of all blocks, heads, 1, d)
-        sizes, out = [len(block.rows) for block in self.blocks], []
-        for block, *new in zip(self.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-            query, (keys, values), end = new[0], (block.keys[self.layer], block.values[self.layer]), block.used + 1
-            keys[:, :, block.used], values[:, :, block.used] = new[1][:, :, 0], new[2][:, :, 0]
-            visible = block.mask[..., :end] if block.mask is not None else None
-            out.append(attention(query, keys[:, :, :end], values[:, :, :end], visible))
-        return torch.cat(out)
+        sizes = [len(block.rows) for block in self.blocks]
+        parts = zip(self.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return torch.cat([attention(q, *block.append(self.layer, k, v)) for block, q, k, v in parts])
 
 
 def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:

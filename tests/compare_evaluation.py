@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-from os.path import commonprefix
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -51,9 +50,7 @@ def tokens_to_process(model, tokenizer, questions: dict, answers: dict, batch_si
         texts = [answer[0] for answer in answers[task]] if not pairs else []
         if pairs:
             scored = evaluate.encode_pairs(tokenizer, pairs, model.config.max_position_embeddings)
-            prefix = min(
-                len(commonprefix([s.inputs for s in scored])), *(len(s.inputs) - len(s.targets) for s in scored)
-            )
+            prefix = len(evaluate.shared_prefix(scored))
             trees = evaluate.plant(scored, prefix, evaluate.price_ratio(model.config))
             least += prefix + sum(len(tree.ids) for tree in trees)
             theirs += sum(len(inputs) for inputs in {tuple(s.inputs) for s in scored})
