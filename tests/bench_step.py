@@ -1,0 +1,195 @@
+"""Speed and memory of a training step, beside the same step built from transformers and peft.
+
+    python tests/bench_step.py --model DIR --data rows.jsonl [--samples 64] [--repeats 3] [-- flags of train.py]
+
+Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full` and
+`--method sstoken`, all on the same samples with train.py's defaults. Printed are medians, their ratios to the peer's,
+and how much of this machine's best matrix product the step reaches.
+
+The peer is what one writes today without this project: AutoModelForCausalLM with peft's adapters, samples in the order
+drawn and padded to the longest of a micro-batch, full logits and cross entropy, the base model's losses by a second
+pass with the adapters disabled, the attention of the last layer from a recompute of its whole (L, L) matrix.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import lora
+import runs
+import train
+from model import load_model, read_config
+from sstoken import share_of
+
+SIDES = ("peer", "full", "sstoken")
+
+
+def settings(args) -> argparse.Namespace:
+    method = "sstoken" if args.side == "peer" else args.side
+    return train.parse_arguments(
+        ["--model", args.model, "--data", args.data, "--max-length", str(args.max_length), "--method", method]
+        + ["--limit", str(args.samples), *args.flags]
+    )
+
+
+def measure(args) -> dict:
+    """One side's run in this process: seconds and tokens of all steps, the loss of the last, and the peak in MiB."""
+    run, tokenizer = settings(args), data.load_tokenizer(args.model)
+    examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.samples)
+    torch.manual_seed(run.seed)
+    lines = []
+    if args.side == "peer":
+        train_peer(examples, run, lines.append)
+    else:
+        runs.reuse_memory()  # as train.py does
+        model = load_model(args.model, getattr(torch, run.dtype))
+        lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
+        train.train(model, examples, run, lines.append)
+    seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
+    peak = runs.peak_memory_mb(torch.device("cpu"))
+    return {"seconds": seconds, "tokens": tokens, "loss": lines[-1]["loss"], "peak_memory_mb": peak}
+
+
+def train_peer(examples, run, log):
+    """Algorithm 1 from transformers' model and peft's adapters, with the history model at the base's weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+    base = AutoModelForCausalLM.from_pretrained(run.model, dtype=getattr(torch, run.dtype))
+    lora_config = LoraConfig(
+        r=run.lora_rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=list(lora.TARGETS)
+    )
+    model = get_peft_model(base, lora_config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.lr, weight_decay=0.0)
+
+    def token_losses(logits, ids):
+        return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+    def attention_of(layer, hidden):  # (B, L, D) -> (B, H, L, L)
+        attention, length = layer.self_attn, hidden.shape[1]
+        x = layer.input_layernorm(hidden)
+        q, k = (
+            f(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for f in (attention.q_proj, attention.k_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *base.model.rotary_emb(x, torch.arange(length)[None]))
+        logits = q @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return logits.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+
+    order = random.Random(run.seed).sample(examples, len(examples))
+    for step in range(0, len(order), run.batch_size):
+        start, batch, total = time.perf_counter(), order[step : step + run.batch_size], 0.0
+        for first in range(0, len(batch), run.micro_batch_size):
+            ids, response = data.collate(batch[first : first + run.micro_batch_size])
+            visible = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(e.ids) for e in batch[first : first + run.micro_batch_size]], batch_first=True
+            )
+            with torch.no_grad(), model.disable_adapter():
+                history = token_losses(model(ids, attention_mask=visible).logits, ids)
+            out = model(ids, attention_mask=visible, output_hidden_states=True)
+            nll = token_losses(out.logits, ids)
+            with torch.no_grad():
+                attention = attention_of(base.model.layers[-1], out.hidden_states[-2]).mean(dim=1)  # (B, L, L)
+                paid = (attention * ~response[:, None]).sum(dim=2)[:, 1:]
+                rel = history - nll
+            losses = []
+            for row, supervised in enumerate(response[:, 1:]):
+                low, high = rel[row, supervised].aminmax()
+                scores = run.gamma * (rel[row, supervised] - low) / (high - low)
+                scores += (1 - run.gamma) * paid[row, supervised]
+                best = scores.topk(share_of(run.rho, len(scores))).indices
+                losses.append(nll[row, supervised][best].mean())
+            loss = torch.stack(losses).sum() / len(batch)
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = sum(len(e.ids) for e in batch)
+        log({"seconds": time.perf_counter() - start, "tokens": tokens, "loss": total})
+
+
+def operations(examples, run) -> float:
+    """Floating-point operations that an epoch of `--method` needs at least, padding and elementwise work left out."""
+    c = read_config(Path(run.model))
+    heads, key_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = [(c.hidden_size, heads), (c.hidden_size, key_heads), (c.hidden_size, key_heads), (heads, c.hidden_size)]
+    shapes += [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
+    weights = c.num_hidden_layers * sum(a * b for a, b in shapes)
+    factors = c.num_hidden_layers * sum(run.lora_rank * (a + b) for a, b in shapes)
+    scored, total = run.method == "sstoken" and run.rho < 1 and run.gamma > 0, 0
+    for example in examples:
+        tokens, answers = len(example.ids), int(example.response.sum())
+        attention = c.num_hidden_layers * 2 * heads * tokens**2  # q k^T and p v, the causal half of each
+        vocabulary = 2 * c.hidden_size * c.vocab_size * answers
+        # forward and backward: frozen weights have no gradient, the adapters have, attention's backward is 2.5 times
+        total += 4 * weights * tokens + 6 * factors * tokens + 3.5 * attention + 2 * vocabulary
+        total += (2 * weights * tokens + attention + vocabulary) if scored else 0
+    return total * run.epochs
+
+
+def best_matmul(dtype, size=4096, seconds=5.0) -> float:
+    """The best rate of a square matrix product on this machine, FLOP/s."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help="train.py's, after --")
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measure(args)))
+        return
+
+    found = {side: [] for side in args.sides.split(",")}
+    for repeat in range(args.repeats):
+        for side, runs_of_it in found.items():
+            command = [sys.executable, __file__, "--side", side, *sys.argv[1:]]
+            runs_of_it.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            print(f"{repeat + 1}: {side} {runs_of_it[-1]}", file=sys.stderr, flush=True)
+
+    medians = {
+        side: {key: statistics.median(run[key] for run in some) for key in some[0]} for side, some in found.items()
+    }
+    examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), args.max_length, args.samples)
+    first = next(iter(medians.values()))
+    print("| step | seconds | tokens/s | ratio | peak MiB | ratio | GFLOP/s | of the best product | loss |")
+    print("|---|" + "---:|" * 8)
+    for side, of in medians.items():
+        args.side = side
+        run = settings(args)
+        rate, best = operations(examples, run) / of["seconds"], best_matmul(getattr(torch, run.dtype))
+        cells = [side, f"{of['seconds']:.1f}", f"{of['tokens'] / of['seconds']:.0f}"]
+        cells += [f"{first['seconds'] / of['seconds']:.2f}", f"{of['peak_memory_mb']:.0f}"]
+        cells += [f"{of['peak_memory_mb'] / first['peak_memory_mb']:.2f}", f"{rate / 1e9:.0f}"]
+        cells += [f"{rate / best:.1%} of {best / 1e9:.0f}", f"{of['loss']:.4f}"]
+        print("|", " | ".join(cells), "|")
+    if {"full", "sstoken"} <= medians.keys():
+        print(f"sstoken's time over full's: {medians['sstoken']['seconds'] / medians['full']['seconds']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
