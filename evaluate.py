@@ -104,6 +104,10 @@ class Tree:
         self.path: list[int] = []  # the tokens of the request that came last
         self.scored: dict[int, list[int]] = {}  # request -> the places that predict its targets
 
+    def trunk(self) -> int:
+        """How many tokens come before the first that does not follow the one before it."""
+        return next((place for place, parent in enumerate(self.parents) if parent != place - 1), len(self.ids))
+
     def common(self, inputs: list[int]) -> int:
         """How many tokens a request shares with the one before it."""
         return len(commonprefix([[self.ids[place] for place in self.path], inputs]))
@@ -161,16 +165,23 @@ def pack(trees: list[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids and positions (B, L), and the mask (B, 1, L, prefix + L): who may look at whom. Padding is on the right."""
+    """ids and positions (B, L), and the mask (B, 1, n, prefix + L): who the last n tokens may look at.
+
+    Those before, of trees that no prefix stands before, are in all trunks and so causal. Padding is on the right.
+    """
     longest = len(batch[0].ids)
-    mask = np.zeros((len(batch), 1, longest, prefix + longest), dtype=bool)
+    causal = 0 if prefix else min(longest - 1, *(tree.trunk() for tree in batch))
+    mask = np.zeros((len(batch), 1, longest - causal, prefix + longest), dtype=bool)
     mask[..., :prefix] = True
     own = mask[:, 0, :, prefix:]
-    own[:, range(longest), range(longest)] = True
+    own[:, range(longest - causal), range(causal, longest)] = True
     for ancestors, tree in zip(own, batch, strict=True):
-        for place, parent in enumerate(tree.parents):
-            if parent >= 0:
-                ancestors[place] |= ancestors[parent]
+        for place in range(causal, len(tree.ids)):
+            parent = tree.parents[place]
+            if parent >= causal:
+                ancestors[place - causal] |= ancestors[parent - causal]
+            else:
+                ancestors[place - causal, : parent + 1] = True
     ids, _ = pad_right([tree.ids for tree in batch], device)
     depths, _ = pad_right([tree.depths for tree in batch], device)
     return ids, prefix + depths, torch.from_numpy(mask).to(device)

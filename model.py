@@ -201,17 +201,27 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+FEW = 16  # queries of a head, for which reading the keys is most of the work
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by the fused kernels: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
 
-    mask: bool, broadcastable to (B, H, L, S), true where a query may look; None: causal, or all of S where L is 1.
+    mask: bool, (B, 1, n, S), true where one of the last n queries may look; the queries before those are causal, and
+    without a mask all are.
     """
-    if q.shape[2] == 1:  # the queries of all heads that share a key head become its queries, so the keys are read once
-        grouped = q.view(len(q), k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
-    # Without a mask tensor the causal flash kernel serves this. Padding sits on the right, so no real token ever sees
-    # it, and nobody reads the rows of the padding itself.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if mask is None:
+        # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    causal = q.shape[2] - mask.shape[2]
+    if causal:  # without a mask tensor the kernel leaves out what nobody may see
+        parts = attention(*(x[:, :, :causal] for x in (q, k, v))), attention(q[:, :, causal:], k, v, mask)
+        return torch.cat(parts, dim=2)
+    if q.shape[2] <= FEW:  # the queries of all heads that share a key head become its queries: the keys are read once
+        shared = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+        mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+        return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -303,8 +313,8 @@ class Transformer(nn.Module):
         """Hidden states after the final norm, (B, L) token ids -> (B, L, D).
 
         Without further arguments attention is causal from position 0 on, for sequences padded on the right.
-        positions: (L,) or (B, L), where the tokens stand; mask: bool, broadcastable to (B, H, L, keys), true where a
-        query may look; cache: one LayerCache a layer.
+        positions: (L,) or (B, L), where the tokens stand; mask: as `attention` takes it; cache: for each layer, an
+        object whose `attend` computes attention in place of `attention`, from what it keeps of earlier calls.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -507,6 +517,8 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | N
 # ---------------------------------------------------------------------------------------- KV cache and generation
 
 
+GUESS = 8  # tokens of a guess, at most
+STEP_TOKENS = 96  # a step of decoding that computes fewer costs hardly more: most of it is reading weights and cache
 SIMILAR = 0.7  # prompts share a block if the shortest is at least this share of the longest: the rest is padding
 
 
@@ -525,36 +537,72 @@ class SharedPrefix:
         return attention(q, k, v, mask)
 
 
+class Row:
+    """A prompt, the `number`-th, and what is written after it: `ids` has both. A guess at the next tokens: `guess`.
+
+    What comes next may be what came next where the last tokens stood before, since text copies its prompt and repeats
+    itself ("prompt lookup decoding", Saxena 2023). The model checks all of a guess in one step; what it would not have
+    written is dropped, so the result does not depend on it.
+    """
+
+    def __init__(self, number: int, prompt: list[int]):
+        self.number, self.start, self.ended = number, len(prompt), False
+        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place behind where it was seen last
+        for token in prompt:
+            self.append(token)
+
+    def new(self) -> list[int]:
+        return self.ids[self.start :]
+
+    def ends(self) -> list[tuple[int, ...]]:
+        """The last tokens, as the n-grams that they are looked up by, the longest first."""
+        return [tuple(self.ids[-n:]) for n in (3, 2, 1) if n <= len(self.ids)]
+
+    def append(self, token: int):
+        self.after |= dict.fromkeys(self.ends(), len(self.ids))
+        self.ids.append(token)
+
+    def look_up(self, most: int):
+        """Set `guess`, at most `most` tokens; a repetition runs on into the guess itself."""
+        place = next((self.after[end] for end in self.ends() if end in self.after), None)
+        self.guess = []
+        while place is not None and len(self.guess) < most:
+            self.guess.append(self.ids[place] if place < len(self.ids) else self.guess[place - len(self.ids)])
+            place += 1
+
+
 class Block:
     """Rows of similar length that are decoded side by side, and the cache of their keys and values.
 
-    rows: the prompt that each one continues. Rows are aligned at their ends: their tokens stand before place `used`, to
-    which the next token of each goes. keys, values: for each layer, (rows, H_kv, capacity, d). mask: (rows, 1, 1,
-    capacity), false in the padding on the left; None where there is none.
+    keys, values: for each layer, (rows, H_kv, capacity, d), each row's from its first token to the one before its last.
     """
 
-    def __init__(self, config: Config, rows: list[int], lengths: list[int], capacity: int, like: Tensor):
+    def __init__(self, config: Config, rows: list[Row], capacity: int, like: Tensor):
         shape, layers = (len(rows), config.num_key_value_heads, capacity, config.head_dim), config.num_hidden_layers
         self.keys, self.values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
-        self.rows, self.used, self.mask = rows, max(lengths), None
-        if min(lengths) < self.used:
-            padding = self.used - torch.tensor(lengths, device=like.device)
-            self.mask = torch.arange(capacity, device=like.device) >= padding[:, None, None, None]
+        self.rows, self.device = rows, like.device
 
-    def keep(self, rows: list[int]):
-        """Drop all other rows."""
-        if len(rows) == len(self.rows):
+    def drop_ended(self):
+        going = [n for n, row in enumerate(self.rows) if not row.ended]
+        if len(going) == len(self.rows):
             return
-        self.rows = [self.rows[row] for row in rows]
+        self.rows = [self.rows[n] for n in going]
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            self.keys[layer], self.values[layer] = k[rows], v[rows]
-        self.mask = self.mask[rows] if self.mask is not None else None
+            self.keys[layer], self.values[layer] = k[going], v[going]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store each row's next key and value, (rows, H_kv, 1, d); all keys, all values and the mask up to them."""
-        keys, values, end = self.keys[layer], self.values[layer], self.used + 1
-        keys[:, :, self.used], values[:, :, self.used] = k[:, :, 0], v[:, :, 0]
-        return keys[:, :, :end], values[:, :, :end], self.mask[..., :end] if self.mask is not None else None
+    def extend(self, width: int) -> Tensor:
+        """The positions of each row's last token and those after it, (rows, width), to be computed next."""
+        last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.device)
+        self.positions = last + torch.arange(width, device=self.device)
+        places = torch.arange(int(last.max()) + width, device=self.device)
+        self.mask = (places <= self.positions[:, :, None])[:, None]  # (rows, 1, width, places)
+        return self.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of those tokens, (rows, heads, width, d), to all up to themselves; their k and v are stored."""
+        at, end = (torch.arange(len(k), device=k.device)[:, None], slice(None), self.positions), self.mask.shape[-1]
+        self.keys[layer][at], self.values[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
+        return attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], self.mask)
 
 
 class ReadPrompts(NamedTuple):
@@ -563,25 +611,23 @@ class ReadPrompts(NamedTuple):
     block: Block
     layer: int
     first: int
-    lengths: list[int]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-        for n, length in enumerate(self.lengths):
-            at = self.first + n, slice(None), slice(self.block.used - length, self.block.used)
-            self.block.keys[self.layer][at], self.block.values[self.layer][at] = k[n, :, :length], v[n, :, :length]
+        at = slice(self.first, self.first + len(k)), slice(None), slice(k.shape[2])
+        self.block.keys[self.layer][at], self.block.values[self.layer][at] = k, v
         return attention(q, k, v)
 
 
 class Decode(NamedTuple):
-    """The cache of one layer while each row of all blocks gets its next token."""
+    """The cache of one layer while each row of all blocks goes on by a few tokens."""
 
     blocks: list[Block]
     layer: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:  # (rows of all blocks, heads, 1, d)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:  # (rows of all blocks, heads, width, d)
         sizes = [len(block.rows) for block in self.blocks]
         parts = zip(self.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        return torch.cat([attention(q, *block.append(self.layer, k, v)) for block, q, k, v in parts])
+        return torch.cat([block.attend(self.layer, q, k, v) for block, q, k, v in parts])
 
 
 def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
@@ -592,25 +638,28 @@ def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def read_prompts(
-    model: Transformer, prompts: list[list[int]], rows: list[int], max_new_tokens: int, batch_tokens: float
-) -> tuple[Block, Tensor]:
-    """A block of the prompts named by `rows`, longest first, and their last hidden states, (rows, D)."""
+    model: Transformer, rows: list[Row], max_new_tokens: int, batch_tokens: float
+) -> tuple[Block, list[Tensor]]:
+    """A block of rows, the longest first, and the hidden state of each one's last token, (1, D)."""
     layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
-    lengths = [len(prompts[row]) for row in rows]
-    block = Block(model.config, rows, lengths, lengths[0] + max_new_tokens, weight)
-    size = int(max(1, min(batch_tokens / lengths[0], len(rows))))
+    block = Block(model.config, rows, room(len(rows[0].ids), max_new_tokens), weight)
+    size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
     for first in range(0, len(rows), size):
-        some = slice(first, first + size)
-        ids, last = pad_right([prompts[row] for row in rows[some]], weight.device)
-        read = model(ids, cache=[ReadPrompts(block, layer, first, lengths[some]) for layer in layers])
-        hidden.append(read[torch.arange(len(ids), device=weight.device), last])
-    return block, torch.cat(hidden)
+        ids, last = pad_right([row.ids for row in rows[first : first + size]], weight.device)
+        read = model(ids, cache=[ReadPrompts(block, layer, first) for layer in layers])
+        hidden += read[torch.arange(len(ids), device=weight.device), last].split(1)
+    return block, hidden
 
 
-def penalize(logits: Tensor, seen: list[int], penalty: float):
-    """Divide the logits (V,) above zero, multiply those below, of the tokens in `seen`, in place."""
+def room(prompt_length: int, max_new_tokens: int) -> int:
+    """How many tokens a row's cache is to hold. A row without a guess gets padding where others have theirs."""
+    return prompt_length + max_new_tokens + GUESS
+
+
+def penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """The logits (V,), those above zero divided, those below multiplied, of the tokens in `seen`."""
     seen = torch.tensor(seen, device=logits.device).unique()
-    logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return logits.index_copy(0, seen, torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty))
 
 
 @torch.no_grad()
@@ -637,40 +686,49 @@ def generate(
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
     blocks: list[Block] = []
-    hidden = model.lm_head.weight.new_zeros(0, model.config.hidden_size)  # of the last token of each row of each block
-    layers, device = range(model.config.num_hidden_layers), hidden.device
+    hidden: list[Tensor] = []  # of each row of all blocks, its last token's state and those of its guess, (n, D)
+    layers, device = range(model.config.num_hidden_layers), model.lm_head.weight.device
+
+    def size(i):
+        return room(len(prompts[i]), max_new_tokens)
 
     while blocks or waiting:
         free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
         if free >= 0.25 * cache_tokens:  # so that prompts are read several at a time
-            while waiting and (not blocks or free >= len(prompts[waiting[-1]]) + max_new_tokens):
-                capacity = len(prompts[waiting[-1]]) + max_new_tokens
-                alike = sum(len(prompts[i]) + max_new_tokens >= SIMILAR * capacity for i in waiting)
-                rows = [waiting.pop() for _ in range(int(max(1, min(free / capacity, alike))))]
-                block, read = read_prompts(model, prompts, rows, max_new_tokens, batch_tokens)
-                blocks, hidden, free = [*blocks, block], torch.cat((hidden, read)), free - len(rows) * capacity
+            while waiting and (not blocks or free >= size(waiting[-1])):
+                largest = size(waiting[-1])
+                alike = sum(size(i) >= SIMILAR * largest for i in waiting)
+                numbers = [waiting.pop() for _ in range(int(max(1, min(free / largest, alike))))]
+                rows = [Row(i, prompts[i]) for i in numbers]
+                block, read = read_prompts(model, rows, max_new_tokens, batch_tokens)
+                blocks, hidden, free = [*blocks, block], [*hidden, *read], free - len(rows) * largest
 
-        logits = model.lm_head(hidden)
-        rows = [i for block in blocks for i in block.rows]
-        if repetition_penalty != 1:
-            for row, i in enumerate(rows):
-                penalize(logits[row], prompts[i] + produced[i], repetition_penalty)
-        going = set()
-        for i, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
-            if token not in stop_ids:
-                produced[i].append(token)
-            if token in stop_ids or len(produced[i]) == max_new_tokens or stop(produced[i]):
-                ended(i)
-            else:
-                going.add(i)
+        logits = model.lm_head(torch.cat(hidden))
+        likeliest, at = logits.argmax(dim=-1).tolist(), 0
+        for row in (row for block in blocks for row in block.rows):
+            for n, guessed in enumerate([*row.guess, None], start=at):
+                token = likeliest[n]
+                if repetition_penalty != 1:
+                    token = int(penalized(logits[n], row.ids, repetition_penalty).argmax())
+                row.ended = token in stop_ids
+                if not row.ended:
+                    row.append(token)
+                    row.ended = len(row.new()) == max_new_tokens or stop(row.new())
+                if row.ended or token != guessed:
+                    break
+            at += 1 + len(row.guess)
+            if row.ended:
+                produced[row.number] = row.new()
+                ended(row.number)
         for block in blocks:
-            block.keep([row for row, i in enumerate(block.rows) if i in going])
-        blocks = [block for block in blocks if block.rows]
-        rows, hidden = [i for block in blocks for i in block.rows], hidden[:0]
+            block.drop_ended()
+        blocks, hidden = [block for block in blocks if block.rows], []
+        rows = [row for block in blocks for row in block.rows]
+        for row in rows:
+            row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new()) - 1))
         if rows:
-            ids = torch.tensor([produced[i][-1:] for i in rows], device=device)
-            positions = torch.tensor([[len(prompts[i]) + len(produced[i]) - 1] for i in rows], device=device)
-            hidden = model(ids, positions, cache=[Decode(blocks, layer) for layer in layers])[:, 0]
-            for block in blocks:
-                block.used += 1
+            ids, _ = pad_right([row.ids[-1:] + row.guess for row in rows], device)
+            positions = torch.cat([block.extend(ids.shape[1]) for block in blocks])
+            read = model(ids, positions, cache=[Decode(blocks, layer) for layer in layers])
+            hidden = [states[: 1 + len(row.guess)] for row, states in zip(rows, read, strict=True)]
     return produced

@@ -1,6 +1,7 @@
 """The decoder's own promises: what it refuses, how it loads, the loss per token, generation. Parity is elsewhere."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,18 @@ from test_sstoken import random_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_module
-from model import RMSNorm, UserError, generate, load_model, read_config, response_nll, save_model, token_nll
+from model import (
+    RMSNorm,
+    Row,
+    UserError,
+    attention,
+    generate,
+    load_model,
+    read_config,
+    response_nll,
+    save_model,
+    token_nll,
+)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -205,7 +217,20 @@ def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, mon
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
         model(ids)
-    assert len(calls) == 3 and all(c["attn_mask"] is None and c["is_causal"] for c in calls)
+    assert len(calls) == 3 and all(c.get("attn_mask") is None and c["is_causal"] for c in calls)
+
+
+def test_attention_with_a_mask_for_the_last_queries_only():
+    torch.manual_seed(0)
+    for length, masked in ((40, 40), (40, 30), (40, 3), (5, 5), (5, 2), (1, 1)):
+        q, k, v = torch.randn(2, 6, length, 8), torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
+        mask = torch.rand(2, 1, masked, 40) < 0.5
+        mask[..., 0] = True
+        whole = torch.cat((torch.ones(length, 40).tril().bool().expand(2, 1, -1, -1)[:, :, :-masked], mask), dim=2)
+        scores = q.double() @ k.double().repeat_interleave(2, dim=1).transpose(2, 3) / 8**0.5
+        weights = scores.masked_fill(~whole, -math.inf).softmax(-1)
+        expected = weights @ v.double().repeat_interleave(2, dim=1)
+        assert torch.allclose(attention(q, k, v, mask).double(), expected, atol=1e-5), (length, masked)
 
 
 def test_rms_norm_takes_its_mean_in_float32():
@@ -306,6 +331,34 @@ def test_response_nll_is_the_loss_of_each_response_token_given_what_precedes_it(
 
 
 # --------------------------------------------------------------------------------------------------- generation
+
+
+def test_a_row_guesses_what_came_next_where_its_last_tokens_stood_before():
+    def guess(ids, most=4):
+        row = Row(0, ids)
+        row.look_up(most)
+        return row.guess
+
+    assert guess([1, 2, 3, 4]) == []
+    assert guess([1, 2, 3, 4, 5, 6, 9, 3]) == [4, 5, 6, 9]
+    assert guess([1, 2, 3, 4, 7, 2, 3, 5, 8, 1, 2, 3], 2) == [4, 7]  # three tokens alike count before two
+    assert guess([3, 4, 8, 3, 5, 8, 3], 2) == [5, 8]  # the place that is nearest
+    assert guess([9, 1, 2, 1, 2]) == [1, 2, 1, 2] and guess([7, 7]) == [7, 7, 7, 7]  # a repetition goes on
+    assert guess([1, 2, 1], 0) == []
+
+
+@torch.no_grad()
+def test_guesses_save_steps_and_change_nothing(llama):
+    model = load_model(llama)
+    prompts, passes = [[5, 6, 7], list(range(10, 40))], []
+    handle = model.register_forward_hook(lambda *given: passes.append(1))
+    produced = generate(model, prompts, 60)
+    assert len(passes) < 40  # of 62 without
+    handle.remove()
+    for prompt, new in zip(prompts, produced, strict=True):
+        ids = torch.tensor([prompt + new])
+        assert model.lm_head(model(ids))[0].argmax(-1).tolist()[len(prompt) - 1 : -1] == new
+        assert generate(model, [prompt], 60, stop=lambda ids: len(ids) == 41) == [new[:41]]
 
 
 def test_generation_with_the_cache_equals_generation_without(checkpoint):

@@ -90,10 +90,10 @@ def test_the_probe_equals_the_attention_that_transformers_returns(dialect, layer
 def test_greedy_generation(checkpoint):
     prompts = [[5, 6, 7], list(range(10, 40)), [300]]
     ours, reference = load_model(checkpoint), theirs(checkpoint)
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     written = []
     for penalty in (1.0, 1.3):
-        found = generate(ours, prompts, 12, repetition_penalty=penalty)
+        found = generate(ours, prompts, 40, repetition_penalty=penalty)
         for prompt, new in zip(prompts, found, strict=True):
             expected = reference.generate(torch.tensor([prompt]), repetition_penalty=penalty, **settings)
             assert expected[0, len(prompt) :].tolist() == new
