@@ -19,6 +19,46 @@ from model import Linear, Transformer, UserError, read_json, save_model, write_j
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class _Dropout(torch.autograd.Function):
+    """x with `dropped` of 65,536 elements, drawn at random, set to zero; the rest as they are."""
+
+    @staticmethod
+    def forward(ctx, x, dropped):
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # four numbers from each draw, -2^15 to 2^15 - 1
+        first_kept = dropped - 2**15
+        kept = bits.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).to(torch.int8)  # 1 where kept, else 0
+        ctx.save_for_backward(kept)
+        return _where(kept, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        return _where(kept, grad), None
+
+
+def _where(kept: Tensor, x: Tensor) -> Tensor:
+    """x where `kept` is 1, zero where it is 0: a product of bit patterns, which no infinity and no rounding enters."""
+    pattern = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.contiguous().view(pattern) * kept).view(x.dtype)
+
+
+def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
+    """x with a share `rate` of its elements set to zero, and the factor that gives it back its expectation.
+
+    All layers that read the same x get the same elements of it: q, k and v do, and gate and up. On a CPU the rate is
+    rounded to 1 / 65,536, the factor is that of the rounded rate.
+    """
+    if x.device.type != "cpu":
+        if not hasattr(x, "dropped"):
+            x.dropped = F.dropout(x, rate)
+        return x.dropped, 1.0
+    dropped = min(round(rate * 2**16), 2**16 - 1)
+    if not hasattr(x, "dropped"):
+        x.dropped = _Dropout.apply(x, dropped)  # F.dropout draws a number an element, which takes ten times as long
+    return x.dropped, 2**16 / (2**16 - dropped)
+
+
 class LoRALinear(Linear):
     """A frozen Linear with a trainable low-rank update: y = W x + b + (alpha / rank) B A dropout(x).
 
@@ -39,15 +79,19 @@ class LoRALinear(Linear):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight, self.bias)
-        if self.stand_in is None:
-            x = F.dropout(x, self.dropout, self.training)
-        factors = (self.lora_A, self.lora_B) if self.stand_in is None else self.stand_in
-        if not factors:
-            return y
-        for factor in factors:
-            x = F.linear(x, factor.to(x.dtype))
-        return y.add(x, alpha=self.alpha / self.rank)
+        y = F.linear(x.flatten(0, -2), self.weight, self.bias)
+        scale, factors = self.alpha / self.rank, self.stand_in
+        if factors is None:
+            factors = self.lora_A, self.lora_B
+            if self.training and self.dropout:
+                x, correction = dropout(x, self.dropout)
+                scale *= correction
+        if factors:
+            update = x.flatten(0, -2)
+            for factor in factors[:-1]:
+                update = F.linear(update, factor.to(x.dtype))
+            y.addmm_(update, factors[-1].to(x.dtype).T, alpha=scale)
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def product(self) -> Tensor:

@@ -157,6 +157,39 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x as it came for the backward pass, not the float32 copies of it that autograd would keep."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.rsqrt(x.float().square_().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return x.float().mul_(scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float().mul_(scale)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_normed = grad.float() * weight
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two arguments and not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight, the mean in float32 whatever the dtype of x."""
 
@@ -166,9 +199,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x32 * scale).to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rope_frequencies(config: Config, device=None) -> Tensor:
@@ -266,7 +297,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
