@@ -162,14 +162,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.rsqrt(x.float().square_().mean(-1, keepdim=True) + eps)
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return x.float().mul_(scale).to(x.dtype) * weight
+        return (x.float() * scale).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed = x.float().mul_(scale)
+        normed = x.float() * scale
         grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_normed = grad.float() * weight
         along = (grad_normed * normed).mean(-1, keepdim=True)
