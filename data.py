@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from model import TOKENIZER_FILES, UserError, find_folder, read_json
+from model import TOKENIZER_FILES, UserError, find_folder, read_json, to_device
 
 # ------------------------------------------------------------------------------------------------------- sources
 
@@ -342,8 +342,12 @@ def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit: in
 
 # ------------------------------------------------------------------------------------------------------- batches
 
+PASS_COST = {"cpu": 32, "cuda": 1024}  # what a pass costs before its first token, in tokens of padding: roughly
 
-def plan_batches(lengths: list[int], batch_size: int, micro_batch_size: int, seed) -> Iterator[list[list[int]]]:
+
+def plan_batches(
+    lengths: list[int], batch_size: int, micro_batch_size: int, seed, pass_cost: int = PASS_COST["cpu"]
+) -> Iterator[list[list[int]]]:
     """One epoch: global batches of sample indices, each a list of micro-batches of at most `micro_batch_size`.
 
     The order is drawn from `seed` (an int or a str). Which samples form a global batch does not depend on their
@@ -351,12 +355,35 @@ def plan_batches(lengths: list[int], batch_size: int, micro_batch_size: int, see
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     for start in range(0, len(order), batch_size):
-        batch = sorted(order[start : start + batch_size], key=lambda i: (lengths[i], i))
-        yield [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
+        # The longest first: the memory that it takes then serves all that follow.
+        batch = sorted(order[start : start + batch_size], key=lambda i: (-lengths[i], i))
+        cuts = cut_batch([lengths[i] for i in batch], micro_batch_size, pass_cost)
+        yield [batch[first:end] for first, end in itertools.pairwise(cuts)]
+
+
+def cut_batch(lengths: list[int], most: int, pass_cost: int) -> list[int]:
+    """Where to cut `lengths`, the longest first, into groups of at most `most`: [0, ..., len(lengths)].
+
+    A group costs its size times its longest length, which is what a padded batch computes, and `pass_cost` more. The
+    cuts are the cheapest: the best way to cut the first n lengths is the best for some shorter head, and one group.
+    """
+    best = [(0, [0])]  # for each n: what the first n lengths cost, and their cuts
+    for end in range(1, len(lengths) + 1):
+        firsts = range(max(0, end - most), end)
+        costs = [best[first][0] + (end - first) * lengths[first] + pass_cost for first in firsts]
+        cost, first = min(zip(costs, firsts, strict=True))
+        best.append((cost, [*best[first][1], end]))
+    return best[-1][1]
 
 
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
-    """Samples as one batch, padded on the right: ids (B, L) int64 and response (B, L) bool."""
+    """Samples as one batch, padded on the right: ids (B, L) int64 on `device`, and response (B, L) bool on the host.
+
+    What is supervised is known before the device computes anything, so nobody ever has to wait for it to say. Of no
+    samples: one row of one unsupervised token.
+    """
+    if not examples:
+        examples = [Example(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))]
     ids = torch.nn.utils.rnn.pad_sequence([example.ids for example in examples], batch_first=True)
     response = torch.nn.utils.rnn.pad_sequence([example.response for example in examples], batch_first=True)
-    return ids.to(device), response.to(device)
+    return to_device(ids, device), response

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import distributed
 from tqdm import tqdm
 
 import data
@@ -210,7 +208,7 @@ def loglikelihoods(
         model(torch.tensor([prefix], device=device), cache=cache)
 
     answers = {}
-    for batch in share(pack(plant(requests, len(prefix), price_ratio(model.config)), batch_tokens)):
+    for batch in runs.share(pack(plant(requests, len(prefix), price_ratio(model.config)), batch_tokens)):
         ids, positions, mask = tree_tensors(batch, len(prefix), device)
         hidden = model(ids, positions, mask, cache)
         places = [(row, place) for row, tree in enumerate(batch) for ps in tree.scored.values() for place in ps]
@@ -238,7 +236,7 @@ def generations(
     Under torchrun as `loglikelihoods`.
     """
     answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests])
-    indices = share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[requests[i][0]]))))
+    indices = runs.share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[requests[i][0]]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until = list(same), settings["until"]
         new = settings.get("max_gen_toks", MAX_NEW_TOKENS)
@@ -279,20 +277,9 @@ def generation_settings(model: Transformer, tokenizer: Tokenizer) -> dict:
     }
 
 
-def share(items: list) -> list:
-    """What this rank is to do of a list that all ranks hold."""
-    if not distributed.is_initialized():
-        return items
-    return items[distributed.get_rank() :: distributed.get_world_size()]
-
-
 def gather(answers: dict) -> list:
     """The answers of all ranks, {request: answer} each, as one list in the requests' order."""
-    parts = [answers]
-    if distributed.is_initialized():
-        parts = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, answers)
-    everyone = {i: answer for part in parts for i, answer in part.items()}
+    everyone = {i: answer for part in runs.gather(answers) for i, answer in part.items()}
     return [everyone[i] for i in sorted(everyone)]
 
 
@@ -497,21 +484,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def start_ranks() -> bool:
-    """Join the other ranks if torchrun started this process; returns whether this is the rank that reports."""
-    if "LOCAL_RANK" not in os.environ:
-        return True
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return distributed.get_rank() == 0
-
-
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    names, reports = task_names(args.tasks), start_ranks()
+    names, device = task_names(args.tasks), runs.start_ranks(args.device)
+    reports = runs.first_rank()
     _load.cache_clear()
-    device = runs.find_device(args.device)
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
     report = runs.Report(Path(args.out) if args.out else None)
     tokenizer = data.load_tokenizer(args.model, args.revision)
@@ -541,8 +518,7 @@ def main(argv: list[str] | None = None):
     finally:
         if reports and records:
             print(table(records))
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        runs.end_ranks()
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):
@@ -559,10 +535,8 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
         groups = [group for group, (names, _, _) in GROUPS.items() if in_writing and name in names]
         together.setdefault((groups or [name])[0], {})[name] = questions[name]
 
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    with tqdm(
-        total=sum(map(sum, costs.values())), disable=not first, bar_format="{l_bar}{bar}| {elapsed}<{remaining}"
-    ) as bar:
+    total, form = sum(map(sum, costs.values())), "{l_bar}{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total, disable=not runs.first_rank(), bar_format=form) as bar:
         for title, tasks in together.items():
             bar.set_description(title)
             todo = {name: list(costs[name]) for name in tasks}

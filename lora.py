@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Linear, Transformer, UserError, read_json, save_model, write_json
+from model import Linear, Transformer, UserError, read_json, save_model, write_json, write_whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -63,20 +63,25 @@ class LoRALinear(Linear):
     """A frozen Linear with a trainable low-rank update: y = W x + b + (alpha / rank) B A dropout(x).
 
     weight (out, in) and bias are the base's own tensors, in its dtype. lora_A (rank, in) and lora_B (out, rank) are
-    float32 whatever that dtype is, and are cast to the input's where they are used. B starts at zero, so a new
-    adapter changes nothing.
+    float32 whatever that dtype is, and are cast to the input's where they are used.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # on the CPU: one seed, one adapter, on any device
-        self.lora_A.data = self.lora_A.data.to(base.weight.device)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
+        self.reset_adapter()
         self.stand_in = None  # factors used instead of (A, B), see `replaced`
         self.train(base.training)
+
+    @torch.no_grad()
+    def reset_adapter(self):
+        """A new adapter: A drawn at random, B zero, so that it changes nothing."""
+        drawn = torch.empty(self.lora_A.shape)  # on the CPU: one seed, one adapter, on any device
+        self.lora_A.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+        self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y = F.linear(x.flatten(0, -2), self.weight, self.bias)
@@ -197,7 +202,7 @@ def save_adapter(model: Transformer, folder):
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
@@ -71,14 +72,32 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_json(path: Path, value):
-    """Write `value` whole or not at all: to a temporary file first, which then takes the place of `path`."""
+def write_whole(path: Path, write: Callable[[Path], None]):
+    """Have `write` make a file whole or not at all: under a temporary name first, which then takes `path`'s place."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write(temporary)
+    _to_disk(temporary)  # first what is in the file, then that it bears its name
     temporary.replace(path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: Path, value):
+    """Write `value` as JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def to_device(tensor: Tensor, device) -> Tensor:
+    """A copy of a host's tensor on `device`, which the host does not wait for: a GPU reads it from pinned memory."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def read_config(folder: Path) -> Config:
@@ -319,12 +338,14 @@ class Transformer(nn.Module):
     """The decoder up to its last hidden state; `lm_head` turns hidden states into logits where logits are wanted.
 
     `config`, `folder` (where the checkpoint lies), `name_or_path` and `revision` (what the user asked for) are kept for
-    saving.
+    saving. With `gradient_checkpointing`, a layer keeps only its input for the backward pass and runs again in it: the
+    same numbers, dropout included, for less memory and one more forward pass.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.folder, self.name_or_path, self.revision = config, None, None, None
+        self.gradient_checkpointing = False
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
@@ -352,7 +373,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(input_ids)
         rope = rope_table(self.config, positions, x.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, mask, cache[i] if cache is not None else None)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, cache[i] if cache is not None else None)
         return self.model.norm(x)
 
 
@@ -411,15 +435,17 @@ def check_tensors(files: dict[str, Path], parameters: dict[str, Tensor], folder:
             raise UserError(f"{files[name]}: {name} is stored as {stored.get_dtype()}, not as a float")
 
 
-def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22):
-    """Copy tensor `name` of a safetensors file into `target`, converted, some rows (`block` elements) at a time.
+def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, first: int = 0):
+    """Copy the rows from `first` on of tensor `name` of a safetensors file into `target`, as many as it has, converted.
 
-    The file is mapped anew for each block: the pages of a mapping count as memory until it closes.
+    Some rows (`block` elements) at a time, and the file is mapped anew for each: the pages of a mapping count as
+    memory until it closes.
     """
-    rows = max(1, block // target[0].numel())
+    rows = max(1, block // target[:1].numel()) if len(target) else 1
     for start in range(0, len(target), rows):
         with open_safetensors(path) as file:
-            target[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
+            end = min(start + rows, len(target))
+            target[start:end].copy_(file.get_slice(name)[first + start : first + end])
 
 
 def load_model(
@@ -428,7 +454,8 @@ def load_model(
     """A checkpoint in Hugging Face layout, from a local folder or the hub, in eval mode.
 
     dtype: what the weights become (default: what the config says, else what the embedding is stored in). Peak memory
-    is the model and one block of a tensor. Raises UserError, by name, for what is missing, left over or unknown.
+    is the model and one block of a tensor. On the device "meta" no weight is read: `read_weights` does it later.
+    Raises UserError, by name, for what is missing, left over or unknown.
     """
     folder = find_folder(name_or_path, CHECKPOINT_FILES + TOKENIZER_FILES, revision)
     config, files = read_config(folder), find_tensors(folder)
@@ -444,12 +471,27 @@ def load_model(
     dtype = dtype or config.dtype or open_safetensors(files[embedding]).get_slice(embedding)[:1].dtype
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        read_tensor_into(weight, files[name], name)
+        if not weight.is_meta:
+            read_tensor_into(weight, files[name], name)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
     model.tie_weights()
     model.folder, model.name_or_path, model.revision = folder, str(name_or_path), revision
     return model.eval()
+
+
+@torch.no_grad()
+def read_weights(model: Transformer):
+    """Fill the weights of `model` from its checkpoint; of a sharded one (FSDP2), the rows that this rank holds."""
+    files = find_tensors(model.folder)
+    for name, parameter in model.named_parameters():
+        if name not in files:  # an adapter's
+            continue
+        rows, first = parameter, 0
+        if hasattr(parameter, "to_local"):  # FSDP2 cuts dimension 0 as torch.chunk does
+            rows, mesh = parameter.to_local(), parameter.device_mesh
+            first = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
+        read_tensor_into(rows, files[name], name, first=first)
 
 
 def save_model(model: Transformer, folder):
@@ -521,13 +563,21 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
     return _TokenNLL.apply(hidden, weight.detach(), targets, chunk, torch.is_grad_enabled() and hidden.requires_grad)
 
 
+def response_places(response: Tensor, device) -> Tensor:
+    """Where the response tokens of a batch stand when it is read row after row: (B, L) bool, on the host -> (T,)."""
+    return to_device(response.flatten().nonzero().squeeze(1), device)
+
+
 def response_nll(model: Transformer, input_ids: Tensor, response: Tensor) -> Tensor:
     """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (response.sum(),) float32.
 
-    The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary.
+    The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary. No row
+    starts with a response token. With `response` on the host, nothing waits for a GPU.
     """
     hidden = model(input_ids)
-    return token_nll(hidden[:, :-1][response[:, 1:]], model.lm_head.weight, input_ids[:, 1:][response[:, 1:]])
+    places = response_places(response, hidden.device)
+    before = hidden.flatten(0, 1).index_select(0, places - 1)
+    return token_nll(before, model.lm_head.weight, input_ids.flatten()[places])
 
 
 @torch.no_grad()

@@ -1,28 +1,36 @@
-"""What a run keeps: its folder, its log (one JSON line an optimizer step), its settings; and how every script ends.
+"""What a run keeps and who takes part in it: folder and log, checkpoints and resume, torchrun's ranks; how scripts end.
 
 A run's folder holds adapter_model.safetensors and adapter_config.json (peft's format), run.json (every argument,
-versions, seed), log.jsonl and, where asked for, merged/ (a whole checkpoint).
+versions, seed), log.jsonl (a line an optimizer step), its last two checkpoints and, where asked for, merged/ (a whole
+model).
 """
 
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor, distributed, nn
 
-from model import UserError, read_json, write_json
+import lora
+from model import Transformer, UserError, read_json, read_weights, write_json, write_whole
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
+CHECKPOINT = "checkpoint-{:08d}.pt"  # its number is that of the optimizer steps done
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
 
@@ -32,7 +40,7 @@ def new_folder(out: str | None, name: str, overwrite: bool = False) -> Path:
     Raises UserError when `out` holds a run already, unless `overwrite`, which deletes that run's files.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    old = [folder / file for file in FILES if (folder / file).exists()]
+    old = [folder / file for file in FILES if (folder / file).exists()] + checkpoints_in(folder)
     if old and not overwrite:
         raise UserError(f"{folder} holds another run ({old[0].name}); choose another --out or add --overwrite")
     for path in old:
@@ -42,6 +50,15 @@ def new_folder(out: str | None, name: str, overwrite: bool = False) -> Path:
     except OSError as reason:
         raise UserError(f"--out {folder} cannot be made: {reason.strerror}") from None
     return folder
+
+
+def open_folder(out: str | None, name: str, overwrite: bool, resume: bool) -> Path:
+    """The folder of a run, the same on all ranks: a new one, or with `resume` the one that is there, if it is."""
+    if first_rank():
+        if resume:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        folder = Path(out) if resume else new_folder(out, name, overwrite)
+    return gather(folder if first_rank() else None)[0]
 
 
 def append_line(path: Path, value: dict):
@@ -75,6 +92,226 @@ class Report:
     def save(self):
         if self.path:
             write_json(self.path, self.records[0] if len(self.records) == 1 else {"runs": self.records})
+
+
+# --------------------------------------------------------------------------------------------- checkpoints, resume
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that a run's folder holds, the newest last."""
+    return sorted(folder.glob(CHECKPOINT.replace("{:08d}", "*")))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.rpartition("-")[2])
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """What tells these tensors from others without reading all of them: a digest of shapes and of first elements."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        start = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().flatten()[:4096]
+        digest.update(repr(tensor.shape).encode() + start.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Checkpoints:
+    """The state of a run after some of its steps, written to its folder as a whole, so that the run can go on from it.
+
+    steps: of the whole run; every: how many lie between two checkpoints, by default a tenth; the last step leaves one
+    too. settings: what a run that goes on must share with the one that wrote the checkpoint. The last two are kept.
+    Without a folder nothing is written. While it is entered (`with`), SIGTERM and Ctrl-C are noted, and after the step
+    in which they came a checkpoint is written and the script ends.
+    """
+
+    def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
+        self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
+        self.settings, self.signal = gather(settings)[0], 0  # the first rank's; a shard's content would differ
+
+    def newest(self) -> Path | None:
+        found = checkpoints_in(self.folder) if self.folder else []
+        return found[-1] if found else None
+
+    def earlier(self, key: str) -> dict:
+        """What the run that left these checkpoints has noted in its run.json under `key`, as {key: value} or {}."""
+        noted = read_json(self.folder / "run.json") if self.newest() else {}
+        return {key: noted[key]} if key in noted else {}
+
+    def __enter__(self):
+        def note(number, frame):
+            if self.signal and number == signal.SIGINT and ranks() == 1:  # torchrun sends it twice
+                raise KeyboardInterrupt
+            self.signal = number
+            if first_rank():
+                print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
+
+        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def restore(self, adapters: list[nn.Parameter], optimizer, history, device) -> int:
+        """Put everything back that the newest checkpoint holds; returns the steps done, 0 where there is none.
+
+        From then on these same objects are what is written. The log loses the lines of later steps. Raises UserError
+        when the checkpoint was made by other settings, and names the first that differs.
+        """
+        self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
+        newest = self.newest()
+        if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
+            keep_lines(log, step_of(newest) if newest else 0)
+        if not newest:
+            return 0
+        state = torch.load(newest, map_location="cpu", weights_only=True)
+        for name in sorted(state["settings"].keys() | self.settings.keys()):
+            then, now = state["settings"].get(name), self.settings.get(name)
+            if then != now:
+                raise UserError(f"{newest} is of another configuration: {name} was {then}, now it is {now}")
+        with torch.no_grad():
+            for parameter, saved in zip(adapters, state["adapters"], strict=True):
+                parameter.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        if state["history"] is not None:
+            history.factors = [tuple(factor.to(device) for factor in factors) for factors in state["history"]]
+        random = state["random"][rank()]
+        torch.set_rng_state(random["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], device)
+        return state["step"]
+
+    def after(self, step: int):
+        """Write a checkpoint if one is due after this step; end the script if a signal asked for it."""
+        if not self.folder:
+            return
+        stop = int(sum_over_ranks([torch.tensor(float(self.signal), device=self.device)])[0])
+        if stop or step % self.every == 0 or step == self.steps:
+            self.write(step)
+        if stop and step < self.steps:
+            if first_rank():
+                print(f"stopped after step {step}; the same command with --resume goes on", file=sys.stderr)
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))
+
+    def write(self, step: int):
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "step": step,
+            "settings": self.settings,
+            "adapters": [parameter.detach() for parameter in self.adapters],
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history.factors,
+            "random": gather(random),
+        }
+        if first_rank():
+            write_whole(self.folder / CHECKPOINT.format(step), lambda path: torch.save(state, path))
+            for old in checkpoints_in(self.folder)[:-2]:
+                old.unlink()
+
+
+def keep_lines(log: Path, count: int):
+    """Cut a log after its first `count` lines; a step that was logged after its last checkpoint is done again."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    write_whole(log, lambda path: path.write_text("".join(lines), encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------- ranks
+
+
+def start_ranks(device: str) -> torch.device:
+    """Join the other ranks if torchrun started this process. Returns the device of this one, as `find_device`."""
+    if "LOCAL_RANK" not in os.environ:
+        return find_device(device)
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        torch.cuda.set_device(local)
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, whatever the machine has
+        torch.set_num_threads(max(1, cores() // here))
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    return find_device(f"cuda:{local}" if on_gpu else device)
+
+
+def end_ranks():
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def started_by_torchrun() -> bool:
+    return distributed.is_initialized()
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def first_rank() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def share(items: list) -> list:
+    """What this rank is to do of a list that all ranks hold."""
+    return items[rank() :: ranks()]
+
+
+def share_passes(micro_batches: list[list[int]]) -> list[list[int]]:
+    """The micro-batches of this rank: as many on each, since sharded weights need all ranks; some may be empty."""
+    return share(micro_batches + [[] for _ in range(-len(micro_batches) % ranks())])
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order, on each of them."""
+    values = [value]
+    if distributed.is_initialized():
+        values = [None] * ranks()
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Add up each of `tensors`, all of one dtype, over the ranks, in place and in one message; returns them."""
+    if distributed.is_initialized():
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(message)
+        for tensor, summed in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+    return tensors
+
+
+def shard(model: Transformer, probed: nn.Module, device: torch.device):
+    """Cut the frozen weights of `model`, on the meta device, into one part a rank (FSDP2), and read this rank's part.
+
+    A layer's weights are gathered when it computes and dropped after; adapters stay whole on every rank. What is used
+    outside of its module's own forward pass is gathered in it and stays until the backward pass comes by: the `probed`
+    layer for the attention score, embedding and head (the root's) for the loss.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = distributed.init_device_mesh(device.type, (ranks(),))
+    adapters = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not probed, ignored_params=adapters)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=adapters)
+    model.to_empty(device=device)
+    model.tie_weights()
+    read_weights(model)
+    for layer in lora.lora_layers(model).values():
+        layer.reset_adapter()
+
+
+# ------------------------------------------------------------------------------------------------- machine, script
 
 
 def versions() -> dict[str, str]:
@@ -146,3 +383,6 @@ def run_script(main: Callable[[], None]):
     except UserError as mistake:
         print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from model import UserError, rope_table
+from model import UserError, rope_table, to_device
 
 # --------------------------------------------------------------------------------- losses and loss differences
 
@@ -103,9 +103,11 @@ class AttentionProbe:
         """AttnScore of the batch that went through the model last: response (B, L) bool -> (B, L) float32, zero off it.
 
         Adapters are on, as in the forward pass; dropout is off, and no random number is drawn. Rows are padded on
-        the right. Queries and keys are projected in chunks too, so memory grows with L, never with L * L.
+        the right. Queries and keys are projected in chunks too, so memory grows with L, never with L * L. With
+        `response` on the host, nothing waits for a GPU.
         """
-        out = torch.zeros(response.shape, device=response.device)
+        device = self.hidden.device
+        out = torch.zeros(response.shape, device=device)
         training = self.layer.training
         self.layer.eval()
         for hidden, supervised, row in zip(self.hidden, response, out, strict=True):
@@ -113,11 +115,12 @@ class AttentionProbe:
             if len(positions) == 0:
                 continue
             length = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
-            keys = torch.arange(length, device=hidden.device).split(8 * QUERY_CHUNK)
+            positions, prompt = to_device(positions, device), to_device(~supervised[:length], device)
+            keys = torch.arange(length, device=device).split(8 * QUERY_CHUNK)
             k = torch.cat([self._project(self.layer.self_attn.keys, hidden, chunk) for chunk in keys], dim=1).float()
             for chunk in positions.split(QUERY_CHUNK):
                 q = self._project(self.layer.self_attn.queries, hidden, chunk)
-                row[chunk] = _attention_to_prompt(q, k, chunk, ~supervised[:length])
+                row[chunk] = _attention_to_prompt(q, k, chunk, prompt)
         self.layer.train(training)
         return out
 

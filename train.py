@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 import lora
 import runs
-from model import Transformer, UserError, load_model, response_nll, write_json
+from model import Transformer, UserError, load_model, response_nll, response_places, to_device, write_json
 from sstoken import (
     AttentionProbe,
     ema_update,
@@ -46,7 +46,7 @@ class History:
         self.model, self.kind, self.ema_alpha, self.every = model, kind, ema_alpha, every
         self.factors = None  # nothing: the base model
         if kind == "ema":
-            self.factors = [(torch.zeros_like(layer.weight, dtype=torch.float32),) for layer in self._layers()]
+            self.factors = [(torch.zeros_like(layer.product()),) for layer in self._layers()]
 
     def _layers(self):
         return lora.lora_layers(self.model).values()
@@ -99,12 +99,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
 
 @torch.no_grad()
 def mean_response_loss(model: Transformer, examples: list[data.Example], micro_batch_size: int, device) -> float:
-    """Loss per response token of `examples`, adapters on, dropout off, in nats."""
+    """Loss per response token of `examples`, adapters on, dropout off, in nats. All ranks take part."""
     model.eval()
-    total, by_length = 0.0, sorted(examples, key=lambda e: len(e.ids))
-    for start in range(0, len(examples), micro_batch_size):
-        total += response_nll(model, *data.collate(by_length[start : start + micro_batch_size], device)).sum().item()
-    return total / sum(int(e.response.sum()) for e in examples)
+    total = 0.0
+    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), micro_batch_size, seed=0)
+    for micro_batch in runs.share_passes(passes):
+        total += response_nll(model, *data.collate([examples[i] for i in micro_batch], device)).sum().item()
+    return sum(runs.gather(total)) / sum(int(e.response.sum()) for e in examples)
 
 
 def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) -> dict[int, float]:
@@ -117,18 +118,31 @@ def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) ->
     return {i: (count if loss_mean == "batch" else 1) / total for i, count in counted.items()}
 
 
-def plan_steps(lengths: list[int], args: argparse.Namespace) -> list[list[list[int]]]:
+def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
     """Every optimizer step of the run as a list of micro-batches of sample indices: the epochs, cut at --max-steps."""
     shape = (args.batch_size, args.micro_batch_size)
-    steps = [b for epoch in range(args.epochs) for b in data.plan_batches(lengths, *shape, f"{args.seed} {epoch}")]
+    cost = data.PASS_COST["cpu" if device.type == "cpu" else "cuda"]
+    steps = [
+        b for epoch in range(args.epochs) for b in data.plan_batches(lengths, *shape, f"{args.seed} {epoch}", cost)
+    ]
     return steps[: args.max_steps]
 
 
-def train(model: Transformer, examples: list[data.Example], args: argparse.Namespace, log: Callable):
-    """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step."""
+def train(
+    model: Transformer,
+    examples: list[data.Example],
+    args: argparse.Namespace,
+    log: Callable[[dict], None],
+    checkpoints: runs.Checkpoints | None = None,
+) -> Transformer:
+    """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step.
+
+    Started by torchrun, each rank computes its share of a step's micro-batches and all make the same update. With
+    `checkpoints` the run goes on from the newest, and leaves others behind.
+    """
     device = model.lm_head.weight.device
     lengths, sizes = [len(e.ids) for e in examples], [int(e.response.sum()) for e in examples]
-    steps = plan_steps(lengths, args)
+    steps = plan_steps(lengths, args, device)
     fixed = METHODS[args.method] and METHODS[args.method](sizes, args.rho, args.seed)
     # How many tokens of a sample will be selected is known before which, and with it the sample's weight in the loss.
     counts = [int(s.sum()) for s in fixed] if fixed else [share_of(args.rho, size) for size in sizes]
@@ -139,15 +153,18 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
     probe = AttentionProbe(model, args.layer)
     model.train()
     kind = args.history if scored and args.gamma > 0 else "base"  # nothing is kept that no score reads
-    history, seen = History(model, kind, args.ema_alpha, args.history_every), 0  # Alg. 1, line 2
+    history = History(model, kind, args.ema_alpha, args.history_every)  # Alg. 1, line 2
+    checkpoints = checkpoints or runs.Checkpoints()
+    done = checkpoints.restore(adapters, optimizer, history, device)
+    seen = sum(len(micro_batch) for batch in steps[:done] for micro_batch in batch)
 
-    for step, batch in enumerate(steps, 1):  # Alg. 1, line 3
-        start, loss_sum, selected_sum = time.perf_counter(), torch.zeros((), device=device), 0
+    for step, batch in enumerate(steps[done:], done + 1):  # Alg. 1, line 3
+        start, loss_sum, selected_sum = time.perf_counter(), *torch.zeros(2, device=device)
         weights = sample_weights(batch, counts, args.loss_mean)
         gamma = args.gamma if seen >= args.attention_only else 0.0
         uses_rel, uses_attention = scored and gamma > 0, scored and gamma < 1
 
-        for micro_batch in batch:  # Alg. 1, line 4
+        for micro_batch in runs.share_passes(batch):  # Alg. 1, line 4
             ids, response = data.collate([examples[i] for i in micro_batch], device)
             history_nll = history.nll(ids, response) if uses_rel else None
             nll = response_nll(model, ids, response)
@@ -155,24 +172,24 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
             if uses_rel:
                 rel = retrospective_excess_loss(nll.detach(), history_nll)  # Alg. 1, line 5
             if uses_attention:
-                attention = probe.scores(response)[response]  # Alg. 1, line 6
+                attention = probe.scores(response).flatten()[response_places(response, device)]  # Alg. 1, line 6
 
-            losses = []
-            tokens_of = [x.split([sizes[i] for i in micro_batch]) for x in (nll, rel, attention)]
+            losses = [0 * nll.sum()]  # all ranks go backward equally often, also one without a selected token
+            tokens_of = [x.split([sizes[i] for i in micro_batch]) for x in (nll, rel, attention) if micro_batch]
             for i, nll_i, rel_i, attention_i in zip(micro_batch, *tokens_of, strict=True):
                 token_scores = score(normalize(rel_i), attention_i, gamma)  # Alg. 1, lines 7 and 8
-                selected = fixed[i].to(device) if fixed else select(token_scores, args.rho)  # Alg. 1, line 9
+                selected = to_device(fixed[i], device) if fixed else select(token_scores, args.rho)  # Alg. 1, line 9
                 selected_sum += selected.sum()
                 if i in weights:
                     losses.append(weights[i] * selected_loss(nll_i, selected))
-            if losses:
-                loss = torch.stack(losses).sum()
-                loss.backward()
-                loss_sum += loss.detach()
+            loss = torch.stack(losses).sum()
+            loss.backward()
+            loss_sum += loss.detach()
 
         lr = learning_rate(step, len(steps), args.lr, args.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        runs.sum_over_ranks([p.grad for p in adapters])  # nothing else of the model crosses between ranks
         if args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(adapters, args.max_grad_norm)
         optimizer.step()  # Alg. 1, line 10
@@ -181,18 +198,20 @@ def train(model: Transformer, examples: list[data.Example], args: argparse.Names
 
         members = [i for micro_batch in batch for i in micro_batch]
         seen += len(members)
+        total_loss, total_selected = torch.stack(runs.sum_over_ranks([loss_sum, selected_sum])).tolist()
         log(
             {
                 "step": step,
-                "loss": loss_sum.item(),
+                "loss": total_loss,
                 "lr": lr,
                 "tokens": sum(lengths[i] for i in members),
                 "response_tokens": sum(sizes[i] for i in members),
-                "selected_tokens": int(selected_sum),
+                "selected_tokens": int(total_selected),
                 "seconds": round(time.perf_counter() - start, 3),
                 "peak_memory_mb": round(runs.peak_memory_mb(device), 1),
             }
         )
+        checkpoints.after(step)
     probe.remove()
     return model  # Alg. 1, line 13
 
@@ -231,6 +250,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, default=2048, help="cut samples to this many tokens (Appendix A.3)")
     add("--out", help="folder of the run; default: a new one under runs/")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--checkpoint-every", type=int, metavar="N",
+        help="steps between two checkpoints, of which OUT keeps the last two; default: a tenth of the run")
+    add("--resume", action="store_true",
+        help="go on from the newest checkpoint in --out, with the same adapter in the end as a run that never stopped; "
+        "where there is none, start")
     add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
 
     add = parser.add_argument_group("optimisation (Appendix A.3)").add_argument
@@ -249,6 +273,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("machine").add_argument
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen weights and activations")
     add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep only each layer's input for the backward pass: the same result, less memory, about a third slower")
+    add("--shard", action="store_true",
+        help="under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device")
     # fmt: on
     args = parser.parse_args(argv)
 
@@ -267,7 +295,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-length": (args.max_length >= 2, "at least 2"),
     }
     bounds["--seed"] = (0 <= args.seed < 2**63, "from 0 to 2^63 - 1")
-    for flag in ("batch_size", "micro_batch_size", "epochs", "max_steps", "limit", "history_every", "lora_rank"):
+    counts = ("batch_size", "micro_batch_size", "epochs", "max_steps", "limit", "history_every", "lora_rank")
+    for flag in (*counts, "checkpoint_every"):
         value = getattr(args, flag)
         bounds["--" + flag.replace("_", "-")] = (value is None or value >= 1, "at least 1")
     for flag, (fits, bound) in bounds.items():
@@ -275,33 +304,77 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"{flag} is {getattr(args, flag[2:].replace('-', '_'))}; it must be {bound}")
     if args.batch_size % args.micro_batch_size:
         raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
+    if args.resume and (args.overwrite or not args.out):
+        raise UserError("--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite")
     return args
+
+
+# What may differ between a run and the one that goes on with it: none of it changes the adapter.
+FREE = {"out", "overwrite", "resume", "checkpoint_every", "merge", "eval_data"}
+
+
+def settings(model: Transformer, examples: list[data.Example], args: argparse.Namespace) -> dict:
+    """All that the adapter depends on, by the names that a user knows: for checkpoints, which hold for nothing else."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
+    return flags | {
+        "--device": model.lm_head.weight.device.type,
+        "the number of ranks": runs.ranks(),
+        "the content of --model": runs.fingerprint(p for p in model.parameters() if not p.requires_grad),
+        "the content of --data": runs.fingerprint(tensor for example in examples for tensor in example),
+    }
+
+
+def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.Example]) -> Transformer:
+    """The model with new adapters, ready to train: checked against the data, its weights in place or sharded."""
+    model = load_model(args.model, getattr(torch, args.dtype), "meta" if args.shard else device, args.revision)
+    if (largest := max(int(e.ids.max()) for e in examples)) >= model.config.vocab_size:
+        raise UserError(f"{args.model}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
+    if (longest := max(len(e.ids) for e in examples)) > model.config.max_position_embeddings:
+        context = model.config.max_position_embeddings
+        raise UserError(f"{args.model} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
+    AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
+    model.gradient_checkpointing = args.gradient_checkpointing
+    torch.manual_seed(args.seed)
+    lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    if args.shard:
+        torch.manual_seed(args.seed)  # the adapters are drawn again, where there is memory for them
+        runs.shard(model, model.model.layers[args.layer], device)
+    if runs.rank():
+        torch.manual_seed(args.seed + runs.rank())  # the same adapters on all ranks, dropout of its own on each
+    return model
 
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    device = runs.find_device(args.device)
+    device = runs.start_ranks(args.device)
     args.device = str(device)
+    torch.set_float32_matmul_precision("highest")  # no TF32: a score is not to change with the GPU
     if device.type == "cuda":  # one seed, one adapter, on a GPU too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    if args.shard and not runs.started_by_torchrun():
+        raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
 
     tokenizer = data.load_tokenizer(args.model, args.revision)
     examples, dropped = data.load_examples(args.data, tokenizer, args.max_length, args.limit, args.seed)
     held_out, lost = (
         data.load_examples(args.eval_data, tokenizer, args.max_length, args.limit) if args.eval_data else ([], 0)
     )
-    model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
-    if (largest := max(int(e.ids.max()) for e in examples + held_out)) >= model.config.vocab_size:
-        raise UserError(f"{args.model}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
-    if (longest := max(len(e.ids) for e in examples + held_out)) > model.config.max_position_embeddings:
-        context = model.config.max_position_embeddings
-        raise UserError(f"{args.model} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
-    AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
-    torch.manual_seed(args.seed)
-    lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    folder = runs.new_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite)
+    model = prepare(args, device, examples + held_out)
+    total = len(plan_steps([len(e.ids) for e in examples], args, device))
+    folder = runs.open_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite, args.resume)
+    checkpoints = runs.Checkpoints(folder, total, args.checkpoint_every, settings(model, examples, args))
+    record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
+    record |= checkpoints.earlier("held_out_loss_before")
+
+    def say(*words):
+        if runs.first_rank():
+            print(*words, flush=True)
+
+    def save_record():
+        if runs.first_rank():
+            write_json(folder / "run.json", record)
 
     def no_response(count):
         return f"{count} dropped, without a response token in the first {args.max_length}"
@@ -309,39 +382,43 @@ def main(argv: list[str] | None = None):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, answers = sum(len(e.ids) for e in examples), sum(int(e.response.sum()) for e in examples)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    print(f"model: {args.model}, {frozen:,} frozen parameters, {trained:,} trained")
-    print(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses;", no_response(dropped))
+    say(f"model: {args.model}, {frozen:,} frozen parameters, {trained:,} trained")
+    say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses;", no_response(dropped))
     if held_out:
-        print(f"held out: {len(held_out):,} samples;", no_response(lost))
-    record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
-    write_json(folder / "run.json", record)
+        say(f"held out: {len(held_out):,} samples;", no_response(lost))
+    save_record()
 
     def report_held_out(when):
-        if held_out:
+        if held_out and f"held_out_loss_{when}" not in record:
             loss = mean_response_loss(model, held_out, args.micro_batch_size, device)
             record[f"held_out_loss_{when}"] = loss
-            print(f"held-out response loss {when} training: {loss:.4f} nats a token, {len(held_out)} samples")
+            say(f"held-out response loss {when} training: {loss:.4f} nats a token, {len(held_out)} samples")
+            save_record()
 
     report_held_out("before")
-    with tqdm(total=len(plan_steps([len(e.ids) for e in examples], args)), unit="step") as bar:
+    with tqdm(total=total, unit="step", disable=not runs.first_rank()) as bar, checkpoints:
 
         def log(line):
-            runs.append_line(folder / "log.jsonl", line)
+            if runs.first_rank():
+                runs.append_line(folder / "log.jsonl", line)
             share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
-            bar.update()
+            bar.update(line["step"] - bar.n)
 
-        train(model, examples, args, log)
+        train(model, examples, args, log, checkpoints)
     report_held_out("after")
 
-    lora.save_adapter(model, folder)
-    if args.merge:
-        lora.merge(model, folder / "merged")
-    write_json(folder / "run.json", record)
-    print(
+    if runs.first_rank():
+        lora.save_adapter(model, folder)
+        if args.merge and args.shard:  # the base as a whole again, in the host's memory
+            model = lora.load_adapter(load_model(args.model, getattr(torch, args.dtype), "cpu", args.revision), folder)
+        if args.merge:
+            lora.merge(model, folder / "merged")
+    say(
         f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; "
         f"evaluate with: python evaluate.py --model {args.model} --adapter {folder}"
     )
+    runs.end_ranks()
 
 
 if __name__ == "__main__":

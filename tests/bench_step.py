@@ -87,7 +87,7 @@ def train_peer(examples, run, log):
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         return logits.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32)
 
-    order = random.Random(run.seed).sample(examples, len(examples))
+    order = random.Random(f"{run.seed} 0").sample(examples, len(examples))  # the global batches that train.py draws
     for step in range(0, len(order), run.batch_size):
         start, batch, total = time.perf_counter(), order[step : step + run.batch_size], 0.0
         for first in range(0, len(batch), run.micro_batch_size):

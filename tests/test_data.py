@@ -1,6 +1,8 @@
 """Rows, schemas, the template and its mask, batches: against cases worked by hand."""
 
+import itertools
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +16,17 @@ from conftest import BOS, EOS, edit_json, make_tokenizer
 from hub import serve
 
 import data
-from data import Example, collate, conversations, encode, load_conversations, load_rows, load_tokenizer, plan_batches
+from data import (
+    Example,
+    collate,
+    conversations,
+    cut_batch,
+    encode,
+    load_conversations,
+    load_rows,
+    load_tokenizer,
+    plan_batches,
+)
 from model import UserError
 
 
@@ -287,10 +299,11 @@ def test_the_end_of_text_comes_from_the_tokenizers_config(llama, tmp_path, eos):
 
 def test_batches_hold_every_sample_once_in_a_seeded_order():
     lengths = [(7 * i) % 50 + 1 for i in range(100)]
-    plan = list(plan_batches(lengths, 24, 4, seed=1))
+    planned = lambda seed: list(plan_batches(lengths, 24, 4, seed, pass_cost=1000))
+    plan = planned(seed=1)
     assert [len(batch) for batch in plan] == [6, 6, 6, 6, 1]
     assert sorted(i for batch in plan for micro in batch for i in micro) == list(range(100))
-    assert plan == list(plan_batches(lengths, 24, 4, seed=1)) != list(plan_batches(lengths, 24, 4, seed=2))
+    assert plan == planned(seed=1) != planned(seed=2)
 
 
 def test_lengths_sort_samples_within_a_global_batch_and_never_between_two():
@@ -300,12 +313,30 @@ def test_lengths_sort_samples_within_a_global_batch_and_never_between_two():
     assert sets(by_length) == sets(plan_batches([1] * 96, 24, 4, seed=3)) == sets(plan_batches(lengths, 24, 6, seed=3))
     for batch in by_length:
         ordered = [lengths[i] for micro in batch for i in micro]
-        assert ordered == sorted(ordered)
+        assert ordered == sorted(ordered, reverse=True) and max(map(len, batch)) <= 4
+
+
+def test_a_batch_is_cut_where_it_costs_least():
+    rng = random.Random(0)
+    for pass_cost in (0, 5, 40, 1000):
+        for _ in range(20):
+            lengths = sorted((rng.randrange(1, 60) for _ in range(9)), reverse=True)
+            every = [  # all ways to cut nine samples into groups of at most four
+                [0, *cuts, 9]
+                for count in range(9)
+                for cuts in itertools.combinations(range(1, 9), count)
+                if all(b - a <= 4 for a, b in itertools.pairwise([0, *cuts, 9]))
+            ]
+            costs = [sum((b - a) * lengths[a] + pass_cost for a, b in itertools.pairwise(cuts)) for cuts in every]
+            assert costs[every.index(cut_batch(lengths, 4, pass_cost))] == min(costs)
+    assert cut_batch([9, 9, 9, 9, 9], 4, 1000) in ([0, 1, 5], [0, 4, 5], [0, 2, 5], [0, 3, 5])
+    assert cut_batch([50, 3, 3, 3], 4, 5) == [0, 1, 4]  # rather another pass than three rows of padding
 
 
 def test_collate_pads_on_the_right():
     a = Example(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
     b = Example(torch.tensor([8]), torch.tensor([True]))
     ids, response = collate([a, b])
+    assert [x.tolist() for x in collate([])] == [[[0]], [[False]]]
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert response.tolist() == [[False, True, True], [True, False, False]]

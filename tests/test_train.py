@@ -208,6 +208,7 @@ def test_the_log_counts_every_token_once_and_the_share_selected_is_rho(checkpoin
 )
 def test_what_has_no_weight_is_not_computed(llama, rows, monkeypatch, flags, history_passes, probes):
     model, examples, args = prepare(llama, rows, "--micro-batch-size", "4", *flags)
+    monkeypatch.setitem(data.PASS_COST, "cpu", 1000)  # so that micro-batches are full: 2, 2 and 1
     calls = {"nll": 0, "scores": 0}
     for cls, name in ((History, "nll"), (train_module.AttentionProbe, "scores")):
 
@@ -303,7 +304,7 @@ def test_base_weights_stay_as_they_are(llama, rows):
 
 
 def test_the_order_follows_the_seed_and_changes_with_the_epoch(llama, rows):
-    plan = lambda *flags: plan_steps(list(range(1, 21)), arguments(llama, rows, *flags))
+    plan = lambda *flags: plan_steps(list(range(1, 21)), arguments(llama, rows, *flags), torch.device("cpu"))
     two = plan("--epochs", "2")
     assert two[:3] == plan() and two[3:] != two[:3]
     assert plan("--seed", "1") != plan() == plan("--seed", "42")
@@ -406,6 +407,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"history": "base", "ema_alpha": 0.999, "history_every": 100},
         **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
         **{"max_length": 2048, "out": None, "overwrite": False, "merge": False},
+        **{"checkpoint_every": None, "resume": False, "gradient_checkpointing": False, "shard": False},
         **{"batch_size": 48, "micro_batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.03, "max_grad_norm": 0.0},
         **{"epochs": 1, "max_steps": None, "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.1, "seed": 42},
         **{"dtype": "bfloat16", "device": "cpu"},
@@ -432,7 +434,8 @@ def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(l
     assert result.returncode == 0, result.stderr
     assert "20 samples" in result.stdout and "1 dropped" in result.stdout
     assert "loss " in result.stderr and "tokens/s" in result.stderr and "% selected" in result.stderr
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES}
+    left = [runs.CHECKPOINT.format(step) for step in (10, 12)]
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES, *left}
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith("wrote ") and f"python evaluate.py --model {llama} --adapter {tmp_path / 'a'}" in last
     record = json.loads((tmp_path / "a" / "run.json").read_text())
