@@ -342,7 +342,7 @@ def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit: in
 
 # ------------------------------------------------------------------------------------------------------- batches
 
-PASS_COST = {"cpu": 32, "cuda": 1024}  # what a pass costs before its first token, in tokens of padding: roughly
+PASS_COST = {"cpu": 64, "cuda": 1024}  # what a pass costs before its first token, in tokens of padding: roughly
 
 
 def plan_batches(

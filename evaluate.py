@@ -518,7 +518,6 @@ def main(argv: list[str] | None = None):
     finally:
         if reports and records:
             print(table(records))
-        runs.end_ranks()
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):

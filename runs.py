@@ -102,10 +102,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(CHECKPOINT.replace("{:08d}", "*")))
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.stem.rpartition("-")[2])
-
-
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """What tells these tensors from others without reading all of them: a digest of shapes and of first elements."""
     digest = hashlib.sha256()
@@ -113,6 +109,10 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         start = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().flatten()[:4096]
         digest.update(repr(tensor.shape).encode() + start.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class Stopped(Exception):
+    """A signal has ended the run early, and it can go on: (the signal's number, what to tell the user)."""
 
 
 class Checkpoints:
@@ -125,16 +125,20 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
+        """Reads the newest checkpoint in `folder`. Raises UserError when it was made by other settings, and names one."""
         self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
         self.settings, self.signal = gather(settings)[0], 0  # the first rank's; a shard's content would differ
-
-    def newest(self) -> Path | None:
-        found = checkpoints_in(self.folder) if self.folder else []
-        return found[-1] if found else None
+        self.newest = max(checkpoints_in(folder), default=None) if folder else None
+        if self.newest:
+            self.state = torch.load(self.newest, map_location="cpu", weights_only=True)
+            for name in sorted(self.state["settings"].keys() | self.settings.keys()):
+                then, now = self.state["settings"].get(name), self.settings.get(name)
+                if then != now:
+                    raise UserError(f"{self.newest} is of another configuration: {name} was {then}, now it is {now}")
 
     def earlier(self, key: str) -> dict:
         """What the run that left these checkpoints has noted in its run.json under `key`, as {key: value} or {}."""
-        noted = read_json(self.folder / "run.json") if self.newest() else {}
+        noted = read_json(self.folder / "run.json") if self.newest else {}
         return {key: noted[key]} if key in noted else {}
 
     def __enter__(self):
@@ -155,31 +159,26 @@ class Checkpoints:
     def restore(self, adapters: list[nn.Parameter], optimizer, history, device) -> int:
         """Put everything back that the newest checkpoint holds; returns the steps done, 0 where there is none.
 
-        From then on these same objects are what is written. The log loses the lines of later steps. Raises UserError
-        when the checkpoint was made by other settings, and names the first that differs.
+        From then on these same objects are what is written. The log loses the lines of later steps.
         """
         self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
-        newest = self.newest()
+        done = self.state["step"] if self.newest else 0
         if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
-            keep_lines(log, step_of(newest) if newest else 0)
-        if not newest:
+            keep_lines(log, done)
+        if not done:
             return 0
-        state = torch.load(newest, map_location="cpu", weights_only=True)
-        for name in sorted(state["settings"].keys() | self.settings.keys()):
-            then, now = state["settings"].get(name), self.settings.get(name)
-            if then != now:
-                raise UserError(f"{newest} is of another configuration: {name} was {then}, now it is {now}")
         with torch.no_grad():
-            for parameter, saved in zip(adapters, state["adapters"], strict=True):
+            for parameter, saved in zip(adapters, self.state["adapters"], strict=True):
                 parameter.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        if state["history"] is not None:
-            history.factors = [tuple(factor.to(device) for factor in factors) for factors in state["history"]]
-        random = state["random"][rank()]
+        optimizer.load_state_dict(self.state["optimizer"])
+        if self.state["history"] is not None:
+            history.factors = [tuple(factor.to(device) for factor in factors) for factors in self.state["history"]]
+        random = self.state["random"][rank()]
         torch.set_rng_state(random["cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], device)
-        return state["step"]
+        del self.state
+        return done
 
     def after(self, step: int):
         """Write a checkpoint if one is due after this step; end the script if a signal asked for it."""
@@ -189,9 +188,7 @@ class Checkpoints:
         if stop or step % self.every == 0 or step == self.steps:
             self.write(step)
         if stop and step < self.steps:
-            if first_rank():
-                print(f"stopped after step {step}; the same command with --resume goes on", file=sys.stderr)
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
+            raise Stopped(self.signal or signal.SIGTERM, f"stopped after step {step}; with --resume it goes on")
 
     def write(self, step: int):
         random = {"cpu": torch.get_rng_state()}
@@ -232,11 +229,6 @@ def start_ranks(device: str) -> torch.device:
         torch.set_num_threads(max(1, cores() // here))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     return find_device(f"cuda:{local}" if on_gpu else device)
-
-
-def end_ranks():
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def cores() -> int:
@@ -378,11 +370,18 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(main: Callable[[], None]):
     """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which."""
     reuse_memory()
+    status = 0
     try:
         main()
     except UserError as mistake:
         print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except (Stopped, KeyboardInterrupt) as reason:
+        number, message = reason.args or (signal.SIGINT, "stopped")
+        if first_rank():
+            print(message, file=sys.stderr)
+        status = 128 + number
+    if distributed.is_initialized():  # not after an error: the others may never come to the same place
+        distributed.destroy_process_group()
+    if status:
+        sys.exit(status)

@@ -418,7 +418,6 @@ def main(argv: list[str] | None = None):
         f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; "
         f"evaluate with: python evaluate.py --model {args.model} --adapter {folder}"
     )
-    runs.end_ranks()
 
 
 if __name__ == "__main__":

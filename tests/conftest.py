@@ -119,11 +119,9 @@ def llama(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("llama-bos"), "llama", adds_bos=True)
 
 
-@pytest.fixture
-def rows(tmp_path) -> Path:
+def write_rows(path: Path) -> Path:
     """A JSONL file of 20 Alpaca rows of different lengths."""
     words = " ".join(TEXT).split()
-    path = tmp_path / "rows.jsonl"
     with path.open("w") as file:
         for i in range(20):
             row = {
@@ -133,3 +131,8 @@ def rows(tmp_path) -> Path:
             }
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl")

@@ -1,0 +1,319 @@
+"""What a run keeps and who takes part: killed runs end as others do, several ranks train as one process does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_checkpoint, write_rows
+from safetensors.torch import load_file, save_file
+
+import runs
+import train
+from model import UserError, load_model, write_whole
+
+ROOT = Path(train.__file__).parent
+# with the state that is easiest to lose: dropout (0.1) draws random numbers, and the history is an average
+SETTINGS = (
+    "--batch-size 8 --lora-rank 4 --dtype float32 --lr 0.01 --max-length 128 --history ema --ema-alpha 0.9".split()
+)
+LONG = ["--epochs", "70", "--checkpoint-every", "3"]  # 210 steps
+
+
+def command(model, rows, out, *more) -> list[str]:
+    flags = ["--model", model, "--data", rows, "--out", out, *SETTINGS, *more]
+    return [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+
+
+def main(*given):
+    """The same run in this process."""
+    train.main(command(*given)[2:])
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def log(folder: Path) -> list[dict]:
+    """Its lines, without what differs from one time to the next."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mb")} for line in lines]
+
+
+def wait_for_a_step(process, folder: Path):
+    """Until the log in `folder` has grown, or the process has ended."""
+    size = lambda: (folder / "log.jsonl").stat().st_size if (folder / "log.jsonl").exists() else 0
+    before = size()
+    while size() <= before and process.poll() is None:
+        time.sleep(0.005)
+        before = min(before, size())  # a run that goes on first cuts the log
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint*"))
+
+
+@pytest.fixture(scope="module")
+def setting(llama, tmp_path_factory) -> SimpleNamespace:
+    """A model, rows to train it on, and the folder of a long run that never stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = write_rows(folder / "rows.jsonl")
+    subprocess.run(command(llama, rows, folder / "whole", *LONG), check=True, capture_output=True)
+    return SimpleNamespace(model=llama, rows=rows, whole=folder / "whole")
+
+
+# ------------------------------------------------------------------------------------------- checkpoints, resume
+
+
+def test_a_run_killed_twenty_times_ends_with_the_adapter_of_one_that_never_stopped(setting, tmp_path):
+    resumed, rng = command(setting.model, setting.rows, tmp_path, *LONG, "--resume"), random.Random(0)
+    for kill in range(20):
+        process = subprocess.Popen(resumed, stderr=subprocess.DEVNULL)
+        if kill:  # the first one dies as it starts
+            wait_for_a_step(process, tmp_path)
+        time.sleep(rng.uniform(0, 0.5))
+        assert process.poll() is None, "it ended before it could be killed: make the run longer"
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "adapter_model.safetensors").exists()
+    subprocess.run(resumed, check=True, capture_output=True)
+    assert adapter(tmp_path) == adapter(setting.whole)
+    assert log(tmp_path) == log(setting.whole) and len(log(tmp_path)) == 210
+    assert left_in(tmp_path) == [runs.CHECKPOINT.format(step) for step in (207, 210)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(setting, tmp_path, number):
+    flags = [*LONG[:2], "--checkpoint-every", "1000"]
+    process = subprocess.Popen(
+        command(setting.model, setting.rows, tmp_path, *flags), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_a_step(process, tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    done = len(log(tmp_path))
+    assert process.returncode == 128 + number and 1 <= done < 210
+    assert errors.strip().endswith(f"\nstopped after step {done}; with --resume it goes on")
+    assert left_in(tmp_path) == [runs.CHECKPOINT.format(done)]
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    subprocess.run(command(setting.model, setting.rows, tmp_path, *flags, "--resume"), check=True, capture_output=True)
+    assert adapter(tmp_path) == adapter(setting.whole) and log(tmp_path) == log(setting.whole)
+
+
+@pytest.fixture
+def finished(llama, rows, tmp_path) -> Path:
+    main(llama, rows, tmp_path / "run", "--eval-data", rows)
+    return tmp_path / "run"
+
+
+def test_a_tenth_of_the_run_lies_between_two_checkpoints(llama, rows, tmp_path):
+    main(llama, rows, tmp_path / "run", "--epochs", "10")  # 30 steps
+    assert left_in(tmp_path / "run") == [runs.CHECKPOINT.format(step) for step in (27, 30)]
+
+
+def test_a_finished_run_stays_as_it_is_when_it_is_to_go_on(finished, llama, rows):
+    before, lines = adapter(finished), (finished / "log.jsonl").read_text()
+    record = json.loads((finished / "run.json").read_text())
+    main(llama, rows, finished, "--eval-data", rows, "--resume")
+    assert adapter(finished) == before and (finished / "log.jsonl").read_text() == lines
+    again = json.loads((finished / "run.json").read_text())
+    for when in ("before", "after"):
+        assert again[f"held_out_loss_{when}"] == record[f"held_out_loss_{when}"]
+
+
+def test_without_a_checkpoint_resume_starts_and_a_new_run_wants_a_folder_of_its_own(finished, llama, rows):
+    before = adapter(finished)
+    with pytest.raises(UserError, match="holds another run"):
+        main(llama, rows, finished)
+    for path in [finished / "adapter_model.safetensors", *runs.checkpoints_in(finished)]:
+        path.unlink()
+    with pytest.raises(UserError, match="checkpoint"):  # checkpoints alone are a run too
+        write_whole(finished / runs.CHECKPOINT.format(1), lambda path: path.write_text(""))
+        (finished / "run.json").rename(finished / "kept.json")
+        (finished / "log.jsonl").rename(finished / "kept.jsonl")
+        (finished / "adapter_config.json").unlink()
+        main(llama, rows, finished)
+    (finished / runs.CHECKPOINT.format(1)).unlink()
+    (finished / "kept.jsonl").rename(finished / "log.jsonl")
+    main(llama, rows, finished, "--resume")
+    assert adapter(finished) == before and len(log(finished)) == 3
+
+
+DIFFERENCES = {
+    "--lr was 0.01, now it is 0.02": ["--lr", "0.02"],
+    "--rho was 0.6, now it is 0.5": ["--rho", "0.5"],
+    "--epochs was 1, now it is 2": ["--epochs", "2"],
+    "--history was ema, now it is base": ["--history", "base"],
+    "--seed was 42, now it is 7": ["--seed", "7"],
+    "--gradient-checkpointing was False, now it is True": ["--gradient-checkpointing"],
+}
+
+
+@pytest.mark.parametrize("message", DIFFERENCES)
+def test_a_checkpoint_of_another_configuration_is_refused(finished, llama, rows, message):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    with pytest.raises(UserError, match=message):
+        main(llama, rows, finished, *DIFFERENCES[message], "--resume")
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_other_rows_or_weights_are_another_configuration(finished, llama, rows):
+    text = rows.read_text()
+    rows.write_text(text.replace("Repeat 7 words", "Repeat 8 words"))
+    with pytest.raises(UserError, match="the content of --data"):
+        main(llama, rows, finished, "--resume")
+    rows.write_text(text)
+    tensors = load_file(llama / "model.safetensors")
+    weights = (llama / "model.safetensors").read_bytes()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    try:
+        with pytest.raises(UserError, match="the content of --model"):
+            main(llama, rows, finished, "--resume")
+    finally:
+        (llama / "model.safetensors").write_bytes(weights)
+
+
+def test_what_may_differ_does(finished, llama, rows, tmp_path):
+    before = adapter(finished)
+    finished.rename(tmp_path / "moved")
+    main(llama, rows, tmp_path / "moved", "--resume", "--checkpoint-every", "1", "--merge")
+    assert adapter(tmp_path / "moved") == before and (tmp_path / "moved" / "merged" / "config.json").exists()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda temporary: temporary.write_text("first"))
+
+    def half(temporary):
+        temporary.write_text("sec")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, half)
+    assert path.read_text() == "first"
+
+
+# ----------------------------------------------------------------------------------------------------------- ranks
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+EXACT = ["--lora-dropout", "0", "--lr", "0.001", "--epochs", "2"]
+
+
+def torchrun(ranks, *given, script=None, **options):
+    script = script or [str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*TORCHRUN, str(ranks), *script, *command(*given)[2:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "family, flags",
+    [
+        ("llama", []),
+        ("llama", ["--shard", "--merge"]),
+        ("qwen2", ["--shard", "--layer", "0", "--gradient-checkpointing", "--method", "sstoken"]),
+        ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
+    ],
+)
+def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
+    model = make_checkpoint(tmp_path / "model", family, adds_bos=True, vocab_size=401)  # odd: the shards differ
+    process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *flags, "--eval-data", rows)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    main(model, rows, tmp_path / "one", *EXACT, *(f for f in flags if f != "--shard"), "--eval-data", rows)
+    assert out.count("wrote ") == out.count("data: 20 samples") == 1  # one of them speaks
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a.pop("loss") == pytest.approx(b.pop("loss"), abs=1e-5)
+        assert a == b
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    assert files[0].keys() == files[1].keys()
+    assert any(files[0][name].abs().max() > 1e-3 for name in files[0] if "lora_B" in name)  # it has learned something
+    for name, tensor in files[0].items():
+        assert (tensor - files[1][name]).abs().max() < 1e-5, name
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    for when in ("before", "after"):
+        losses = [record[f"held_out_loss_{when}"] for record in records]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    if "--merge" in flags:
+        ids = torch.arange(2, 42)[None]
+        merged = [load_model(tmp_path / name / "merged")(ids) for name in ("one", "two")]
+        assert (merged[0] - merged[1]).abs().max() < 1e-3 and not torch.equal(merged[0], load_model(model)(ids))
+
+
+def test_two_ranks_go_on_from_a_checkpoint_and_have_dropout_of_their_own(llama, rows, tmp_path):
+    flags = ["--epochs", "4", "--checkpoint-every", "2"]
+    for name in ("whole", "stopped"):
+        process = torchrun(2, llama, rows, tmp_path / name, *flags)
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    whole = adapter(tmp_path / "whole")
+    assert adapter(tmp_path / "stopped") == whole
+    runs.checkpoints_in(tmp_path / "stopped")[-1].unlink()  # that of step 12
+    (tmp_path / "stopped" / "adapter_model.safetensors").unlink()
+    process = torchrun(2, llama, rows, tmp_path / "stopped", *flags, "--resume")
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert adapter(tmp_path / "stopped") == whole and log(tmp_path / "stopped") == log(tmp_path / "whole")
+    state = torch.load(runs.checkpoints_in(tmp_path / "whole")[-1], weights_only=True)
+    first, second = (random["cpu"] for random in state["random"])
+    assert not torch.equal(first, second)
+    with pytest.raises(UserError, match="the number of ranks was 2, now it is 1"):
+        main(llama, rows, tmp_path / "whole", *flags, "--resume")
+
+
+FAILING = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import runs, train
+folder, way = sys.argv[1:3]
+open(f"{folder}/{os.environ['RANK']}.pid", "w").write(str(os.getpid()))
+real, calls = train.select, []
+def select(*given):
+    calls.append(0)
+    if os.environ["RANK"] == "1" and way == "raise" and len(calls) > 20:
+        raise RuntimeError("planted in rank 1")
+    return real(*given)
+train.select = select
+runs.run_script(lambda: train.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("way", ["raise", "kill"])
+@pytest.mark.parametrize("flags", [[], ["--shard"]])
+def test_a_rank_that_dies_takes_the_job_down_within_a_minute(llama, rows, tmp_path, way, flags):
+    (tmp_path / "script.py").write_text(FAILING)
+    script = [str(tmp_path / "script.py"), str(tmp_path), way]
+    process = torchrun(2, llama, rows, tmp_path / "run", "--epochs", "1000", *flags, script=script)
+    wait_for_a_step(process, tmp_path / "run")
+    if way == "kill":
+        os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert ("RuntimeError: planted in rank 1" if way == "raise" else "Signal 9 (SIGKILL)") in errors
+    for name in ("0.pid", "1.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_shard_wants_torchrun(llama, rows, tmp_path):
+    with pytest.raises(UserError, match="--shard .* torchrun"):
+        main(llama, rows, tmp_path / "run", "--shard")
+    assert not (tmp_path / "run").exists()
