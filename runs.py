@@ -125,7 +125,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
-        """Reads the newest checkpoint in `folder`. Raises UserError when it was made by other settings, and names one."""
+        """Reads the newest checkpoint in `folder`; a UserError says in what its settings differ, if they do."""
         self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
         self.settings, self.signal = gather(settings)[0], 0  # the first rank's; a shard's content would differ
         self.newest = max(checkpoints_in(folder), default=None) if folder else None

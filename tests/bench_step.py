@@ -1,10 +1,13 @@
 """Speed and memory of a training step, beside the same step built from transformers and peft.
 
     python tests/bench_step.py --model DIR --data rows.jsonl [--samples 64] [--repeats 3] [-- flags of train.py]
+    python tests/bench_step.py --model DIR --data rows.jsonl --profile       where a step's time goes
+    python tests/bench_step.py --model DIR --data rows.jsonl --lengths 256,512,1024,2048       how its cost grows
 
-Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full` and
-`--method sstoken`, all on the same samples with train.py's defaults. Printed are medians, their ratios to the peer's,
-and how much of this machine's best matrix product the step reaches.
+Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full`,
+`--method sstoken`, and sstoken with the history's losses already in memory; all train on the same global batches with
+train.py's defaults. Printed are medians, their ratios to the peer's, and how much of this machine's best matrix
+product the step reaches.
 
 The peer is what one writes today without this project: AutoModelForCausalLM with peft's adapters, samples in the order
 drawn and padded to the longest of a micro-batch, full logits and cross entropy, the base model's losses by a second
@@ -12,6 +15,7 @@ pass with the adapters disabled, the attention of the last layer from a recomput
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
@@ -22,20 +26,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from memory import peak_allocated
+
 import data
 import lora
 import runs
 import train
-from model import load_model, read_config
+from model import Transformer, load_model, read_config, response_nll
 from sstoken import share_of
 
-SIDES = ("peer", "full", "sstoken")
+SIDES = ("peer", "full", "sstoken", "cached")
 
 
 def settings(args) -> argparse.Namespace:
-    method = "sstoken" if args.side == "peer" else args.side
+    method = "full" if args.side == "full" else "sstoken"
     return train.parse_arguments(
         ["--model", args.model, "--data", args.data, "--max-length", str(args.max_length), "--method", method]
         + ["--limit", str(args.samples), *args.flags]
@@ -54,10 +61,97 @@ def measure(args) -> dict:
         runs.reuse_memory()  # as train.py does
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
+        if args.side == "cached":
+            keep_history(model, examples, run)
         train.train(model, examples, run, lines.append)
     seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
     peak = runs.peak_memory_mb(torch.device("cpu"))
     return {"seconds": seconds, "tokens": tokens, "loss": lines[-1]["loss"], "peak_memory_mb": peak}
+
+
+def keep_history(model, examples, run):
+    """Compute the history's losses of every micro-batch now, and have the steps look them up."""
+    kept, compute = {}, train.History.nll
+
+    def look_up(self, ids, response):
+        key = ids.numpy().tobytes()
+        if key not in kept:
+            kept[key] = compute(self, ids, response)
+        return kept[key]
+
+    train.History.nll = look_up
+    history = train.History(model, "base", 0.0, 1)
+    for batch in train.plan_steps([len(e.ids) for e in examples], run, torch.device("cpu")):
+        for micro_batch in batch:
+            history.nll(*data.collate([examples[i] for i in micro_batch]))
+
+
+def profile_step(args):
+    """Print where the time of one step goes, by torch's profiler."""
+    args.side = "sstoken"
+    run = settings(args)
+    run.max_steps = 1
+    examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), args.max_length, args.samples)
+    runs.reuse_memory()
+    torch.manual_seed(run.seed)
+    model = lora.add_lora(load_model(args.model, getattr(torch, run.dtype)))
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        train.train(model, examples, run, lambda line: None)
+    events = {event.key: event for event in record.key_averages()}
+    whole = sum(event.self_cpu_time_total for event in events.values())
+    own = lambda *names: sum(e.self_cpu_time_total for key, e in events.items() if key in names)
+    of = lambda name: sum(e.cpu_time_total for key, e in events.items() if key in (name, f"{name}Backward"))
+    attention = [key for key in events if key.startswith("aten::_scaled_dot_product_flash")]
+    parts = {
+        "matrix products": own("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+        "attention": own(*attention),
+        "dropout": of("_Dropout"),
+        "RMSNorm": of("_RMSNorm"),
+        "SwiGLU": of("_SwiGLU"),
+    }
+    parts["casts, rope, additions, the vocabulary's softmax, AdamW, Python"] = whole - sum(parts.values())
+    print("| part of a step | share of its time |\n|---|---:|")
+    for name, time_of_it in parts.items():
+        print(f"| {name} | {time_of_it / whole:.0%} |")
+
+
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 32}
+WIDE |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True}
+
+
+def scale(args):
+    """Print tokens/s of sstoken's step for samples of each length, as many at once as have the most tokens together.
+
+    For the given model and for a wider one with random weights. A fifth of each sample is its prompt.
+    """
+    args.side = "sstoken"
+    lengths, best = [int(n) for n in args.lengths.split(",")], best_matmul(torch.bfloat16)
+    print("| parameters | tokens a sample | samples | tokens/s | GFLOP/s | of the best product | peak MiB |")
+    print("|---|" + "---:|" * 6)
+    runs.reuse_memory()
+    for wide in (False, True):
+        config = read_config(Path(args.model))
+        if wide:
+            config = dataclasses.replace(config, **WIDE)
+        torch.manual_seed(0)
+        model = Transformer(config).to(torch.bfloat16).eval()
+        lora.add_lora(model)
+        size = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        for length in lengths:
+            at_once, found = max(lengths) // length, []
+            run = settings(args)
+            run.batch_size = run.micro_batch_size = at_once
+            run.epochs = args.repeats
+            examples = [
+                data.Example(torch.randint(0, config.vocab_size, (length,)), torch.arange(length) >= length // 5)
+                for _ in range(at_once)
+            ]
+            train.train(model, examples, run, found.append)
+            seconds = statistics.median(line["seconds"] for line in found[1:] or found)  # the first one warms up
+            rate = operations(examples, run, config) / run.epochs / seconds
+            peak = peak_allocated(lambda m=model, e=examples: response_nll(m, *data.collate(e)).sum().backward())
+            cells = [f"{size / 1e6:.0f}M", length, at_once, f"{at_once * length / seconds:.0f}", f"{rate / 1e9:.0f}"]
+            print("|", " | ".join(map(str, [*cells, f"{rate / best:.0%}", f"{peak / 2**20:.0f}"])), "|", flush=True)
 
 
 def train_peer(examples, run, log):
@@ -119,15 +213,15 @@ def train_peer(examples, run, log):
         log({"seconds": time.perf_counter() - start, "tokens": tokens, "loss": total})
 
 
-def operations(examples, run) -> float:
-    """Floating-point operations that an epoch of `--method` needs at least, padding and elementwise work left out."""
-    c = read_config(Path(run.model))
+def operations(examples, run, config=None, history=True) -> float:
+    """Floating-point operations that a run of `--method` needs at least, padding and elementwise work left out."""
+    c = config or read_config(Path(run.model))
     heads, key_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes = [(c.hidden_size, heads), (c.hidden_size, key_heads), (c.hidden_size, key_heads), (heads, c.hidden_size)]
     shapes += [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
     weights = c.num_hidden_layers * sum(a * b for a, b in shapes)
     factors = c.num_hidden_layers * sum(run.lora_rank * (a + b) for a, b in shapes)
-    scored, total = run.method == "sstoken" and run.rho < 1 and run.gamma > 0, 0
+    scored, total = history and run.method == "sstoken" and run.rho < 1 and run.gamma > 0, 0
     for example in examples:
         tokens, answers = len(example.ids), int(example.response.sum())
         attention = c.num_hidden_layers * 2 * heads * tokens**2  # q k^T and p v, the causal half of each
@@ -159,9 +253,14 @@ def main():
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="train.py's, after --")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--lengths", metavar="N,N,...")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(measure(args)))
+        return
+    if args.profile or args.lengths:
+        (profile_step if args.profile else scale)(args)
         return
 
     found = {side: [] for side in args.sides.split(",")}
@@ -181,14 +280,15 @@ def main():
     for side, of in medians.items():
         args.side = side
         run = settings(args)
-        rate, best = operations(examples, run) / of["seconds"], best_matmul(getattr(torch, run.dtype))
+        rate = operations(examples, run, history=side != "cached") / of["seconds"]
+        best = best_matmul(getattr(torch, run.dtype))
         cells = [side, f"{of['seconds']:.1f}", f"{of['tokens'] / of['seconds']:.0f}"]
         cells += [f"{first['seconds'] / of['seconds']:.2f}", f"{of['peak_memory_mb']:.0f}"]
         cells += [f"{of['peak_memory_mb'] / first['peak_memory_mb']:.2f}", f"{rate / 1e9:.0f}"]
         cells += [f"{rate / best:.1%} of {best / 1e9:.0f}", f"{of['loss']:.4f}"]
         print("|", " | ".join(cells), "|")
-    if {"full", "sstoken"} <= medians.keys():
-        print(f"sstoken's time over full's: {medians['sstoken']['seconds'] / medians['full']['seconds']:.2f}")
+    for side in {"sstoken", "cached"} & medians.keys() if "full" in medians else ():
+        print(f"{side}'s time over full's: {medians[side]['seconds'] / medians['full']['seconds']:.2f}")
 
 
 if __name__ == "__main__":

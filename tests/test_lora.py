@@ -13,6 +13,7 @@ from lora import (
     LoRALinear,
     add_lora,
     disabled,
+    dropout,
     load_adapter,
     lora_layers,
     merge,
@@ -53,6 +54,47 @@ def test_dropout_falls_on_the_adapters_input_only_and_keeps_its_expectation():
         assert ((dropped.mean(0) - layer.eval()(x)[0]).abs() < 5 * spread).all()
         layer.lora_B.zero_()
         assert torch.equal(layer.train()(x), plain)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 0.001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dropout_keeps_every_position_equally_often_and_its_rate_to_1e_4(rate, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(2_000_003, dtype=dtype)  # no multiple of the four elements that one draw decides on
+    dropped, correction = dropout(x, rate)
+    assert set(dropped.unique().tolist()) == {0.0, 1.0} and 1 / correction == pytest.approx(1 - rate, abs=1e-4)
+    keep, n = 1 / correction, len(x) // 4
+    for position in range(4):  # of a draw of 64 bits, whose top bit is the sign
+        share = dropped[position::4].double().mean().item()
+        assert abs(share - keep) < 5 * (keep * (1 - keep) / n) ** 0.5, position
+    neighbours = (dropped[:-1] * dropped[1:]).double().mean().item()  # independent of each other
+    assert abs(neighbours - keep**2) < 5 * (keep**2 * (1 - keep**2) / len(x)) ** 0.5 * 2
+
+
+def test_dropout_is_reproducible_and_passes_nothing_where_it_dropped(checkpoint):
+    x = torch.tensor([1.0, -2.0, float("inf"), float("nan"), -0.0] * 1000, requires_grad=True)
+    torch.manual_seed(1)
+    first, _ = dropout(x.detach().clone(), 0.5)
+    torch.manual_seed(1)
+    again, _ = dropout(x, 0.5)
+    assert torch.equal(first.view(torch.int32), again.view(torch.int32))
+    again.backward(torch.ones_like(x))
+    kept = x.grad.bool()
+    bits = lambda t: t.detach().view(torch.int32)
+    assert torch.equal(bits(again)[kept], bits(x)[kept]) and (bits(again)[~kept] == 0).all()
+    assert 0.4 < kept.float().mean() < 0.6
+
+
+def test_layers_that_read_the_same_input_drop_the_same_elements_of_it(checkpoint):
+    layers = lora_layers(adapted(checkpoint, dropout=0.5).train())
+    attention = [layers[f"model.layers.0.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")]
+    x = torch.randn(1, 9, 48)
+    torch.manual_seed(1)
+    together = [layer(x) for layer in attention]
+    for layer, expected in zip(attention, together, strict=True):
+        torch.manual_seed(1)
+        assert torch.equal(layer(x.clone()), expected)
+    assert not torch.equal(attention[0](x.clone()), together[0])  # another input, another draw
 
 
 def test_defaults_are_appendix_a3_on_all_seven_projections(checkpoint):

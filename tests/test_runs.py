@@ -313,6 +313,39 @@ def test_a_rank_that_dies_takes_the_job_down_within_a_minute(llama, rows, tmp_pa
             os.kill(int((tmp_path / name).read_text()), 0)
 
 
+SHARDED = """
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+import torch, data, runs, train
+from model import load_model, response_nll
+args = train.parse_arguments(sys.argv[1:])
+device = runs.start_ranks("cpu")
+examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), args.max_length)
+model, base = train.prepare(args, device, examples), load_model(args.model)
+weights = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+assert all(torch.equal(p.full_tensor(), base.get_parameter(name)) for name, p in weights.items())
+held = lambda: sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.model.layers.parameters())
+adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+first = held() - adapters
+with torch.no_grad():
+    response_nll(model, *data.collate(examples[:2]))
+found = runs.gather([first, held() - adapters])
+if runs.first_rank():
+    print(json.dumps([*found, sum(p.numel() for p in base.model.layers.parameters()), len(base.model.layers)]))
+"""
+
+
+def test_shard_leaves_each_rank_a_part_of_the_weights_between_and_after_passes(llama, rows, tmp_path):
+    (tmp_path / "script.py").write_text(SHARDED)
+    process = torchrun(2, llama, rows, tmp_path / "run", "--shard", script=[str(tmp_path / "script.py")])
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (before, after), (before_1, after_1), whole, layers = json.loads(out)
+    assert before + before_1 == whole and abs(before - before_1) < 0.1 * whole
+    # after a pass the probed layer, the last, is still there as a whole: half of it more on each rank
+    assert after == after_1 == pytest.approx(whole / 2 + whole / layers / 2, rel=0.05)
+
+
 def test_shard_wants_torchrun(llama, rows, tmp_path):
     with pytest.raises(UserError, match="--shard .* torchrun"):
         main(llama, rows, tmp_path / "run", "--shard")

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from memory import peak_allocated
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 import data
@@ -387,6 +389,48 @@ def test_history_checkpoint_is_the_adapter_of_the_last_refresh(llama, rows):
         assert not torch.equal(response_nll(model, ids, response), at_step_2)
 
 
+@pytest.mark.parametrize("flags", [[], ["--method", "random"], ["--history", "ema", "--max-grad-norm", "1"]])
+def test_a_step_asks_the_device_for_numbers_only_where_it_logs_them(llama, rows, monkeypatch, flags):
+    """On the meta device no tensor has numbers, so whatever would have to wait for a GPU's raises here."""
+    model, examples, args = prepare(llama, rows, "--lora-dropout", "0.1", *flags)
+    model.to("meta").tie_weights()
+    asked, real = [], torch.Tensor.tolist
+
+    def answer(tensor):
+        if not tensor.is_meta:
+            return real(tensor)
+        asked.append(len(tensor))
+        return [0.0] * len(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", answer)
+    train(model, examples, args, lambda line: None)
+    assert asked == [2, 2, 2]  # loss and tokens selected, once in each of three steps
+    with pytest.raises(NotImplementedError):  # a mask on the device would have been such a question
+        response_nll(model, torch.zeros(1, 4, dtype=torch.int64, device="meta"), torch.ones(1, 4, device="meta").bool())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_changes_the_memory_and_no_bit_of_the_result(checkpoint, rows, dtype):
+    results, peaks = [], []
+    for flags in ([], ["--gradient-checkpointing"]):
+        model, examples, args = prepare(checkpoint, rows, "--lora-dropout", "0.1", "--dtype", dtype, *flags)
+        model.gradient_checkpointing = args.gradient_checkpointing
+        log, ids = [], torch.arange(2, 302)[None]
+        peaks.append(peak_allocated(lambda m=model, i=ids: response_nll(m.train(), i, i > 5).sum().backward()))
+        model.zero_grad()
+        torch.manual_seed(1)
+        train(model, examples, args, log.append)
+        results.append(([line["loss"] for line in log], [p for p in model.parameters() if p.requires_grad]))
+    assert results[0][0] == results[1][0] and all(map(torch.equal, results[0][1], results[1][1]))
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_training_really_takes_flash_attention(llama, rows):
+    model, examples, args = prepare(llama, rows, "--max-steps", "1", "--dtype", "bfloat16")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
+        train(model, examples, args, lambda line: None)
+
+
 # -------------------------------------------------------------------------------------------------- command line
 
 
@@ -422,6 +466,16 @@ def test_help_gives_every_default(capsys):
     for default in ("(default: 0.6)", "(default: 0)", "(default: 0.0)", "(default: jlpang888/DS2_50k)"):
         assert default in text
     assert "default: None" not in text and "default: False" not in text
+
+
+def test_a_run_computes_float32_in_full_whatever_was_set_before(llama, rows, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        train_module.main(["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "a")])
+        assert torch.get_float32_matmul_precision() == "highest"  # no TF32 on a GPU
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(llama, rows, tmp_path):
