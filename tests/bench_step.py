@@ -115,7 +115,7 @@ def profile_step(args):
         print(f"| {name} | {time_of_it / whole:.0%} |")
 
 
-WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 32}
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True}
 
 
@@ -200,7 +200,7 @@ def train_peer(examples, run, log):
             losses = []
             for row, supervised in enumerate(response[:, 1:]):
                 low, high = rel[row, supervised].aminmax()
-                scores = run.gamma * (rel[row, supervised] - low) / (high - low)
+                scores = run.gamma * (rel[row, supervised] - low) / (high - low).clamp(min=1e-20)
                 scores += (1 - run.gamma) * paid[row, supervised]
                 best = scores.topk(share_of(run.rho, len(scores))).indices
                 losses.append(nll[row, supervised][best].mean())

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from model import (
     read_config,
     response_nll,
     save_model,
+    to_device,
     token_nll,
 )
 
@@ -207,6 +209,14 @@ def test_saved_models_load_again(checkpoint, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ forward
+
+
+def test_a_gpu_reads_from_pinned_memory_while_the_host_goes_on():
+    calls = []
+    tensor = SimpleNamespace(pin_memory=lambda: calls.append("pinned") or tensor)
+    tensor.to = lambda device, non_blocking: calls.append((device, non_blocking)) or "copy"
+    assert to_device(tensor, "cuda:0") == to_device(tensor, "cpu") == "copy"
+    assert calls == ["pinned", ("cuda:0", True), ("cpu", True)]
 
 
 def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, monkeypatch):

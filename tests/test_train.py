@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_memory import adapter_parameters, frozen_parameters, kept_by_a_layer
 from memory import peak_allocated
 from peft import PeftModel
 from torch import nn
@@ -423,6 +424,34 @@ def test_gradient_checkpointing_changes_the_memory_and_no_bit_of_the_result(chec
         results.append(([line["loss"] for line in log], [p for p in model.parameters() if p.requires_grad]))
     assert results[0][0] == results[1][0] and all(map(torch.equal, results[0][1], results[1][1]))
     assert peaks[1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_table_is_what_a_pass_really_keeps(checkpoint, dtype):
+    """tests/bench_memory.py counts from shapes; here every tensor that autograd saves is counted, once."""
+    rank, ids = 8, torch.arange(2, 302).view(3, 100)
+    model = add_lora(load_model(checkpoint, dtype), rank=rank).train()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(ids)
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
+    layers, element = len(model.model.layers), dtype.itemsize
+    expected = layers * sum(kept_by_a_layer(model.config, ids.numel(), rank, element).values())
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapters == layers * adapter_parameters(model.config, rank)
+    expected += adapters * element if dtype != torch.float32 else 0  # cast to the activations' type
+    # The final norm keeps its input too. The first does not, nor the mask behind it: nothing before them is trained.
+    expected -= ids.numel() * model.config.hidden_size
+    expected += 2 * ids.shape[1] * model.config.head_dim * element  # cos and sin
+    assert found == pytest.approx(expected, rel=0.005) and out.requires_grad
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - adapters
+    assert frozen_parameters(model.config) == weights
 
 
 def test_training_really_takes_flash_attention(llama, rows):
