@@ -3,6 +3,7 @@
     python tests/bench_step.py --model DIR --data rows.jsonl [--samples 64] [--repeats 3] [-- flags of train.py]
     python tests/bench_step.py --model DIR --data rows.jsonl --profile       where a step's time goes
     python tests/bench_step.py --model DIR --data rows.jsonl --lengths 256,512,1024,2048       how its cost grows
+    python tests/bench_step.py --model DIR --data rows.jsonl --compile       what torch.compile does to it
 
 Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full`,
 `--method sstoken`, and sstoken with the history's losses already in memory; all train on the same global batches with
@@ -154,6 +155,28 @@ def scale(args):
             print("|", " | ".join(map(str, [*cells, f"{rate / best:.0%}", f"{peak / 2**20:.0f}"])), "|", flush=True)
 
 
+def compare_compiled(args):
+    """Print the seconds of a forward and backward pass of four samples, layers as they are and by torch.compile."""
+    lengths, found = (200, 128, 256, 190), []
+    runs.reuse_memory()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = lora.add_lora(load_model(args.model, torch.bfloat16)).train()
+        for layer in model.model.layers if compiled else ():
+            layer.compile(dynamic=True)
+        for length in lengths:
+            ids, response = torch.randint(0, 1000, (4, length)), torch.arange(length).expand(4, -1) >= length // 5
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                response_nll(model, ids, response).sum().backward()
+                seconds.append(time.perf_counter() - start)
+            found.append((seconds[0], statistics.median(seconds[1:])))
+    print("| tokens | eager, s | compiled, s | compiled, first pass, s |\n|---:|---:|---:|---:|")
+    for length, (_, eager), (first, later) in zip(lengths, found, found[len(lengths) :], strict=False):
+        print(f"| 4 x {length} | {eager:.2f} | {later:.2f} | {first:.1f} |")
+
+
 def train_peer(examples, run, log):
     """Algorithm 1 from transformers' model and peft's adapters, with the history model at the base's weights."""
     from peft import LoraConfig, get_peft_model
@@ -255,13 +278,14 @@ def main():
     parser.add_argument("flags", nargs="*", help="train.py's, after --")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--lengths", metavar="N,N,...")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(measure(args)))
         return
-    if args.profile or args.lengths:
-        (profile_step if args.profile else scale)(args)
-        return
+    for asked, answer in ((args.profile, profile_step), (args.lengths, scale), (args.compile, compare_compiled)):
+        if asked:
+            return answer(args)
 
     found = {side: [] for side in args.sides.split(",")}
     for repeat in range(args.repeats):
