@@ -415,7 +415,7 @@ def test_gradient_checkpointing_changes_the_memory_and_no_bit_of_the_result(chec
     results, peaks = [], []
     for flags in ([], ["--gradient-checkpointing"]):
         model, examples, args = prepare(checkpoint, rows, "--lora-dropout", "0.1", "--dtype", dtype, *flags)
-        model.gradient_checkpointing = args.gradient_checkpointing
+        model.gradient_checkpointing = train_module.prepare(args, torch.device("cpu"), examples).gradient_checkpointing
         log, ids = [], torch.arange(2, 302)[None]
         peaks.append(peak_allocated(lambda m=model, i=ids: response_nll(m.train(), i, i > 5).sum().backward()))
         model.zero_grad()
