@@ -342,7 +342,8 @@ def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit: in
 
 # ------------------------------------------------------------------------------------------------------- batches
 
-PASS_COST = {"cpu": 64, "cuda": 1024}  # what a pass costs before its first token, in tokens of padding: roughly
+# What a pass costs before its first token, in tokens: about what it is on a CPU, a guess for a GPU.
+PASS_COST = {"cpu": 64, "cuda": 1024}
 
 
 def plan_batches(

@@ -122,10 +122,8 @@ def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.devic
     """Every optimizer step of the run as a list of micro-batches of sample indices: the epochs, cut at --max-steps."""
     shape = (args.batch_size, args.micro_batch_size)
     cost = data.PASS_COST["cpu" if device.type == "cpu" else "cuda"]
-    steps = [
-        b for epoch in range(args.epochs) for b in data.plan_batches(lengths, *shape, f"{args.seed} {epoch}", cost)
-    ]
-    return steps[: args.max_steps]
+    seeds = [f"{args.seed} {epoch}" for epoch in range(args.epochs)]
+    return [batch for seed in seeds for batch in data.plan_batches(lengths, *shape, seed, cost)][: args.max_steps]
 
 
 def train(
@@ -258,7 +256,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
 
     add = parser.add_argument_group("optimisation (Appendix A.3)").add_argument
-    add("--batch-size", type=int, default=48, help="samples per optimizer step")
+    add("--batch-size", type=int, default=48, help="samples per optimizer step, of all ranks together")
     add("--micro-batch-size", type=int, help="samples per forward pass; default: the largest divisor up to 4")
     add("--lr", type=float, default=1e-4, help="peak learning rate")
     add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises")

@@ -275,6 +275,16 @@ def test_two_ranks_go_on_from_a_checkpoint(llama, rows, tmp_path):
         main(llama, rows, tmp_path / "whole", *flags, "--resume")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(llama, rows, tmp_path, number):
+    process = torchrun(2, llama, rows, tmp_path / "run", "--epochs", "1000", "--checkpoint-every", "10000")
+    wait_for_a_step(process, tmp_path / "run")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    done = len(log(tmp_path / "run"))
+    assert left_in(tmp_path / "run") == [runs.CHECKPOINT.format(done)] and f"stopped after step {done};" in errors
+
+
 FAILING = """
 import os, sys
 sys.path.insert(0, os.getcwd())
