@@ -95,7 +95,7 @@ def write_json(path: Path, value):
 
 def to_device(tensor: Tensor, device) -> Tensor:
     """A copy of a host's tensor on `device`, which the host does not wait for: a GPU reads it from pinned memory."""
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

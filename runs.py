@@ -34,16 +34,17 @@ CHECKPOINT = "checkpoint-{:08d}.pt"  # its number is that of the optimizer steps
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
 
-def new_folder(out: str | None, name: str, overwrite: bool = False) -> Path:
+def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder of a new run: `out`, or a fresh one under runs/ that is called after `name` and the time.
 
-    Raises UserError when `out` holds a run already, unless `overwrite`, which deletes that run's files.
+    Raises UserError when `out` holds a run already, unless with `overwrite`, which deletes that run's files, or
+    `resume`, which leaves them.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = [folder / file for file in FILES if (folder / file).exists()] + checkpoints_in(folder)
-    if old and not overwrite:
+    if old and not (overwrite or resume):
         raise UserError(f"{folder} holds another run ({old[0].name}); choose another --out or add --overwrite")
-    for path in old:
+    for path in old if overwrite else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +54,8 @@ def new_folder(out: str | None, name: str, overwrite: bool = False) -> Path:
 
 
 def open_folder(out: str | None, name: str, overwrite: bool, resume: bool) -> Path:
-    """The folder of a run, the same on all ranks: a new one, or with `resume` the one that is there, if it is."""
-    if first_rank():
-        if resume:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        folder = Path(out) if resume else new_folder(out, name, overwrite)
-    return gather(folder if first_rank() else None)[0]
+    """The folder of a run, which the first rank makes and all use; arguments as `new_folder`'s."""
+    return gather(new_folder(out, name, overwrite, resume) if first_rank() else None)[0]
 
 
 def append_line(path: Path, value: dict):
@@ -135,11 +132,6 @@ class Checkpoints:
                 then, now = self.state["settings"].get(name), self.settings.get(name)
                 if then != now:
                     raise UserError(f"{self.newest} is of another configuration: {name} was {then}, now it is {now}")
-
-    def earlier(self, key: str) -> dict:
-        """What the run that left these checkpoints has noted in its run.json under `key`, as {key: value} or {}."""
-        noted = read_json(self.folder / "run.json") if self.newest else {}
-        return {key: noted[key]} if key in noted else {}
 
     def __enter__(self):
         def note(number, frame):

@@ -364,7 +364,6 @@ def main(argv: list[str] | None = None):
     folder = runs.open_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite, args.resume)
     checkpoints = runs.Checkpoints(folder, total, args.checkpoint_every, settings(model, examples, args))
     record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
-    record |= checkpoints.earlier("held_out_loss_before")
 
     def say(*words):
         if runs.first_rank():
@@ -387,7 +386,7 @@ def main(argv: list[str] | None = None):
     save_record()
 
     def report_held_out(when):
-        if held_out and f"held_out_loss_{when}" not in record:
+        if held_out:
             loss = mean_response_loss(model, held_out, args.micro_batch_size, device)
             record[f"held_out_loss_{when}"] = loss
             say(f"held-out response loss {when} training: {loss:.4f} nats a token, {len(held_out)} samples")

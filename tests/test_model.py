@@ -213,7 +213,7 @@ def test_saved_models_load_again(checkpoint, tmp_path):
 
 def test_a_gpu_reads_from_pinned_memory_while_the_host_goes_on():
     calls = []
-    tensor = SimpleNamespace(pin_memory=lambda: calls.append("pinned") or tensor)
+    tensor = SimpleNamespace(is_cuda=False, pin_memory=lambda: calls.append("pinned") or tensor)
     tensor.to = lambda device, non_blocking: calls.append((device, non_blocking)) or "copy"
     assert to_device(tensor, "cuda:0") == to_device(tensor, "cpu") == "copy"
     assert calls == ["pinned", ("cuda:0", True), ("cpu", True)]
