@@ -6,6 +6,7 @@ in the template of Appendix A.1 with a mask of the supervised tokens, group the 
 
 import itertools
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -214,14 +215,22 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
     return found
 
 
-def load_conversations(sources: str, limit: int | None = None, seed: int = 42) -> list[list[Message]]:
+def load_conversations(
+    sources: str, limit: int | None = None, seed: int = 42, top: int | None = None, rating_field: str = "score"
+) -> list[list[Message]]:
     """The conversations of comma-separated sources, one source after the other; `limit` holds for each source.
 
     The source `pool` draws POOL_SIZE conversations from the five sets of POOL, seeded, each in proportion to its size.
+    With `top`, only the rows that are rated best are taken, `top` of all sources together, in the order they stand in.
     """
     found, names = [], [source.strip() for source in sources.split(",") if source.strip()]
     if not names:
         raise UserError(f"--data names no source: {sources!r}")
+    if top:
+        if "pool" in names:
+            raise UserError("the rows of pool are not rated: name rated sources")
+        rows = best_rated({source: load_rows(source, limit) for source in names}, top, rating_field)
+        return [found for source in names if rows[source] for found in conversations(rows[source], source)]
     for source in names:
         if source != "pool":
             found += conversations(load_rows(source, limit), source)
@@ -235,6 +244,25 @@ def load_conversations(sources: str, limit: int | None = None, seed: int = 42) -
                 raise UserError(f"{name} has {len(candidates)} conversations, the pool needs {drawn - before}")
             found += random.Random(f"{name} {seed}").sample(candidates, drawn - before)[:limit]
     return found
+
+
+def best_rated(rows: dict[str, list[dict]], top: int, field: str) -> dict[str, list[dict]]:
+    """Of the rows of several sources together, the `top` with the highest number in column `field`; ties: the first.
+
+    Raises UserError with source and row where a row has no number there, or where there are fewer rows.
+    """
+    ratings = []
+    for source in rows:
+        for number, row in enumerate(rows[source], 1):
+            rating = row.get(field) if isinstance(row, dict) else None
+            if isinstance(rating, bool) or not isinstance(rating, int | float) or math.isnan(rating):
+                raise UserError(f"{source}, row {number}: column {field} holds {rating!r}, not a rating")
+            ratings.append(rating)
+    if len(ratings) < top:
+        raise UserError(f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
+    best = set(sorted(range(len(ratings)), key=lambda i: -ratings[i])[:top])
+    places = itertools.count()
+    return {source: [row for row in rows[source] if next(places) in best] for source in rows}
 
 
 # ------------------------------------------------------------------------------------------------------ encoding
@@ -331,9 +359,21 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
     return Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
 
 
-def load_examples(sources: str, tokenizer: Tokenizer, max_length: int, limit: int | None = None, seed: int = 42):
-    """Every sample of `sources` that keeps a response token within `max_length`, and how many did not: (list, int)."""
-    examples = [encode(messages, tokenizer, max_length) for messages in load_conversations(sources, limit, seed)]
+def load_examples(
+    sources: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    limit: int | None = None,
+    seed: int = 42,
+    top: int | None = None,
+    rating_field: str = "score",
+) -> tuple[list[Example], int]:
+    """Every sample of `sources` that keeps a response token within `max_length`, and how many did not.
+
+    The last four arguments are `load_conversations`'.
+    """
+    found = load_conversations(sources, limit, seed, top, rating_field)
+    examples = [encode(messages, tokenizer, max_length) for messages in found]
     kept = [example for example in examples if example.response.any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
@@ -368,13 +408,17 @@ def cut_batch(lengths: list[int], most: int, pass_cost: int) -> list[int]:
     A group costs its size times its longest length, which is what a padded batch computes, and `pass_cost` more. The
     cuts are the cheapest: the best way to cut the first n lengths is the best for some shorter head, and one group.
     """
-    best = [(0, [0])]  # for each n: what the first n lengths cost, and their cuts
+    # Of the cheapest way to cut the first n lengths, for each n: what it costs, and where its last group starts.
+    costs, firsts = [0], [0]
     for end in range(1, len(lengths) + 1):
-        firsts = range(max(0, end - most), end)
-        costs = [best[first][0] + (end - first) * lengths[first] + pass_cost for first in firsts]
-        cost, first = min(zip(costs, firsts, strict=True))
-        best.append((cost, [*best[first][1], end]))
-    return best[-1][1]
+        candidates = range(max(0, end - most), end)
+        cost, first = min((costs[i] + (end - i) * lengths[i] + pass_cost, i) for i in candidates)
+        costs.append(cost)
+        firsts.append(first)
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(firsts[cuts[-1]])
+    return cuts[::-1]
 
 
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:

@@ -218,6 +218,24 @@ def save_adapter(model: Transformer, folder):
     write_json(folder / "adapter_config.json", config)
 
 
+def join_adapters(folders: list[Path], folder: Path):
+    """Write as one adapter those of `folders`, each of them trained on the base with all before it merged in.
+
+    Their updates add up: with the A stacked and the B side by side, one product is the sum of theirs. So the rank is
+    the sum of their ranks, and alpha grows with it.
+    """
+    parts = [load_file(part / "adapter_model.safetensors") for part in folders]
+    config = read_json(folders[0] / "adapter_config.json")
+    tensors = {
+        name: torch.cat([part[name] for part in parts], dim=0 if name.endswith("lora_A.weight") else 1)
+        for name in parts[0]
+    }
+    for key in ("r", "lora_alpha"):
+        config[key] *= len(folders)
+    write_whole(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(folder / "adapter_config.json", config)
+
+
 # What peft can switch on that changes the result and is not implemented here
 UNSUPPORTED = [
     *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern"),

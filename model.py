@@ -10,6 +10,7 @@ Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d h
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -72,9 +73,12 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_whole(path: Path, write: Callable[[Path], None]):
-    """Have `write` make a file whole or not at all: under a temporary name first, which then takes `path`'s place."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
+    """Have `write` make a file whole or not at all: under a temporary name first, which then takes `path`'s place.
+
+    others_write: other processes may be writing it at the same time, so the temporary name is this process's own.
+    """
+    temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
     write(temporary)
     _to_disk(temporary)  # first what is in the file, then that it bears its name
     temporary.replace(path)

@@ -2,7 +2,7 @@
 
 A run's folder holds adapter_model.safetensors and adapter_config.json (peft's format), run.json (every argument,
 versions, seed), log.jsonl (a line an optimizer step), its last two checkpoints and, where asked for, merged/ (a whole
-model).
+model). Runs inside a run have folders of their own in it: reference/, part-1/, part-2/, ...
 """
 
 import argparse
@@ -24,12 +24,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 import lora
-from model import Transformer, UserError, read_json, read_weights, write_json, write_whole
+from model import Transformer, UserError, open_safetensors, read_json, read_weights, write_json, write_whole
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
+INNER = ("reference", "part-*")  # runs that belong to a run
 CHECKPOINT = "checkpoint-{:08d}.pt"  # its number is that of the optimizer steps done
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
@@ -41,7 +44,7 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     `resume`, which leaves them.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    old = [folder / file for file in FILES if (folder / file).exists()] + checkpoints_in(folder)
+    old = [path for name in FILES + INNER for path in folder.glob(name)] + checkpoints_in(folder)
     if old and not (overwrite or resume):
         raise UserError(f"{folder} holds another run ({old[0].name}); choose another --out or add --overwrite")
     for path in old if overwrite else ():
@@ -56,6 +59,12 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
 def open_folder(out: str | None, name: str, overwrite: bool, resume: bool) -> Path:
     """The folder of a run, which the first rank makes and all use; arguments as `new_folder`'s."""
     return gather(new_folder(out, name, overwrite, resume) if first_rank() else None)[0]
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log, one for each optimizer step that it holds; none before the first."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def append_line(path: Path, value: dict):
@@ -89,6 +98,63 @@ class Report:
     def save(self):
         if self.path:
             write_json(self.path, self.records[0] if len(self.records) == 1 else {"runs": self.records})
+
+
+def write_lines(path: Path, values: list[dict]):
+    """Write a log anew, whole or not at all."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# -------------------------------------------------------------------------------------- losses of frozen models
+
+LOSSES = 1  # how they are computed; a change to that makes it 2, and what an older version kept is not found again
+
+
+def losses_key(folders: Iterable[Path], examples: Iterable[tuple[Tensor, Tensor]], dtype: str) -> str:
+    """A digest of all that per-token losses depend on, in full: nothing that has changed hides behind an old name.
+
+    That is every byte of the weights and configurations in `folders` (a model's, an adapter's), every token of
+    `examples` and whether it is supervised, hence tokenizer, template, rows and length limit, and the dtype.
+    """
+    digest = hashlib.sha256(f"{LOSSES} {dtype}".encode())
+    for folder in folders:
+        for pattern in ("config.json", "model*.safetensors*", "adapter_config.json", "adapter_model.safetensors"):
+            for path in sorted(folder.glob(pattern)):
+                digest.update(f" {path.name} {path.stat().st_size} ".encode())
+                with path.open("rb") as file:
+                    while block := file.read(2**22):
+                        digest.update(block)
+    for ids, response in examples:
+        digest.update(f" {len(ids)} ".encode() + ids.numpy().tobytes() + response.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """compute()'s losses, and the seconds that they took; with a `cache`, a folder, they are kept and found there.
+
+    Several runs may use one cache at once: a file appears in it whole, and two that compute the same write the same.
+    """
+    path = cache / f"{key}.safetensors" if cache else None
+
+    def held():
+        if path is None or not path.exists():
+            return None
+        file = open_safetensors(path)
+        return file.get_tensor("nll"), float(file.metadata()["seconds"])
+
+    if (found := gather(held() if first_rank() else None)[0]) is not None:
+        return found
+    start = time.perf_counter()
+    nll, seconds = compute(), time.perf_counter() - start
+    if path and first_rank():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            content = {"nll": nll.contiguous()}
+            write_whole(path, lambda file: save_file(content, file, metadata={"seconds": f"{seconds:.3f}"}), True)
+        except (OSError, SafetensorError) as reason:
+            raise UserError(f"--cache {cache} cannot be written: {reason}") from None
+    return nll, seconds
 
 
 # --------------------------------------------------------------------------------------------- checkpoints, resume
@@ -202,8 +268,7 @@ class Checkpoints:
 
 def keep_lines(log: Path, count: int):
     """Cut a log after its first `count` lines; a step that was logged after its last checkpoint is done again."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-    write_whole(log, lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    write_lines(log, read_log(log.parent)[:count])
 
 
 # ----------------------------------------------------------------------------------------------------------- ranks

@@ -3,14 +3,20 @@
     python train.py --model meta-llama/Llama-3.2-3B
 
 `train` is the algorithm, its line numbers in the comments. What it needs is above it: the history model, the
-selections that are made before training starts (the baselines), the schedule. The command line is below it.
+selections that are made before training starts (the baselines), the schedule. Below it are the command line, what the
+baselines need beside the loop (a reference model, training part by part), and a run from its start to its end.
 """
 
 import argparse
+import json
+import math
 import os
+import random
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +29,49 @@ from model import Transformer, UserError, load_model, response_nll, response_pla
 from sstoken import (
     AttentionProbe,
     ema_update,
+    excess_loss,
     normalize,
     retrospective_excess_loss,
     score,
     select,
     selected_loss,
+    sft_loss,
     share_of,
 )
+
+# --------------------------------------------------------------------------------- per-token losses, kept or computed
+
+SCORING_BATCH = 4  # samples a pass, whatever the run's micro-batches are
+
+
+class Frozen(NamedTuple):
+    """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
+
+    base: before training. reference: L_ref of Eq. 2.
+    """
+
+    base: list[Tensor] | None = None
+    reference: list[Tensor] | None = None
+
+
+@torch.no_grad()
+def response_losses(model: Transformer, examples: list[data.Example]) -> list[Tensor]:
+    """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
+
+    Order and shape of the passes depend on `examples` alone, so the same weights always give the same bits. All ranks
+    take part, and each returns all.
+    """
+    training, device, found = model.training, model.lm_head.weight.device, {}
+    model.eval()
+    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), SCORING_BATCH, seed=0)
+    for samples in tqdm(runs.share_passes(passes), "losses", leave=False, disable=not runs.first_rank()):
+        batch = [examples[i] for i in samples]
+        nll = response_nll(model, *data.collate(batch, device)).cpu()
+        found |= zip(samples, nll.split([int(e.response.sum()) for e in batch]), strict=True) if batch else {}
+    model.train(training)
+    found = {i: nll for part in runs.gather(found) for i, nll in part.items()}
+    return [found[i] for i in range(len(examples))]
+
 
 # ------------------------------------------------------------------------------------------- the history model
 
@@ -42,8 +84,10 @@ class History:
     the merged weights exactly. At step 0 each of them is the base model.
     """
 
-    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int):
+    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, kept: list[Tensor] | None = None):
+        """kept: the base model's losses, a tensor a sample, if they are known already."""
         self.model, self.kind, self.ema_alpha, self.every = model, kind, ema_alpha, every
+        self.kept = kept if kind == "base" else None
         self.factors = None  # nothing: the base model
         if kind == "ema":
             self.factors = [(torch.zeros_like(layer.product()),) for layer in self._layers()]
@@ -52,8 +96,14 @@ class History:
         return lora.lora_layers(self.model).values()
 
     @torch.no_grad()
-    def nll(self, input_ids: Tensor, response: Tensor) -> Tensor:
-        """L_his of the response tokens of a batch: input_ids, response (B, L) -> (response.sum(),), as response_nll."""
+    def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = (), step: int = 1) -> Tensor:
+        """L_his of the response tokens of a batch: input_ids, response (B, L) -> (response.sum(),), as response_nll.
+
+        Kept losses of the `samples` serve from the second step on. In the first the model is its own history, and one
+        computed in the same passes makes REL exactly zero, where Eq. 8 would stretch a rounding error to [0, 1].
+        """
+        if self.kept and samples and step > 1:
+            return to_device(torch.cat([self.kept[i] for i in samples]), input_ids.device)
         with lora.replaced(self.model, self.factors):
             return response_nll(self.model, input_ids, response)
 
@@ -69,12 +119,12 @@ class History:
 # ------------------------------------------------------------------------- selections made before training starts
 
 
-def select_everything(sizes: list[int], rho: float, seed: int) -> list[Tensor]:
+def select_everything(sizes: list[int], rho: float, seed: int, excess=None) -> list[Tensor]:
     """Full fine-tuning: every response token of samples with `sizes` response tokens, one bool tensor a sample."""
     return [torch.ones(size, dtype=torch.bool) for size in sizes]
 
 
-def select_at_random(sizes: list[int], rho: float, seed: int) -> list[Tensor]:
+def select_at_random(sizes: list[int], rho: float, seed: int, excess=None) -> list[Tensor]:
     """The paper's Uniform Random: exactly ceil(rho * N) of the pool's N response tokens, drawn once from the seed."""
     total = sum(sizes)
     selected = torch.zeros(total, dtype=torch.bool)
@@ -83,8 +133,36 @@ def select_at_random(sizes: list[int], rho: float, seed: int) -> list[Tensor]:
     return list(selected.split(sizes))
 
 
+def select_in_each_sample(sizes: list[int], rho: float, seed: int, excess: list[Tensor]) -> list[Tensor]:
+    """RHO-1: the ceil(rho * L_resp) tokens of each sample whose excess loss (Eq. 2) is highest."""
+    return [select(token_excess, rho) for token_excess in excess]
+
+
+def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess: list[Tensor] | None) -> list[Tensor]:
+    """TokenCleaning: the floor(rho * N) of the pool's N response tokens whose excess loss is highest; ties: the first.
+
+    A sample may lose all its tokens. Without a reference, as in the first part of self-evolving, all are taken.
+    """
+    if excess is None:
+        return select_everything(sizes, rho, seed)
+    best_first = torch.sort(torch.cat(excess), descending=True, stable=True).indices
+    selected = torch.zeros(len(best_first), dtype=torch.bool)
+    selected[best_first[: math.floor(Fraction(str(rho)) * len(best_first))]] = True
+    return list(selected.split(sizes))
+
+
 # A method either has its selection made here, once, or (None) makes it anew in every step from the model's state.
-METHODS = {"sstoken": None, "full": select_everything, "random": select_at_random}
+METHODS = {
+    "sstoken": None,
+    "full": select_everything,
+    "random": select_at_random,
+    "rho1": select_in_each_sample,  # with --excess current, anew in every step too
+    "tokencleaning": select_in_the_pool,
+    "self-evolving": select_in_the_pool,  # of each of PARTS parts, see `train_in_parts`
+}
+WITH_REFERENCE = ("rho1", "tokencleaning")
+OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample would undo what they rank
+PARTS = 5
 
 
 # --------------------------------------------------------------------------------------------------- Algorithm 1
@@ -95,17 +173,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     warmup = share_of(warmup_ratio, steps)
     decay = (steps - step + 1) / (steps - warmup + 1)
     return peak * min(step / warmup, decay) if warmup else peak * decay
-
-
-@torch.no_grad()
-def mean_response_loss(model: Transformer, examples: list[data.Example], micro_batch_size: int, device) -> float:
-    """Loss per response token of `examples`, adapters on, dropout off, in nats. All ranks take part."""
-    model.eval()
-    total = 0.0
-    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), micro_batch_size, seed=0)
-    for micro_batch in runs.share_passes(passes):
-        total += response_nll(model, *data.collate([examples[i] for i in micro_batch], device)).sum().item()
-    return sum(runs.gather(total)) / sum(int(e.response.sum()) for e in examples)
 
 
 def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) -> dict[int, float]:
@@ -132,26 +199,33 @@ def train(
     args: argparse.Namespace,
     log: Callable[[dict], None],
     checkpoints: runs.Checkpoints | None = None,
+    frozen: Frozen = Frozen(),  # noqa: B008 (a tuple)
 ) -> Transformer:
     """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step.
 
     Started by torchrun, each rank computes its share of a step's micro-batches and all make the same update. With
-    `checkpoints` the run goes on from the newest, and leaves others behind.
+    `checkpoints` the run goes on from the newest, and leaves others behind. `frozen` holds the losses that the
+    baselines rank by, or that need not be computed again.
     """
     device = model.lm_head.weight.device
     lengths, sizes = [len(e.ids) for e in examples], [int(e.response.sum()) for e in examples]
     steps = plan_steps(lengths, args, device)
-    fixed = METHODS[args.method] and METHODS[args.method](sizes, args.rho, args.seed)
+    reference = frozen.reference if args.excess == "current" else None
+    fixed = None
+    if METHODS[args.method] and not reference:
+        pairs = zip(frozen.base, frozen.reference, strict=True) if frozen.reference else None
+        excess = [excess_loss(base, better) for base, better in pairs] if pairs else None
+        fixed = METHODS[args.method](sizes, args.rho, args.seed, excess)
     # How many tokens of a sample will be selected is known before which, and with it the sample's weight in the loss.
     counts = [int(s.sum()) for s in fixed] if fixed else [share_of(args.rho, size) for size in sizes]
-    scored = fixed is None and args.rho < 1  # otherwise the selection is known without any score
+    scored = not fixed and not reference and args.rho < 1  # otherwise the selection is known without ssToken's score
 
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=args.lr, weight_decay=0.0)
     probe = AttentionProbe(model, args.layer)
     model.train()
     kind = args.history if scored and args.gamma > 0 else "base"  # nothing is kept that no score reads
-    history = History(model, kind, args.ema_alpha, args.history_every)  # Alg. 1, line 2
+    history = History(model, kind, args.ema_alpha, args.history_every, frozen.base)  # Alg. 1, line 2
     checkpoints = checkpoints or runs.Checkpoints()
     done = checkpoints.restore(adapters, optimizer, history, device)
     seen = sum(len(micro_batch) for batch in steps[:done] for micro_batch in batch)
@@ -164,7 +238,7 @@ def train(
 
         for micro_batch in runs.share_passes(batch):  # Alg. 1, line 4
             ids, response = data.collate([examples[i] for i in micro_batch], device)
-            history_nll = history.nll(ids, response) if uses_rel else None
+            history_nll = history.nll(ids, response, micro_batch, step) if uses_rel else None
             nll = response_nll(model, ids, response)
             rel, attention = torch.zeros_like(nll), torch.zeros_like(nll)  # without a weight in the score, left at zero
             if uses_rel:
@@ -176,6 +250,8 @@ def train(
             tokens_of = [x.split([sizes[i] for i in micro_batch]) for x in (nll, rel, attention) if micro_batch]
             for i, nll_i, rel_i, attention_i in zip(micro_batch, *tokens_of, strict=True):
                 token_scores = score(normalize(rel_i), attention_i, gamma)  # Alg. 1, lines 7 and 8
+                if reference:  # RHO-1 of the current model has Eq. 2 in their place
+                    token_scores = excess_loss(nll_i.detach(), to_device(reference[i], device))
                 selected = to_device(fixed[i], device) if fixed else select(token_scores, args.rho)  # Alg. 1, line 9
                 selected_sum += selected.sum()
                 if i in weights:
@@ -232,11 +308,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "them in the history pass. checkpoint: the adapter as it was at the last refresh")
     add("--ema-alpha", type=float, default=0.999, help="alpha of Eq. 4, for --history ema")
     add("--history-every", type=int, default=100, metavar="N", help="refresh --history checkpoint every N steps")
-    add("--loss-mean", choices=("sample", "batch"), default="sample",
+    add("--loss-mean", choices=("sample", "batch"),
         help="sample: mean over each sample's selected tokens (Eq. 10), then over samples. batch: mean over all the "
-        "selected tokens of a global batch, much as the authors' release")
+        "selected tokens of a global batch, much as the authors' release. Default: batch for methods that rank over "
+        f"the pool ({', '.join(OVER_THE_POOL)}), which take nothing else; sample for the others")
     add("--attention-only", type=int, default=0, metavar="N",
         help="select by attention alone (gamma 0) for the first N samples, in whole batches; the release: 10000")
+
+    add = parser.add_argument_group("reference model (rho1, tokencleaning)").add_argument
+    add("--reference", metavar="DIR",
+        help="the reference of Eq. 2: an adapter of --model (a run's folder), or a whole model with the same tokenizer")
+    add("--reference-data", metavar="SOURCE[,SOURCE...]",
+        help="train the reference first, as --method full does, on these rows, into OUT/reference")
+    add("--reference-top", type=int, metavar="K",
+        help="train it on the K best-rated rows of --reference-data (default: of --data); Sec. 4.1: 10000 of the pool. "
+        "With --method full: train on those of --data, and so make a reference")
+    add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
+    add("--excess", choices=("static", "current"), default="static",
+        help="for rho1: excess loss of the base model over the reference, as the paper's baselines were run, or of the "
+        "current model, as in the paper of RHO-1")
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
@@ -246,6 +336,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-data", metavar="SOURCE[,SOURCE...]", help="held-out rows: their response loss before and after")
     add("--limit", type=int, metavar="N", help="take the first N rows of each source")
     add("--max-length", type=int, default=2048, help="cut samples to this many tokens (Appendix A.3)")
+    add("--cache", metavar="DIR",
+        help="keep the per-token losses of frozen models there, and take from there what earlier runs on the same "
+        "weights and rows have kept; several runs may share it")
     add("--out", help="folder of the run; default: a new one under runs/")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--checkpoint-every", type=int, metavar="N",
@@ -294,7 +387,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     }
     bounds["--seed"] = (0 <= args.seed < 2**63, "from 0 to 2^63 - 1")
     counts = ("batch_size", "micro_batch_size", "epochs", "max_steps", "limit", "history_every", "lora_rank")
-    for flag in (*counts, "checkpoint_every"):
+    for flag in (*counts, "checkpoint_every", "reference_top"):
         value = getattr(args, flag)
         bounds["--" + flag.replace("_", "-")] = (value is None or value >= 1, "at least 1")
     for flag, (fits, bound) in bounds.items():
@@ -304,21 +397,52 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
     if args.resume and (args.overwrite or not args.out):
         raise UserError("--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite")
+    check_reference(args)
     return args
 
 
+def check_reference(args: argparse.Namespace):
+    """UserError where the method lacks what it ranks by, or is given what it does not read; fills in --loss-mean."""
+    if args.reference and (args.reference_data or args.reference_top):
+        raise UserError("--reference names a model that is there: it does not go with --reference-data or -top")
+    trained = args.reference_data or args.reference_top
+    if args.method in WITH_REFERENCE:
+        if not args.reference and not trained:
+            raise UserError(f"--method {args.method} needs --reference DIR, or --reference-data or -top to train one")
+    elif args.reference or args.reference_data or (args.reference_top and args.method != "full"):
+        raise UserError(f"--method {args.method} has no reference model; {' and '.join(WITH_REFERENCE)} do")
+    if args.excess == "current" and args.method != "rho1":
+        raise UserError("--excess current is for --method rho1: the others' ranking is made before training starts")
+    if args.method in OVER_THE_POOL:
+        if args.loss_mean == "sample":
+            raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
+        args.loss_mean = "batch"
+    args.loss_mean = args.loss_mean or "sample"
+    if args.shard and args.method == "self-evolving":
+        raise UserError("--shard does not go with --method self-evolving, which merges adapters into whole weights")
+    if args.shard and args.reference and is_adapter(args.reference):
+        raise UserError(
+            f"--shard wants a whole model as --reference, {args.reference} is an adapter (train.py --merge)"
+        )
+
+
 # What may differ between a run and the one that goes on with it: none of it changes the adapter.
-FREE = {"out", "overwrite", "resume", "checkpoint_every", "merge", "eval_data"}
+FREE = {"out", "overwrite", "resume", "checkpoint_every", "merge", "eval_data", "cache"}
 
 
-def settings(model: Transformer, examples: list[data.Example], args: argparse.Namespace) -> dict:
-    """All that the adapter depends on, by the names that a user knows: for checkpoints, which hold for nothing else."""
+def settings(args: argparse.Namespace, weights: str, examples: list[data.Example], frozen: Frozen) -> dict:
+    """All that the adapter depends on, by the names that a user knows: for checkpoints, which hold for nothing else.
+
+    weights: the base model's fingerprint.
+    """
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
     return flags | {
-        "--device": model.lm_head.weight.device.type,
+        "--device": torch.device(args.device).type,
         "the number of ranks": runs.ranks(),
-        "the content of --model": runs.fingerprint(p for p in model.parameters() if not p.requires_grad),
+        "the content of --model": weights,
         "the content of --data": runs.fingerprint(tensor for example in examples for tensor in example),
+        "the losses of the base model": runs.fingerprint(frozen.base or []),
+        "the losses of the reference": runs.fingerprint(frozen.reference or []),
     }
 
 
@@ -332,17 +456,109 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
         raise UserError(f"{args.model} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
     AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
     model.gradient_checkpointing = args.gradient_checkpointing
-    torch.manual_seed(args.seed)
-    lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    new_adapters(model, args)
     if args.shard:
-        torch.manual_seed(args.seed)  # the adapters are drawn again, where there is memory for them
         runs.shard(model, model.model.layers[args.layer], device)
-    if runs.rank():
-        torch.manual_seed(args.seed + runs.rank())  # the same adapters on all ranks, dropout of its own on each
+        new_adapters(model, args)  # drawn again, where there is memory for them
     return model
 
 
+def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
+    """Adapters that change nothing yet, from the seed and the part of self-evolving that they are for."""
+    seed = random.Random(f"{args.seed} {part}").getrandbits(62) if part else args.seed
+    torch.manual_seed(seed)
+    for layer in lora.lora_layers(model).values():
+        layer.reset_adapter()
+    if not lora.lora_layers(model):
+        lora.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    if runs.rank():
+        torch.manual_seed(seed + runs.rank())  # the same adapters on all ranks, dropout of its own on each
+
+
+# ----------------------------------------------------------------------------------------- what the baselines need
+
+
+def reads_kept_history(args: argparse.Namespace) -> bool:
+    """Whether ssToken's history losses are to come from --cache: those of a fixed base model can."""
+    return bool(args.cache and args.method == "sstoken" and args.history == "base" and args.gamma and args.rho < 1)
+
+
+def is_adapter(folder: str) -> bool:
+    return (Path(folder) / "adapter_config.json").exists()
+
+
+def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
+    """UserError if the model that --reference names cuts texts into other ids; adapters may come without tokenizer."""
+    if is_adapter(args.reference) and not (Path(args.reference) / "tokenizer.json").exists():
+        return
+    theirs = data.load_tokenizer(args.reference)
+    parts = [json.loads(tokenizer.backend.to_str()) for tokenizer in (ours, theirs)]
+    same = all(parts[0][part] == parts[1][part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"))
+    if not same or (ours.eos_id, ours.prefix) != (theirs.eos_id, theirs.prefix):
+        raise UserError(f"--reference {args.reference} has another tokenizer than {args.model}: losses do not compare")
+
+
+def reference_losses(
+    model: Transformer, examples: list[data.Example], args: argparse.Namespace, device
+) -> tuple[list[Tensor], float]:
+    """L_ref of Eq. 2 from the model that --reference names, and the seconds that it took.
+
+    An adapter takes the place of the adapters of `model`, which are new ones afterwards.
+    """
+    if is_adapter(args.reference):
+        lora.load_adapter(model, args.reference)
+        found = kept_losses(model, [model.folder, Path(args.reference)], examples, args)
+        lora.remove_lora(model)
+        new_adapters(model, args)
+        return found
+    reference = load_model(args.reference, getattr(torch, args.dtype), "meta" if args.shard else device)
+    if args.shard:
+        runs.shard(reference, reference.model.layers[-1], device)
+    return kept_losses(reference, [reference.folder], examples, args)
+
+
+def kept_losses(model: Transformer, folders: list[Path], examples, args) -> tuple[list[Tensor], float]:
+    """`response_losses` of a frozen model, by --cache; `folders` hold all that it is made of. With its seconds."""
+    key = runs.losses_key(folders, examples, args.dtype) if args.cache else ""
+    cache = Path(args.cache) if args.cache else None
+    nll, seconds = runs.kept_losses(cache, key, lambda: torch.cat(response_losses(model, examples)))
+    return list(nll.split([int(example.response.sum()) for example in examples])), seconds
+
+
+def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace, folder: Path, fit: Callable) -> float:
+    """TokenCleaning's self-evolving variant: PARTS parts of the pool, one after the other, each with new adapters.
+
+    The first part trains on all its tokens. For each further one the model so far, its adapters merged, becomes the
+    reference: the part's tokens are ranked by excess loss of the base model over it. `fit` trains the adapters, with
+    a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one adapter.
+    Returns the seconds that the references' losses took.
+    """
+    order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
+    for number in range(1, PARTS + 1):
+        part = sorted(order[number - 1 :: PARTS])
+        samples, frozen = [examples[i] for i in part], Frozen()
+        if number > 1:
+            start = time.perf_counter()
+            lora.merge(model)
+            frozen = Frozen([base[i] for i in part], response_losses(model, samples))
+            seconds += time.perf_counter() - start
+            new_adapters(model, args, number)
+        done.append(folder / f"part-{number}")
+        steps = args.max_steps and args.max_steps * number // PARTS - args.max_steps * (number - 1) // PARTS
+        fit(samples, frozen, argparse.Namespace(**vars(args) | {"max_steps": steps}), done[-1])
+        if runs.first_rank():
+            lines = [line | {"part": i} for i, part in enumerate(done, 1) for line in runs.read_log(part)]
+            lines = [line | {"step": step} for step, line in enumerate(lines, 1)]
+            runs.write_lines(folder / "log.jsonl", lines)
+            lora.join_adapters(done, folder)
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------- a run, as a whole
+
+
 def main(argv: list[str] | None = None):
+    start = time.perf_counter()
     args = parse_arguments(argv)
     device = runs.start_ranks(args.device)
     args.device = str(device)
@@ -355,15 +571,22 @@ def main(argv: list[str] | None = None):
         raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
 
     tokenizer = data.load_tokenizer(args.model, args.revision)
-    examples, dropped = data.load_examples(args.data, tokenizer, args.max_length, args.limit, args.seed)
-    held_out, lost = (
-        data.load_examples(args.eval_data, tokenizer, args.max_length, args.limit) if args.eval_data else ([], 0)
-    )
-    model = prepare(args, device, examples + held_out)
-    total = len(plan_steps([len(e.ids) for e in examples], args, device))
+    if args.reference:
+        check_tokenizer(args, tokenizer)
+
+    def load(sources, *choice):
+        return data.load_examples(sources, tokenizer, args.max_length, args.limit, args.seed, *choice)
+
+    best = (args.reference_top, args.rating_field) if args.reference_top else ()
+    examples, dropped = load(args.data, *best) if args.method == "full" else load(args.data)
+    held_out, lost = load(args.eval_data) if args.eval_data else ([], 0)
+    trains_reference = args.method in WITH_REFERENCE and not args.reference
+    reference_examples = load(args.reference_data or args.data, *best)[0] if trains_reference else []
+    model = prepare(args, device, examples + held_out + reference_examples)
+    weights = runs.fingerprint(p for p in model.parameters() if not p.requires_grad)
     folder = runs.open_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite, args.resume)
-    checkpoints = runs.Checkpoints(folder, total, args.checkpoint_every, settings(model, examples, args))
     record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
+    seconds = {"loading": time.perf_counter() - start, "losses": 0.0}
 
     def say(*words):
         if runs.first_rank():
@@ -376,38 +599,64 @@ def main(argv: list[str] | None = None):
     def no_response(count):
         return f"{count} dropped, without a response token in the first {args.max_length}"
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens, answers = sum(len(e.ids) for e in examples), sum(int(e.response.sum()) for e in examples)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    say(f"model: {args.model}, {frozen:,} frozen parameters, {trained:,} trained")
-    say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses;", no_response(dropped))
-    if held_out:
-        say(f"held out: {len(held_out):,} samples;", no_response(lost))
-    save_record()
+    def fit(examples, frozen, args, folder):
+        """Train the adapters that the model has, into `folder`."""
+        total = len(plan_steps([len(e.ids) for e in examples], args, device))
+        own = settings(args, weights, examples, frozen)
+        checkpoints = runs.Checkpoints(folder, total, args.checkpoint_every, own)  # refuses before anything is written
+        folder.mkdir(exist_ok=True)
+        save_record()
+        with tqdm(total=total, desc=folder.name, unit="step", disable=not runs.first_rank()) as bar, checkpoints:
+
+            def log(line):
+                if runs.first_rank():
+                    runs.append_line(folder / "log.jsonl", line)
+                share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
+                bar.update(line["step"] - bar.n)
+
+            train(model, examples, args, log, checkpoints, frozen)
+        if runs.first_rank():
+            lora.save_adapter(model, folder)
 
     def report_held_out(when):
         if held_out:
-            loss = mean_response_loss(model, held_out, args.micro_batch_size, device)
-            record[f"held_out_loss_{when}"] = loss
+            loss = record[f"held_out_loss_{when}"] = sft_loss(torch.cat(response_losses(model, held_out))).item()
             say(f"held-out response loss {when} training: {loss:.4f} nats a token, {len(held_out)} samples")
-            save_record()
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens, answers = sum(len(e.ids) for e in examples), sum(int(e.response.sum()) for e in examples)
+    frozen_size = sum(p.numel() for p in model.parameters()) - trained
+    say(f"model: {args.model}, {frozen_size:,} frozen parameters, {trained:,} trained")
+    say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses;", no_response(dropped))
+    if held_out:
+        say(f"held out: {len(held_out):,} samples;", no_response(lost))
 
     report_held_out("before")
-    with tqdm(total=total, unit="step", disable=not runs.first_rank()) as bar, checkpoints:
-
-        def log(line):
-            if runs.first_rank():
-                runs.append_line(folder / "log.jsonl", line)
-            share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
-            bar.update(line["step"] - bar.n)
-
-        train(model, examples, args, log, checkpoints)
+    base = reference = None
+    if args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static" or reads_kept_history(args):
+        base, seconds["losses"] = kept_losses(model, [model.folder], examples, args)  # new adapters change nothing
+    if trains_reference:
+        plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
+        fit(reference_examples, Frozen(), plain, folder / "reference")
+        reference, taken = kept_losses(model, [model.folder, folder / "reference"], examples, args)
+        new_adapters(model, args)
+        seconds["losses"] += taken
+    elif args.method in WITH_REFERENCE:
+        reference, taken = reference_losses(model, examples, args, device)
+        seconds["losses"] += taken
+    if args.method == "self-evolving":
+        seconds["losses"] += train_in_parts(model, examples, base, args, folder, fit)
+    else:
+        fit(examples, Frozen(base, reference), args, folder)
     report_held_out("after")
 
     if runs.first_rank():
-        lora.save_adapter(model, folder)
-        if args.merge and args.shard:  # the base as a whole again, in the host's memory
+        for what, where in {"reference": folder / "reference", "training": folder}.items():
+            seconds[what] = sum(line["seconds"] for line in runs.read_log(where))  # before a stop and after it
+        record["seconds"] = {what: round(taken, 3) for what, taken in seconds.items()}
+        save_record()
+        if args.merge and (args.shard or args.method == "self-evolving"):  # the base, whole and as it was
             model = lora.load_adapter(load_model(args.model, getattr(torch, args.dtype), "cpu", args.revision), folder)
         if args.merge:
             lora.merge(model, folder / "merged")

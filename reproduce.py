@@ -1,0 +1,428 @@
+"""The paper's tables and figures: methods x seeds, each trained, evaluated and averaged.
+
+    python reproduce.py --table 1 --model meta-llama/Llama-3.2-3B --out results/llama [-- flags of train.py]
+
+A cell is one method with one seed: a run of train.py in a folder of its own under --out, with evaluate.py's results
+beside it. A cell that is complete is not run again, so the same command goes on where it was stopped, and tables that
+share a cell share its run. All cells share every setting but what their row's name says.
+"""
+
+import argparse
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+
+import runs
+from benchmarks import GROUPS, TABLE
+from data import RELEASED_POOL
+from evaluate import task_names
+from model import (
+    CHECKPOINT_FILES,
+    TOKENIZER_FILES,
+    UserError,
+    find_folder,
+    read_config,
+    read_json,
+    write_json,
+    write_whole,
+)
+
+matplotlib.use("Agg")  # files, no window
+from matplotlib import pyplot
+
+ROOT = Path(__file__).parent
+PAPER = ROOT / "paper.json"
+
+# ------------------------------------------------------------------------------------------------- rows of a table
+
+
+class Row(NamedTuple):
+    """A row of a table: its label, and the flags of train.py that tell it from the others (None: the base model)."""
+
+    label: str
+    flags: tuple[str, ...] | None
+
+    @property
+    def name(self) -> str:
+        """What its cells' folders begin with: the same in every table that has this row."""
+        return "-".join(flag.removeprefix("--") for flag in self.flags or ("base",)).removeprefix("method-")
+
+
+BASE = Row("BASE", None)
+FULL = Row("FULL", ("--method", "full"))
+LABELS = {
+    "random": "RANDOM",
+    "rho1": "RHO-1",
+    "tokencleaning": "TOKENCLEANING, fixed-model",
+    "self-evolving": "TOKENCLEANING, self-evolving",
+    "sstoken": "SSTOKEN",
+}
+
+
+def method(name: str, rho: float, gamma: float | None = None, layer: int | None = None, label: str = "") -> Row:
+    """The row of a method that selects; gamma and layer are written out where they are not train.py's defaults."""
+    flags = ("--method", name, "--rho", str(rho))
+    flags += ("--gamma", str(gamma)) if gamma not in (None, 0.5) else ()
+    flags += ("--layer", str(layer)) if layer not in (None, -1) else ()
+    return Row(label or LABELS[name], flags)
+
+
+def table_rows(table: int, rho: float, layers: int) -> list[Row]:
+    """The rows of one of the paper's tables, for a model of so many layers. rho: of the tables that do not vary it."""
+    if table == 1:
+        return [BASE, FULL, *(method(name, rho) for name in LABELS)]
+    if table == 2:
+        depths = {"SHALLOW": 0, "MEDIUM": layers // 2, "DEEP": -1}
+        return [BASE, FULL, *(method("sstoken", rho, layer=layer, label=label) for label, layer in depths.items())]
+    if table == 3:
+        gammas = (1.0, 0.75, 0.5, 0.25, 0.0)
+        return [BASE, FULL, *(method("sstoken", rho, gamma, label=f"SSTOKEN (gamma {gamma})") for gamma in gammas)]
+    if table == 4:
+        shares = (0.2, 0.4, 0.6, 0.8)
+        return [BASE, FULL, *(method("sstoken", share, label=f"SSTOKEN (rho {share})") for share in shares)]
+    return [BASE, FULL] + [
+        method(name, share, label=f"{label} (rho {share})") for name, label in LABELS.items() for share in (0.6, 0.8)
+    ]
+
+
+def paper_rho(model: str) -> float:
+    """Sec. 4.2: 0.8 for Qwen-2.5-14B, 0.6 for the others."""
+    name = Path(model).name.lower().replace("-", "")
+    return 0.8 if name.startswith("qwen2.514b") else 0.6
+
+
+# ----------------------------------------------------------------------------------------------------------- cells
+
+
+def call(command: list[str]):
+    """Run a command to its end. A signal ends it first, so that it leaves its checkpoint; its failure is ours too."""
+    print("$", shlex.join(map(str, command)), flush=True)
+
+    def stop(number, frame):
+        raise runs.Stopped(number, "stopped; the same command goes on from here")
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    process = subprocess.Popen(command)
+    try:
+        status = process.wait()
+    except runs.Stopped:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if status:
+        raise SystemExit(status)
+
+
+class Cells:
+    """What trains and evaluates, in folders under --out."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out = args, Path(args.out)
+        self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
+
+    def train(self, row: Row, seed: int) -> Path:
+        """The folder of a row's run with this seed, which is made unless it is there."""
+        args, folder = self.args, self.out / f"{row.name}-seed{seed}"
+        flags = [*row.flags, "--data", args.data]
+        if row.flags[1] in ("rho1", "tokencleaning"):
+            flags += ["--reference", self.reference(seed)]
+        self._train(folder, seed, flags, args.limit, args.max_steps)
+        return folder
+
+    def reference(self, seed: int) -> Path:
+        """The reference model of a seed, one for all methods that ask for one."""
+        args, folder = self.args, self.out / f"reference-seed{seed}"
+        flags = ["--method", "full", "--data", args.reference_data or args.data]
+        if args.reference_top:
+            flags += ["--reference-top", str(args.reference_top), "--rating-field", args.rating_field]
+        self._train(folder, seed, flags, args.reference_limit, args.max_steps)
+        return folder
+
+    def _train(self, folder: Path, seed: int, flags: list, limit: int | None, max_steps: int | None):
+        if (folder / "run.json").exists() and "seconds" in read_json(folder / "run.json"):
+            return
+        flags += ["--limit", str(limit)] if limit else []
+        flags += ["--max-steps", str(max_steps)] if max_steps else []
+        flags += ["--loss-mean", "batch", "--seed", str(seed), "--cache", self.out / "cache", *self.args.flags]
+        call([*self.launcher, ROOT / "train.py", "--model", self.args.model, *flags, "--out", folder, "--resume"])
+        for checkpoint in folder.rglob("checkpoint-*.pt"):  # it goes on from nowhere any more
+            checkpoint.unlink()
+
+    def evaluate(self, adapter: Path | None) -> dict:
+        """evaluate.py's record of an adapter, or of the base model, made unless it is there."""
+        args = self.args
+        file = (adapter or self.out) / ("evaluation.json" if adapter else "base.json")
+        record = read_json(file) if file.exists() else {"results": {}}
+        same = (record.get("data"), record.get("limit")) == (args.benchmarks, args.eval_limit)
+        if not same or any(task not in record["results"] for task in args.asked):
+            flags = ["--tasks", args.tasks, "--out", file]
+            flags += ["--adapter", adapter] if adapter else []
+            flags += ["--data", args.benchmarks] if args.benchmarks else []
+            flags += ["--limit", str(args.eval_limit)] if args.eval_limit else []
+            call([*self.launcher, ROOT / "evaluate.py", "--model", args.model, *flags])
+            record = read_json(file)
+        return record
+
+    def seconds(self, row: Row, seed: int, folder: Path) -> dict[str, float]:
+        """What a cell took in all, as Figure 2 counts it: loading, reference, losses of frozen models, training."""
+        taken = dict(read_json(folder / "run.json")["seconds"])
+        if row.flags[1] in ("rho1", "tokencleaning"):
+            taken["reference"] = sum(read_json(self.reference(seed) / "run.json")["seconds"].values())
+        return taken
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def t_quantile(freedom: int, probability: float = 0.975) -> float:
+    """Student's t: the value that a share `probability` of the distribution lies below, for 95 % intervals 0.975.
+
+    Its density integrated by the trapezoid rule over t = tan(x), where it falls to zero at a finite place.
+    """
+    x = np.linspace(0, np.pi / 2, 200_001)[:-1]
+    t = np.tan(x)
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom)) * (1 + t**2)
+    below = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (x[1] - x[0])
+    return float(np.interp(probability, below, t))
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the width of the mean's 95 % interval over seeds; None for a single one."""
+    if len(values) < 2:
+        return None
+    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def percentages(record: dict, columns: list[tuple[str, str, str]]) -> list[float]:
+    """A record's scores in the order of the table's columns, and their average, in percent."""
+    values = [100 * record["results"][task][metric] for _, task, metric in columns]
+    return [*values, mean(values)]
+
+
+class Line(NamedTuple):
+    """A row with what its cells came to: for each column the mean over seeds and half the width of its interval."""
+
+    label: str
+    seeds: list[int]
+    scores: list[list[float]]  # a list for each seed, the average last
+    seconds: list[dict[str, float]]  # empty for the base model
+
+    def column(self, i: int) -> tuple[float, float | None]:
+        values = [score[i] for score in self.scores]
+        return mean(values), interval(values)
+
+    def total_seconds(self) -> tuple[float, float | None]:
+        totals = [sum(taken.values()) for taken in self.seconds]
+        return mean(totals), interval(totals)
+
+
+def markdown(lines: list[Line], columns: list[str], paper: dict[str, list[float]], heading: str) -> str:
+    """The paper's table of our lines, the best mean of each column bold, and the paper's own lines under it."""
+
+    def cell(value, error, best):
+        text = f"{value:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+        return f"**{text}**" if best else text
+
+    def row(cells):
+        return "| " + " | ".join(cells) + " |"
+
+    best = [max(round(line.column(i)[0], 2) for line in lines) for i in range(len(columns))]
+    text = [row(["Methods", *columns, "seeds"]), row(["---"] + ["---:"] * (len(columns) + 1))]
+    for line in lines:
+        means = [line.column(i) for i in range(len(columns))]
+        cells = [cell(*m, round(m[0], 2) == top) for m, top in zip(means, best, strict=True)]
+        text.append(row([line.label, *cells, str(len(line.seeds))]))
+    text.append(row([heading, *[""] * (len(columns) + 1)]))
+    for label, values in paper.items():
+        top = [max(column) for column in zip(*paper.values(), strict=True)]
+        cells = [cell(value, None, value == most) for value, most in zip(values, top, strict=True)]
+        text.append(row([label, *cells, ""]))
+    return "\n".join(text)
+
+
+def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[str, list[float]]]:
+    """The paper's own numbers for a table: those of the same model, else of the first that the table has."""
+    given = read_json(PAPER)
+    parts = given["tables"][str(table)]
+    plain = lambda name: name.lower().replace("-", "").replace("instruct", "")  # noqa: E731
+    base = next((name for name in parts if plain(name) == plain(Path(model).name)), next(iter(parts)))
+    places = [given["columns"].index(column.split(" ")[0]) for column in columns]
+    return base, {label: [values[i] for i in places] for label, values in parts[base].items()}
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def plot_time(lines: list[Line], path: Path):
+    """Figure 2: the average score against the total time, with the base model's score as a line."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for line in lines:
+        score, error = line.column(-1)
+        if not line.seconds:
+            axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=f"{line.label}: {score:.2f}")
+            continue
+        seconds, spread = line.total_seconds()
+        axes.errorbar(seconds / 60, score, error, spread and spread / 60, marker="o", capsize=3, label=line.label)
+    axes.set(xlabel="total time, minutes (reference model and loading counted)", ylabel="average score, percent")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_sweep(lines: list[Line], name: str, path: Path):
+    """Figure 3: the average score over gamma (a) or rho (b), full training as a dashed line or as rho = 1."""
+    points = {}
+    for line in lines:
+        if f"({name} " in line.label:
+            points[float(line.label.split(f"({name} ")[1].rstrip(")"))] = line.column(-1)
+        elif name == "rho":
+            points[{"BASE": 0.0, "FULL": 1.0}[line.label]] = line.column(-1)
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    x = sorted(points)
+    errors = [points[value][1] or 0.0 for value in x]
+    axes.errorbar(x, [points[value][0] for value in x], errors, marker="o", capsize=3, label="SSTOKEN")
+    for line in lines:
+        if name == "gamma" and line.label == "FULL":
+            axes.axhline(line.column(-1)[0], color="gray", linestyle="--", linewidth=1, label="FULL")
+    axes.set(xlabel=name, ylabel="average score, percent")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; `flags` is what follows a lone --, for train.py."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = runs.ArgumentParser("The paper's tables and figures: methods x seeds, trained and evaluated.")
+    add = parser.add_argument
+    # fmt: off
+    add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
+        help="1: methods, with Figure 2. 2: the attention's layer. 3: gamma, with Figure 3a. 4: rho, with Figure 3b. "
+        "5: methods x rho")
+    add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
+    add("--data", default=RELEASED_POOL, metavar="SOURCE[,SOURCE...]", help="what is trained on, as train.py takes it")
+    add("--limit", type=int, metavar="N", help="train on the first N rows of each source")
+    add("--max-steps", type=int, metavar="N", help="stop each training after N optimizer steps")
+    add("--reference-data", metavar="SOURCE[,SOURCE...]", help="rows of the reference model; default: those of --data")
+    add("--reference-limit", type=int, metavar="N", help="train the reference on the first N rows of each source")
+    add("--reference-top", type=int, metavar="K", help="or on the K best-rated rows; Sec. 4.1: 10000 of the pool")
+    add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
+    add("--rho", type=float, help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 "
+        "for others, as in Sec. 4.2")
+    add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...)")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
+    add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
+    add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows; default: the hub's data sets")
+    add("--eval-limit", type=float, metavar="N", help="the first N rows of each task; below 1: this share of them")
+    add("--launcher", metavar="COMMAND", help="what starts train.py and evaluate.py instead of Python, such as "
+        "'torchrun --nproc_per_node 8'")
+    add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
+    # fmt: on
+    args = parser.parse_args(argv)
+    args.flags, args.rho = flags, args.rho or paper_rho(args.model)
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
+    if not 0 < args.rho <= 1:
+        raise UserError(f"--rho is {args.rho}; it must be in (0, 1]")
+    names = task_names(args.tasks)
+    args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
+    if not args.asked:
+        raise UserError(f"--tasks {args.tasks} holds none of the table's columns as a whole")
+    known = ("base", "full", *LABELS)
+    args.methods = args.methods.split(",") if args.methods else list(known)
+    if unknown := sorted(set(args.methods) - set(known)):
+        raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join(known)}")
+    return args
+
+
+# What may differ between one command and the next on the same folder: it adds cells, or says how to run them.
+FREE = {"table", "methods", "seeds", "tasks", "asked", "eval_limit", "benchmarks", "launcher", "out", "rho"}
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise UserError(f"--out {out} cannot be made: {reason.strerror}") from None
+    shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
+    settings = out / "settings.json"
+    held = read_json(settings) if settings.exists() else shared
+    for name in sorted(held.keys() | shared.keys()):
+        if held.get(name) != shared.get(name):
+            raise UserError(f"{out} has cells of another setting: {name} was {held.get(name)}, now {shared.get(name)}")
+    write_json(settings, shared)
+
+    layers = read_config(find_folder(args.model, CHECKPOINT_FILES + TOKENIZER_FILES)).num_hidden_layers
+    rows = [row for row in table_rows(args.table, args.rho, layers) if (row.flags or ("", "base"))[1] in args.methods]
+    columns = [column for column in TABLE if column[1] in args.asked]
+    cells, lines = Cells(args), {row: Line(row.label, [], [], []) for row in rows}
+    for seed in range(42, 42 + args.seeds):
+        for row in rows:
+            line = lines[row]
+            if row is BASE:
+                if not line.seeds:
+                    line.seeds.append(seed)
+                    line.scores.append(percentages(cells.evaluate(None), columns))
+            else:
+                folder = cells.train(row, seed)
+                line.scores.append(percentages(cells.evaluate(folder), columns))
+                line.seconds.append(cells.seconds(row, seed, folder))
+                line.seeds.append(seed)
+            report(args, [line for line in lines.values() if line.seeds], columns)
+    print((out / f"table{args.table}.md").read_text(encoding="utf-8"))
+
+
+def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str, str, str]]):
+    """Write the table so far, as text and as JSON, and its figure."""
+    out, names = Path(args.out), [column for column, _, _ in columns]
+    names.append("AVG" if len(names) == len(TABLE) else f"AVG of {len(names)}")
+    base, paper = paper_lines(args.table, args.model, names if len(columns) == len(TABLE) else names[:-1])
+    if len(columns) < len(TABLE):
+        paper = {label: [*values, mean(values)] for label, values in paper.items()}
+    notes = [f"- {note}" for note in read_json(PAPER)["notes"]]
+    variants = [line for line in lines if line.label.startswith("TOKENCLEANING,")]
+    if len(variants) > 1 and args.table == 1:
+        better = max(variants, key=lambda line: line.column(-1)[0])
+        place = lines.index(variants[-1]) + 1
+        lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
+    text = markdown(lines, names, paper, f"*the paper, {base}*")
+    head = f"Table {args.table}, {Path(args.model).name}: mean ± 95 % interval over seeds, percent.\n\n"
+    write_whole(
+        out / f"table{args.table}.md",
+        lambda path: path.write_text(head + text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8"),
+    )
+    record = {"arguments": vars(args), "versions": runs.versions(), "columns": names, "rows": {}}
+    for line in lines:
+        means = [line.column(i) for i in range(len(names))]
+        record["rows"][line.label] = {
+            **{"seeds": line.seeds, "scores": line.scores, "seconds": line.seconds},
+            **{"mean": [m for m, _ in means], "interval": [half for _, half in means]},
+        }
+    write_json(out / f"table{args.table}.json", record | {"paper": {base: paper}})
+    if args.table == 1:
+        plot_time([line for line in lines if not line.label.endswith("the better")], out / "figure2.png")
+    elif args.table in (3, 4):
+        name, letter = ("gamma", "a") if args.table == 3 else ("rho", "b")
+        plot_sweep(lines, name, out / f"figure3{letter}.png")
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
