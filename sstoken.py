@@ -31,6 +31,15 @@ def retrospective_excess_loss(nll: Tensor, history_nll: Tensor) -> Tensor:
     return history_nll - nll
 
 
+def probability_gain(nll: Tensor, history_nll: Tensor) -> Tensor:
+    """An extension, not in the paper, in REL's place: P_theta - P_his, the gain in probability, not in its logarithm.
+
+    Of a token that both models find impossible REL can be large: 1e-6 to 1e-3 is 6.9 nats, as much as any learnable
+    token has to gain. In probability it is nothing.
+    """
+    return torch.exp(-nll) - torch.exp(-history_nll)
+
+
 @torch.no_grad()
 def ema_update(history: Iterable[Tensor], current: Iterable[Tensor], alpha: float):
     """Exponential moving average of the history model, Eq. 4: history <- alpha * history + (1 - alpha) * current.

@@ -31,6 +31,7 @@ from sstoken import (
     ema_update,
     excess_loss,
     normalize,
+    probability_gain,
     retrospective_excess_loss,
     score,
     select,
@@ -165,6 +166,10 @@ OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample 
 PARTS = 5
 
 
+# How much a token has gained over the history model: Eq. 3, or the extension in its place
+GAINS = {"log": retrospective_excess_loss, "probability": probability_gain}
+
+
 # --------------------------------------------------------------------------------------------------- Algorithm 1
 
 
@@ -242,7 +247,7 @@ def train(
             nll = response_nll(model, ids, response)
             rel, attention = torch.zeros_like(nll), torch.zeros_like(nll)  # without a weight in the score, left at zero
             if uses_rel:
-                rel = retrospective_excess_loss(nll.detach(), history_nll)  # Alg. 1, line 5
+                rel = GAINS[args.gain](nll.detach(), history_nll)  # Alg. 1, line 5
             if uses_attention:
                 attention = probe.scores(response).flatten()[response_places(response, device)]  # Alg. 1, line 6
 
@@ -302,6 +307,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rho", type=float, default=0.6, help="share of a sample's response tokens to select (Eq. 11); 1: no scoring")
     add("--gamma", type=float, default=0.5, help="weight of REL, against attention (Eq. 9); 0 skips the history pass")
     add("--layer", type=int, default=-1, help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
+    add("--gain", choices=GAINS, default="log",
+        help="log: REL, the gain in log-probability (Eq. 3). probability: an extension, not in the paper: the gain in "
+        "probability, which a token that stays improbable does not have (results/noise)")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",
         help="history model of Eq. 3. base: the model before training, no extra memory. ema: Eq. 4 on the merged "
         "weights, exactly; costs a float32 copy of every adapted matrix, and a second full-size product at each of "

@@ -148,9 +148,9 @@ def test_at_the_first_step_rel_is_exactly_zero(checkpoint, rows, monkeypatch, dt
     model, examples, args = prepare(
         checkpoint, rows, "--dtype", dtype, "--lora-dropout", "0.1", "--max-steps", "1", active=False
     )
-    seen, real = [], train_module.retrospective_excess_loss
+    seen, real = [], train_module.GAINS["log"]
     spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
-    monkeypatch.setattr(train_module, "retrospective_excess_loss", spy)
+    monkeypatch.setitem(train_module.GAINS, "log", spy)
     train(model, examples, args, lambda line: None)
     assert seen and all(rel.eq(0).all() for rel in seen)
 
@@ -479,6 +479,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
     assert given == {
         **{"method": "sstoken", "rho": 0.6, "gamma": 0.5, "layer": -1, "loss_mean": "sample", "attention_only": 0},
         **{"history": "base", "ema_alpha": 0.999, "history_every": 100, "cache": None, "excess": "static"},
+        **{"gain": "log"},
         **{"reference": None, "reference_data": None, "reference_top": None, "rating_field": "score"},
         **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
         **{"max_length": 2048, "out": None, "overwrite": False, "merge": False},

@@ -1,0 +1,367 @@
+"""RHO-1 and TokenCleaning against the same selections made from transformers' and peft's models, and the loss cache."""
+
+import json
+import math
+import multiprocessing
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_json, make_checkpoint, write_rows
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import data
+import lora
+import runs
+import train as train_module
+from model import UserError, load_model
+from train import learning_rate, parse_arguments, select_in_each_sample, select_in_the_pool
+
+SETTINGS = "--batch-size 20 --lora-rank 4 --lora-dropout 0 --dtype float32 --lr 0.01 --max-length 128".split()
+
+
+def main(model, rows, out, *more) -> list[dict]:
+    """A run in this process; returns its log."""
+    train_module.main(["--model", str(model), "--data", str(rows), "--out", str(out), *SETTINGS, *map(str, more)])
+    return runs.read_log(Path(out))
+
+
+def examples_of(model, rows) -> list[data.Example]:
+    return data.load_examples(str(rows), data.load_tokenizer(model), 128)[0]
+
+
+@torch.no_grad()
+def losses_by_transformers(model, examples) -> list[torch.Tensor]:
+    """Each sample's response losses, in float64, one sample at a time, from full logits."""
+    found = []
+    for ids, response in examples:
+        log_p = model(ids[None]).logits[0].log_softmax(-1)
+        found.append(torch.stack([-log_p[i - 1, ids[i]] for i in range(len(ids)) if response[i]]))
+    return found
+
+
+def in_float64(checkpoint, *adapters) -> torch.nn.Module:
+    """transformers' model with peft's adapters merged in, one after the other."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager")
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, adapter).double().merge_and_unload()
+    return model
+
+
+def best_of_sample(excess: list[torch.Tensor], rho: float) -> list[set[int]]:
+    counts = [math.ceil(Fraction(str(rho)) * len(values)) for values in excess]
+    orders = [sorted(range(len(values)), key=lambda t: -values[t]) for values in excess]
+    return [set(order[:count]) for order, count in zip(orders, counts, strict=True)]
+
+
+def best_of_pool(excess: list[torch.Tensor], rho: float) -> list[set[int]]:
+    places = [(float(value), i, t) for i, values in enumerate(excess) for t, value in enumerate(values)]
+    best = sorted(places, key=lambda place: -place[0])[: math.floor(Fraction(str(rho)) * len(places))]
+    return [{t for _, sample, t in best if sample == i} for i in range(len(excess))]
+
+
+def loss_of(nll: list[torch.Tensor], chosen: list[set[int]], loss_mean: str) -> float:
+    """The loss of a step that trains on the `chosen` tokens of all samples."""
+    sums = [sum(values[t].item() for t in best) for values, best in zip(nll, chosen, strict=True)]
+    if loss_mean == "batch":
+        return sum(sums) / sum(map(len, chosen))
+    means = [total / len(best) for total, best in zip(sums, chosen, strict=True) if best]
+    return sum(means) / len(means)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A function: the folder of a reference adapter for a checkpoint, trained by --method full on rows of its own."""
+    made = {}
+
+    def make(checkpoint) -> Path:
+        if checkpoint not in made:
+            folder = tmp_path_factory.mktemp("reference")
+            main(checkpoint, write_rows(folder / "rows.jsonl"), folder / "run", *"--method full --limit 6".split())
+            made[checkpoint] = folder / "run"
+        return made[checkpoint]
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------ selections
+
+
+@pytest.mark.parametrize("method, rho, best", [("rho1", 0.6, best_of_sample), ("tokencleaning", 0.02, best_of_pool)])
+def test_a_static_method_trains_on_the_tokens_that_a_reference_improves_most(
+    checkpoint, rows, reference, tmp_path, method, rho, best
+):
+    adapter, examples = reference(checkpoint), examples_of(checkpoint, rows)
+    base = losses_by_transformers(in_float64(checkpoint), examples)
+    better = losses_by_transformers(in_float64(checkpoint, adapter), examples)
+    chosen = best([b - r for b, r in zip(base, better, strict=True)], rho)
+    if method == "tokencleaning":
+        assert any(not tokens for tokens in chosen), "no sample lost all its tokens: a lower rho would show it"
+    (line,) = main(checkpoint, rows, tmp_path / "a", "--method", method, "--rho", rho, "--reference", adapter)
+    loss_mean = "batch" if method == "tokencleaning" else "sample"
+    assert line["loss"] == pytest.approx(loss_of(base, chosen, loss_mean), rel=1e-5)  # B is zero: the base's losses
+    assert line["selected_tokens"] == sum(map(len, chosen)) < line["response_tokens"]
+
+
+def test_a_whole_model_is_a_reference_too(llama, rows, reference, tmp_path):
+    lora.merge(lora.load_adapter(load_model(llama, torch.float32), reference(llama)), tmp_path / "whole")
+    logs = [
+        main(llama, rows, tmp_path / name, "--method", "rho1", "--reference", path)
+        for name, path in {"a": reference(llama), "b": tmp_path / "whole"}.items()
+    ]
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-6)
+
+
+def test_rho_1_of_the_current_model_ranks_by_eq_2_anew(llama, rows, reference, tmp_path):
+    flags = ["--method", "rho1", "--reference", reference(llama), "--epochs", "2", "--warmup-ratio", "0"]
+    static = main(llama, rows, tmp_path / "static", *flags)
+    log = main(llama, rows, tmp_path / "current", *flags, "--excess", "current")
+    assert log[0]["loss"] == static[0]["loss"] and log[1]["loss"] != static[1]["loss"]
+
+    # the model after the first of the two steps, and what it makes of the tokens
+    rate = 0.01 * learning_rate(1, 2, 1.0, 0) / learning_rate(1, 1, 1.0, 0)
+    main(llama, rows, tmp_path / "after", *flags, "--max-steps", "1", "--lr", rate)
+    examples = examples_of(llama, rows)
+    current = losses_by_transformers(in_float64(llama, tmp_path / "after"), examples)
+    better = losses_by_transformers(in_float64(llama, reference(llama)), examples)
+    chosen = best_of_sample([c - r for c, r in zip(current, better, strict=True)], 0.6)
+    assert log[1]["loss"] == pytest.approx(loss_of(current, chosen, "sample"), rel=1e-4)
+
+
+def test_ties_and_floors_by_hand():
+    excess = [torch.tensor([0.0, 2.0, 1.0, 2.0]), torch.tensor([-1.0]), torch.tensor([2.0, 0.5])]
+    sizes = [4, 1, 2]
+    as_lists = lambda selected: [s.int().tolist() for s in selected]
+    assert as_lists(select_in_each_sample(sizes, 0.5, 0, excess)) == [[0, 1, 0, 1], [1], [1, 0]]
+    assert as_lists(select_in_the_pool(sizes, 0.3, 0, excess)) == [[0, 1, 0, 1], [0], [0, 0]]  # floor(2.1), ties: first
+    assert as_lists(select_in_the_pool(sizes, 0.6, 0, excess)) == [[0, 1, 1, 1], [0], [1, 0]]  # floor(4.2)
+    tenths = [torch.arange(30.0)]
+    assert int(select_in_the_pool([30], 0.1, 0, tenths)[0].sum()) == 3  # 0.1 as written, not what it is in binary
+    assert as_lists(select_in_the_pool(sizes, 0.3, 0, None)) == [[1, 1, 1, 1], [1], [1, 1]]
+
+
+def test_self_evolving_is_tokencleaning_part_by_part(checkpoint, rows, tmp_path):
+    """Each part's first step against the base with the parts before merged in, by transformers and peft."""
+    flags = "--method self-evolving --rho 0.5 --batch-size 4 --epochs 2 --merge".split()
+    log = main(checkpoint, rows, tmp_path / "a", *flags)
+    assert [line["step"] for line in log] == list(range(1, 11))
+    assert [line["part"] for line in log] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    examples = examples_of(checkpoint, rows)
+    order, base = random.Random("42 parts").sample(range(20), 20), in_float64(checkpoint)
+    seen = []
+    for number in range(1, 6):
+        members = order[number - 1 :: 5]
+        part = [examples[i] for i in members]
+        before = [tmp_path / "a" / f"part-{n}" for n in range(1, number)]
+        nll, model_so_far = losses_by_transformers(base, part), in_float64(checkpoint, *before)
+        better = losses_by_transformers(model_so_far, part)
+        chosen = [set(range(len(values))) for values in nll]
+        if number > 1:
+            chosen = best_of_pool([b - r for b, r in zip(nll, better, strict=True)], 0.5)
+        line = log[2 * (number - 1)]
+        assert line["selected_tokens"] == sum(map(len, chosen))
+        assert line["loss"] == pytest.approx(loss_of(better, chosen, "batch"), rel=1e-4)
+        assert line["lr"] == 0.01  # each part has a warm-up (of one step) and a decay of its own
+        seen += members
+    assert sorted(seen) == list(range(20))
+    first = [load_file(tmp_path / "a" / f"part-{n}" / "adapter_model.safetensors") for n in (1, 2)]
+    name = next(name for name in first[0] if "lora_A" in name)
+    assert not torch.allclose(first[0][name], first[1][name], atol=0.05)  # drawn anew
+
+    ids = examples[3].ids[None]
+    whole = in_float64(checkpoint, *(tmp_path / "a" / f"part-{n}" for n in range(1, 6)))(ids).logits
+    joined = in_float64(checkpoint, tmp_path / "a")(ids).logits
+    assert (whole - joined).abs().max() < 1e-5
+    assert (whole - base(ids).logits).abs().max() > 0.01
+    merged = load_model(tmp_path / "a" / "merged")
+    assert (merged.lm_head(merged(ids)) - whole).abs().max() < 1e-3
+
+
+def test_max_steps_is_of_all_parts_together(llama, rows, tmp_path):
+    log = main(llama, rows, tmp_path / "a", *"--method self-evolving --batch-size 1 --max-steps 7".split())
+    assert [line["part"] for line in log] == [1, 2, 3, 3, 4, 5, 5]
+
+
+# ------------------------------------------------------------------------------------------------- reference models
+
+
+def test_a_reference_trained_in_the_same_command_is_that_of_two_commands(llama, rows, tmp_path):
+    subset = write_rows(tmp_path / "subset.jsonl")
+    lines = subset.read_text().splitlines(keepends=True)
+    subset.write_text("".join(lines[4:11]))
+    main(llama, subset, tmp_path / "reference", "--method", "full", "--lora-dropout", "0.1")
+    rho1 = ["--method", "rho1", "--lora-dropout", "0.1"]
+    main(llama, rows, tmp_path / "two", *rho1, "--reference", tmp_path / "reference")
+    main(llama, rows, tmp_path / "one", *rho1, "--reference-data", subset)
+    adapter = lambda path: (tmp_path / path / "adapter_model.safetensors").read_bytes()
+    assert adapter("reference") == adapter("one/reference")
+    assert adapter("one") == adapter("two") != adapter("reference")
+    seconds = [json.loads((tmp_path / name / "run.json").read_text())["seconds"] for name in ("one", "two")]
+    assert seconds[0]["reference"] > 0 == seconds[1]["reference"]
+    assert all(part["training"] > 0 and part["losses"] > 0 and part["loading"] > 0 for part in seconds)
+
+
+def test_the_best_rated_rows_make_a_reference(llama, rows, tmp_path):
+    rated = [json.loads(line) | {"score": (7 * i) % 20} for i, line in enumerate(rows.read_text().splitlines())]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in rated))
+    best = [row for row in rated if row["score"] >= 15]
+    (tmp_path / "best.jsonl").write_text("".join(json.dumps(row) + "\n" for row in best))
+    main(llama, tmp_path / "best.jsonl", tmp_path / "a", "--method", "full")
+    main(llama, rows, tmp_path / "b", "--method", "full", "--reference-top", "5")
+    main(llama, rows, tmp_path / "c", "--method", "rho1", "--reference-top", "5")
+    adapter = lambda path: (tmp_path / path / "adapter_model.safetensors").read_bytes()
+    assert adapter("a") == adapter("b") == adapter("c/reference")
+    with pytest.raises(UserError, match="row 1: column stars holds None, not a rating"):
+        main(llama, rows, tmp_path / "d", "--method", "full", "--reference-top", "5", "--rating-field", "stars")
+    with pytest.raises(UserError, match="20 rated rows, 21 are to be taken"):
+        main(llama, rows, tmp_path / "d", "--method", "full", "--reference-top", "21")
+
+
+def test_a_reference_with_another_tokenizer_is_refused(llama, rows, tmp_path):
+    other = make_checkpoint(tmp_path / "other", "llama", adds_bos=True)
+    assert main(llama, rows, tmp_path / "a", "--method", "rho1", "--reference", other)  # the same one, another file
+
+    def swap(tokenizer):
+        first, second = list(tokenizer["model"]["vocab"])[100:102]
+        ids = tokenizer["model"]["vocab"]
+        ids[first], ids[second] = ids[second], ids[first]
+
+    edit_json(other / "tokenizer.json", swap)
+    with pytest.raises(UserError, match="has another tokenizer than"):
+        main(llama, rows, tmp_path / "b", "--method", "rho1", "--reference", other)
+    no_bos = make_checkpoint(tmp_path / "no-bos", "llama", adds_bos=False)
+    with pytest.raises(UserError, match="has another tokenizer than"):
+        main(llama, rows, tmp_path / "b", "--method", "rho1", "--reference", no_bos)
+    assert not (tmp_path / "b").exists()
+
+
+MISTAKES = {
+    "rho1 needs --reference": ["--method", "rho1"],
+    "sstoken has no reference model": ["--reference", "x"],
+    "full has no reference model": ["--method", "full", "--reference-data", "x"],
+    "does not go with --reference-data": ["--method", "rho1", "--reference", "x", "--reference-data", "x"],
+    "--excess current is for": ["--method", "tokencleaning", "--reference", "x", "--excess", "current"],
+    "--loss-mean sample would undo": ["--method", "self-evolving", "--loss-mean", "sample"],
+    "--shard does not go with": ["--method", "self-evolving", "--shard"],
+    "--reference-top": ["--method", "full", "--reference-top", "0"],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_reference_that_is_missing_or_not_read_is_refused(message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--model", "x", *MISTAKES[message]])
+
+
+# --------------------------------------------------------------------------------------------------- the loss cache
+
+
+def nll_in(cache: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(cache.glob("*.safetensors"))]
+
+
+def test_kept_losses_serve_every_method_and_setting(llama, rows, reference, tmp_path, monkeypatch):
+    cache, adapter = tmp_path / "cache", reference(llama)
+    flags = ["--cache", cache, "--reference", adapter]
+    first = main(llama, rows, tmp_path / "a", "--method", "rho1", *flags)
+    files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(files) == 2  # of the base model and of the reference
+    monkeypatch.setattr(train_module, "response_losses", lambda *given: pytest.fail("computed again"))
+    again = main(llama, rows, tmp_path / "b", "--method", "rho1", "--micro-batch-size", "5", *flags)
+    assert again[0]["selected_tokens"] == first[0]["selected_tokens"]
+    main(llama, rows, tmp_path / "c", "--method", "tokencleaning", "--rho", "0.2", "--seed", "7", *flags)
+    main(llama, rows, tmp_path / "d", "--gamma", "0.7", "--cache", cache)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == files
+    seconds = [json.loads((tmp_path / name / "run.json").read_text())["seconds"]["losses"] for name in "abc"]
+    assert seconds[0] == seconds[1] == seconds[2] > 0  # what they took when they were computed
+
+
+def test_the_order_and_shape_of_frozen_losses_are_canonical(checkpoint, rows):
+    """The same bits whatever the run's settings; and what a pass over each sample alone gives, to rounding."""
+    model, examples = load_model(checkpoint, torch.float32), examples_of(checkpoint, rows)
+    found = train_module.response_losses(model, examples)
+    assert all(map(torch.equal, found, train_module.response_losses(model, examples)))
+    exact = losses_by_transformers(in_float64(checkpoint), examples)
+    assert max((a - b).abs().max().item() for a, b in zip(found, exact, strict=True)) < 1e-5
+    assert [len(nll) for nll in found] == [int(e.response.sum()) for e in examples]
+
+
+def test_a_run_that_reads_its_history_is_the_one_that_computes_it(llama, rows, tmp_path, monkeypatch):
+    seen, real = [], train_module.GAINS["log"]
+    spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
+    monkeypatch.setitem(train_module.GAINS, "log", spy)
+    flags = ["--epochs", "3", "--batch-size", "10", "--gamma", "0.8"]
+    logs, rels = [], []
+    for name, more in {"a": [], "b": ["--cache", tmp_path / "cache"]}.items():
+        logs.append(main(llama, rows, tmp_path / name, *flags, *more))
+        rels.append(list(seen))
+        seen.clear()
+    assert len(rels[0]) == len(rels[1]) > 6
+    for a, b in zip(*rels, strict=True):
+        assert (a - b).abs().max() < 1e-5
+    assert any(rel.abs().max() > 0.01 for rel in rels[1]) and rels[1][0].eq(0).all()  # in step 1 exactly, as without
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    passes, real_pass = [], lora.replaced
+    monkeypatch.setattr(lora, "replaced", lambda *given: passes.append(1) or real_pass(*given))
+    main(llama, rows, tmp_path / "c", *flags, "--cache", tmp_path / "cache")
+    assert 0 < len(passes) < len(rels[0]) / 3  # the history passes of the first of six steps, and no others
+
+
+def test_whatever_changes_a_loss_changes_its_key(llama, rows, reference, tmp_path):
+    examples = examples_of(llama, rows)
+    adapter = reference(llama)
+    key = lambda *folders, examples=examples, dtype="float32": runs.losses_key(folders, examples, dtype)
+    keys = {"as it is": key(llama), "with an adapter": key(llama, adapter), "dtype": key(llama, dtype="bfloat16")}
+    assert key(llama) == keys["as it is"]
+    copy = make_checkpoint(tmp_path / "copy", "llama", adds_bos=True)
+    assert key(copy) == keys["as it is"]  # by content, not by name
+    tensors = load_file(copy / "model.safetensors")
+    next(reversed(tensors.values())).view(-1)[-1] += 1e-3
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    keys["last element of a weight"] = key(copy)
+    edit_json(copy / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    keys["config"] = key(copy)
+    ids, response = examples[7]
+    for name, change in {
+        "a token": (torch.cat([ids[:-1], ids[-1:] + 1]), response),
+        "what is supervised": (ids, torch.cat([response[:-1], ~response[-1:]])),
+        "a sample's end": (ids[:-1], response[:-1]),
+    }.items():
+        keys[name] = key(llama, examples=[*examples[:7], change, *examples[8:]])
+    keys["order"] = key(llama, examples=examples[::-1])
+    assert len(set(keys.values())) == len(keys)
+
+
+def compute_slowly(cache, out, start, value):
+    start.wait()
+    nll, _ = runs.kept_losses(Path(cache), "key", lambda: torch.full((200_000,), value))
+    out.put((len(nll), nll.unique().tolist()))
+
+
+def test_two_runs_share_a_cache_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    out, start = context.Queue(), context.Barrier(3)
+    processes = [context.Process(target=compute_slowly, args=(str(tmp_path), out, start, 0.5)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [out.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [(200_000, [0.5])] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"]  # whole, and nothing else left
+
+
+def test_a_cache_that_cannot_be_used_is_named(llama, rows, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache .*file cannot be written"):
+        main(llama, rows, tmp_path / "a", "--cache", tmp_path / "file")
+    main(llama, rows, tmp_path / "b", "--cache", tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{kept.name} is not a whole safetensors file"):
+        main(llama, rows, tmp_path / "c", "--cache", tmp_path / "cache")
