@@ -147,8 +147,11 @@ def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess: list[Ten
     if excess is None:
         return select_everything(sizes, rho, seed)
     best_first = torch.sort(torch.cat(excess), descending=True, stable=True).indices
+    count = math.floor(Fraction(str(rho)) * len(best_first))
+    if not count:
+        raise UserError(f"--rho {rho} of a pool of {len(best_first)} response tokens is not one token")
     selected = torch.zeros(len(best_first), dtype=torch.bool)
-    selected[best_first[: math.floor(Fraction(str(rho)) * len(best_first))]] = True
+    selected[best_first[:count]] = True
     return list(selected.split(sizes))
 
 
@@ -587,6 +590,8 @@ def main(argv: list[str] | None = None):
 
     best = (args.reference_top, args.rating_field) if args.reference_top else ()
     examples, dropped = load(args.data, *best) if args.method == "full" else load(args.data)
+    if args.method == "self-evolving" and len(examples) < PARTS:
+        raise UserError(f"--method self-evolving cuts the data into {PARTS} parts, there are {len(examples)} samples")
     held_out, lost = load(args.eval_data) if args.eval_data else ([], 0)
     trains_reference = args.method in WITH_REFERENCE and not args.reference
     reference_examples = load(args.reference_data or args.data, *best)[0] if trains_reference else []

@@ -1,8 +1,11 @@
-"""How much of REL survives bfloat16: token_nll against plain bfloat16 logits, both compared with float32 logits.
+"""How much of REL survives rounding, and how many selections it changes.
 
     python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl [--samples 8]
+    python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --kept [--samples 48]
 
-All three see the same bfloat16 hidden states; only the step from there to the loss differs.
+First: token_nll against plain bfloat16 logits, both compared with float32 logits. All three see the same bfloat16
+hidden states; only the step from there to the loss differs. Second (--kept): history losses as --cache keeps them, in
+passes of their own, against those of the same micro-batch, in both dtypes.
 """
 
 import argparse
@@ -15,8 +18,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import lora
-from model import load_model, token_nll
-from sstoken import retrospective_excess_loss, select
+import runs
+import train
+from model import load_model, response_nll, response_places, token_nll
+from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 
 LOSSES = {
     "token_nll": lambda hidden, weight, targets: token_nll(hidden, weight, targets),
@@ -35,7 +40,12 @@ def main():
     for flag in ("--model", "--adapter", "--data"):
         parser.add_argument(flag, required=True)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--kept", action="store_true")
     args = parser.parse_args()
+    if args.kept:
+        for dtype in (torch.float32, torch.bfloat16):
+            compare_kept(args, dtype)
+        return
 
     model = lora.load_adapter(load_model(args.model, torch.bfloat16), args.adapter)
     examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), 512, args.samples)
@@ -61,5 +71,38 @@ def main():
         )
 
 
+def compare_kept(args, dtype: torch.dtype):
+    """Kept history losses against computed ones: their difference, and the share of selected tokens that differ."""
+    model = lora.load_adapter(load_model(args.model, dtype), args.adapter)
+    examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), 512, args.samples)
+    with lora.disabled(model):
+        kept = train.response_losses(model, examples)
+    sizes = [int(e.response.sum()) for e in examples]
+    errors, chosen, differ = [], 0, {0.5: 0, 1.0: 0}
+    (batch,) = data.plan_batches([len(e.ids) for e in examples], len(examples), micro_batch_size=3, seed=1)  # kept: 4
+    for samples in batch:
+        ids, response = data.collate([examples[i] for i in samples])
+        probe = AttentionProbe(model)
+        current = response_nll(model, ids, response)
+        attention = probe.scores(response).flatten()[response_places(response, "cpu")]
+        probe.remove()
+        with lora.disabled(model):
+            computed = response_nll(model, ids, response)
+        parts = [x.split([sizes[i] for i in samples]) for x in (current, computed, attention)]
+        for i, nll, history, att in zip(samples, *parts, strict=True):
+            errors.append((history - kept[i]).abs())
+            for gamma in differ:
+                rels = [normalize(retrospective_excess_loss(nll, his)) for his in (history, kept[i])]
+                a, b = (select(score(rel, att, gamma), 0.6) for rel in rels)
+                differ[gamma] += int((a & ~b).sum())
+            chosen += int(a.sum())
+    errors = torch.cat(errors)
+    shares = ", ".join(f"{count / chosen:.2%} at gamma {gamma}" for gamma, count in differ.items())
+    print(
+        f"{dtype}: kept losses differ by {errors.mean():.1e} nats (at most {errors.max():.1e}), selections by {shares}"
+    )
+
+
 if __name__ == "__main__":
+    runs.reuse_memory()
     main()

@@ -32,7 +32,7 @@ def test_every_module_imports_with_requirements_txt_alone(tmp_path):
     code = f"import {', '.join(MODULES)}"
     isolated = {"cwd": ROOT, "env": {"PATH": "/usr/bin:/bin"}, "check": True}
     subprocess.run([python, "-c", code], **isolated)
-    for script in ("train.py", "evaluate.py"):
+    for script in ("train.py", "evaluate.py", "reproduce.py"):
         subprocess.run([python, script, "--help"], capture_output=True, **isolated)
     listed = subprocess.run(
         [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True

@@ -89,6 +89,29 @@ def test_a_run_killed_twenty_times_ends_with_the_adapter_of_one_that_never_stopp
     assert left_in(tmp_path) == [runs.CHECKPOINT.format(step) for step in (207, 210)]
 
 
+@pytest.mark.parametrize("flags", ["self-evolving", "tokencleaning --reference-data ROWS"])
+def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags):
+    """Between the parts of self-evolving, while the reference is trained, and after it."""
+    flags = ["--method", *flags.replace("ROWS", str(rows)).split(), "--epochs", "12", "--checkpoint-every", "2"]
+    main(llama, rows, tmp_path / "whole", *flags)
+    resumed, rng = command(llama, rows, tmp_path / "killed", *flags, "--resume"), random.Random(0)
+    size = lambda: sum(path.stat().st_size for path in (tmp_path / "killed").rglob("log.jsonl"))
+    kills = 0
+    for _ in range(6):
+        process, before = subprocess.Popen(resumed, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL), size()
+        while size() <= before and process.poll() is None:
+            time.sleep(0.005)
+            before = min(before, size())
+        time.sleep(rng.uniform(0, 0.2))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills > 2
+    subprocess.run(resumed, check=True, capture_output=True)
+    assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(setting, tmp_path, number):
     flags = [*LONG[:2], "--checkpoint-every", "1000"]
@@ -228,9 +251,12 @@ def torchrun(ranks, *given, script=None, **options):
         ("llama", ["--shard", "--merge"]),
         ("qwen2", ["--shard", "--layer", "0", "--gradient-checkpointing", "--method", "sstoken"]),
         ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
+        ("llama", ["--method", "self-evolving", "--merge"]),
+        ("qwen2", ["--shard", "--method", "tokencleaning", "--rho", "0.3", "--reference-data", "ROWS"]),
     ],
 )
 def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
+    flags = [str(rows) if flag == "ROWS" else flag for flag in flags]
     model = make_checkpoint(tmp_path / "model", family, adds_bos=True, vocab_size=401)  # odd: the shards differ
     process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *flags, "--eval-data", rows)
     out, errors = process.communicate(timeout=300)
@@ -238,7 +264,7 @@ def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
     main(model, rows, tmp_path / "one", *EXACT, *(f for f in flags if f != "--shard"), "--eval-data", rows)
     assert out.count("wrote ") == out.count("data: 20 samples") == 1  # one of them speaks
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert len(one) == len(two) == 6
+    assert len(one) == len(two) == (10 if "self-evolving" in flags else 6)
     for a, b in zip(one, two, strict=True):
         assert a.pop("loss") == pytest.approx(b.pop("loss"), abs=1e-5)
         assert a == b

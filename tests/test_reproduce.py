@@ -1,0 +1,252 @@
+"""reproduce.py: the rows of its tables, its statistics against scipy's, a small reproduction; and the noise study."""
+
+import json
+import math
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from benchmark_rows import write_benchmarks
+from sklearn.metrics import roc_auc_score
+
+import data
+import reproduce
+from benchmarks import TABLE
+from model import UserError
+from reproduce import Line, interval, markdown, paper_rho, t_quantile, table_rows
+
+sys.path.insert(0, str(Path(reproduce.__file__).parent / "results" / "noise"))
+import study
+
+# ------------------------------------------------------------------------------------------------ rows, statistics
+
+
+@pytest.mark.parametrize("table", [1, 2, 3, 4, 5])
+def test_a_table_has_the_paper_s_rows_in_its_order(table):
+    labels = [row.label for row in table_rows(table, 0.6, layers=28)]
+    paper = json.loads(reproduce.PAPER.read_text())["tables"][str(table)]
+    theirs = list(paper["Qwen-2.5-14B" if table == 5 else "LLaMA-3.2-3B"])
+    ours = []
+    for label in labels:  # the paper's one row of TokenCleaning is the better of our two
+        plain = label.replace(", fixed-model", "").replace(", self-evolving", "")
+        ours += [plain] if plain not in ours else []
+    assert ours == theirs
+
+
+def test_rows_differ_in_what_their_label_says_and_share_cells_between_tables():
+    flags = {row.label: row.flags for row in table_rows(2, 0.6, layers=28)}
+    assert flags["SHALLOW"][-2:] == ("--layer", "0") and flags["MEDIUM"][-2:] == ("--layer", "14")
+    sstoken = next(row for row in table_rows(1, 0.6, 28) if row.label == "SSTOKEN")
+    assert flags["DEEP"] == sstoken.flags == ("--method", "sstoken", "--rho", "0.6")
+    names = [{row.name for row in table_rows(table, 0.6, 28)} for table in (1, 2, 3, 4, 5)]
+    assert all("sstoken-rho-0.6" in cells for cells in names)
+    everything = [row for table in (1, 2, 3, 4, 5) for row in table_rows(table, 0.6, 28)]
+    assert len({row.name for row in everything}) == len({row.flags for row in everything}) == 20
+    gammas = {row.label: row.flags for row in table_rows(3, 0.6, 28)}
+    assert gammas["SSTOKEN (gamma 0.0)"][-2:] == ("--gamma", "0.0")
+
+
+def test_rho_is_the_paper_s_for_its_model():
+    names = ("meta-llama/Llama-3.2-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B", "models/Qwen2.5-14B-Instruct")
+    assert [paper_rho(name) for name in names] == [0.6, 0.6, 0.8, 0.8]
+
+
+def test_the_paper_s_averages_are_those_of_its_columns_but_for_one():
+    wrong = []
+    for table, models in json.loads(reproduce.PAPER.read_text())["tables"].items():
+        for model, rows in models.items():
+            for label, (*values, average) in rows.items():
+                assert len(values) == 10
+                if abs(statistics.mean(values) - average) > 0.0051:
+                    wrong.append((table, model, label))
+    assert wrong == [("1", "LLaMA-3.2-3B", "SSTOKEN")]  # the note on Winogrande says so
+
+
+def test_intervals_are_student_s():
+    for freedom in (1, 2, 3, 9, 100):
+        for probability in (0.6, 0.975, 0.995):
+            assert t_quantile(freedom, probability) == pytest.approx(scipy.stats.t.ppf(probability, freedom), rel=1e-5)
+    values = [50.1, 51.7, 50.4]
+    low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(values), scipy.stats.sem(values))
+    assert interval(values) == pytest.approx((high - low) / 2, rel=1e-5)
+    assert interval([1.0]) is None
+
+
+def test_a_table_by_hand():
+    lines = [Line("BASE", [42], [[50.0, 20.0]], []), Line("SSTOKEN", [42, 43], [[49.0, 30.0], [50.0, 31.0]], [{}, {}])]
+    text = markdown(lines, ["A", "AVG"], {"BASE": [1.0, 2.0], "FULL": [0.5, 3.0]}, "*the paper*")
+    half = f"{12.706 * math.sqrt(0.5) / math.sqrt(2):.2f}"
+    assert text.splitlines() == [
+        "| Methods | A | AVG | seeds |",
+        "| --- | ---: | ---: | ---: |",
+        "| BASE | **50.00** | 20.00 | 1 |",
+        f"| SSTOKEN | 49.50 ± {half} | **30.50 ± {half}** | 2 |",
+        "| *the paper* |  |  |  |",
+        "| BASE | **1.00** | 2.00 |  |",
+        "| FULL | 0.50 | **3.00** |  |",
+    ]
+
+
+# ------------------------------------------------------------------------------------------ a small reproduction
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder
+
+
+def command(llama, rows, benchmarks, out, *more):
+    flags = ["--model", llama, "--data", rows, "--benchmarks", benchmarks, "--out", out, "--reference-limit", "6"]
+    flags += ["--tasks", "arc_easy,winogrande", "--eval-limit", "3"]
+    return [*map(str, flags), *more, "--", *"--batch-size 10 --lora-rank 4 --dtype float32 --lr 0.01".split()]
+
+
+def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, monkeypatch, capsys):
+    reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "2"))
+    printed = capsys.readouterr().out
+    text = (tmp_path / "table1.md").read_text()
+    assert text in printed and "AVG of 2" in text and "TyDiQA" in text  # the notes
+    record = json.loads((tmp_path / "table1.json").read_text())
+    labels = ["BASE", "FULL", "RANDOM", "RHO-1", "TOKENCLEANING, fixed-model", "TOKENCLEANING, self-evolving"]
+    assert list(record["rows"]) == [*labels, "TOKENCLEANING, the better", "SSTOKEN"]
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
+
+    def scores(folder):  # from evaluate.py's own file
+        results = json.loads((folder / "evaluation.json").read_text())["results"]
+        values = [100 * results["arc_easy"]["acc"], 100 * results["winogrande"]["acc"]]
+        return [*values, sum(values) / 2]
+
+    for label, name in {"FULL": "full", "RHO-1": "rho1-rho-0.6", "SSTOKEN": "sstoken-rho-0.6"}.items():
+        row, folders = record["rows"][label], [tmp_path / f"{name}-seed{seed}" for seed in (42, 43)]
+        assert row["seeds"] == [42, 43] and row["scores"] == [scores(folder) for folder in folders]
+        for folder, seed, taken in zip(folders, (42, 43), row["seconds"], strict=True):
+            run = json.loads((folder / "run.json").read_text())
+            given = run["arguments"]
+            assert (given["seed"], given["loss_mean"], given["batch_size"]) == (seed, "batch", 10)
+            reference = sum(
+                json.loads((tmp_path / f"reference-seed{seed}" / "run.json").read_text())["seconds"].values()
+            )
+            assert taken["training"] == run["seconds"]["training"] > 0
+            assert taken["reference"] == (reference if label == "RHO-1" else 0)
+    rho1 = json.loads((tmp_path / "rho1-rho-0.6-seed43" / "run.json").read_text())["arguments"]
+    assert rho1["reference"] == str(tmp_path / "reference-seed43")
+    assert not list(tmp_path.rglob("checkpoint-*.pt"))
+
+    calls = []
+    monkeypatch.setattr(reproduce, "call", calls.append)
+    reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "2"))
+    assert calls == []  # all is there
+    (tmp_path / "random-rho-0.6-seed43" / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="evaluation.json"):  # asked again, and only that
+        reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "2"))
+    assert len(calls) == 1 and str(calls[0][1]).endswith("evaluate.py")
+    with pytest.raises(UserError, match="--limit was None, now 7"):
+        reproduce.main(command(llama, rows, benchmarks, tmp_path, "--limit", "7"))
+
+
+def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchmarks, tmp_path):
+    reproduce.main(
+        command(llama, rows, benchmarks, tmp_path, "--table", "4", "--seeds", "1", "--methods", "base,sstoken")
+    )
+    record = json.loads((tmp_path / "table4.json").read_text())
+    assert list(record["rows"]) == ["BASE", *(f"SSTOKEN (rho {rho})" for rho in (0.2, 0.4, 0.6, 0.8))]
+    assert (tmp_path / "figure3b.png").exists()
+    given = [
+        json.loads((tmp_path / f"sstoken-rho-{rho}-seed42" / "run.json").read_text())["arguments"]["rho"]
+        for rho in (0.2, 0.8)
+    ]
+    assert given == [0.2, 0.8]
+
+
+def test_a_stopped_reproduction_goes_on_where_it_was(llama, rows, benchmarks, tmp_path):
+    script = [sys.executable, reproduce.__file__]
+    flags = command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "full,random")
+    flags += ["--epochs", "60", "--checkpoint-every", "2"]
+    process = subprocess.Popen([*script, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "full-seed42" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on from here" in errors
+    done = len(log.read_text().splitlines())
+    assert 0 < done < 120
+    first = log.read_text().splitlines()[0]
+    subprocess.run([*script, *flags], check=True, capture_output=True)
+    lines = log.read_text().splitlines()
+    assert len(lines) == 120 and lines[0] == first  # its time of day too: that step was not done again
+    assert list(json.loads((tmp_path / "table1.json").read_text())["rows"]) == ["FULL", "RANDOM"]
+
+
+MISTAKES = {
+    "--seeds is 0": ["--seeds", "0"],
+    "--rho is 2.0": ["--rho", "2"],
+    "--methods 'best' is not one of": ["--methods", "base,best"],
+    "holds none of the table's columns": ["--tasks", "mmlu_anatomy"],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_refused(message):
+    with pytest.raises(UserError, match=message):
+        reproduce.parse_arguments(["--model", "x", "--out", "x", *MISTAKES[message]])
+
+
+def test_a_part_of_the_columns_needs_all_its_tasks():
+    asked = lambda tasks: reproduce.parse_arguments(["--model", "x", "--out", "x", "--tasks", tasks]).asked
+    assert asked("all") == [task for _, task, _ in TABLE]
+    assert asked("arc_easy,mmlu_anatomy,agieval") == ["arc_easy", "agieval"]
+
+
+# ------------------------------------------------------------------------------------------------- the noise study
+
+
+def test_auroc_is_scikit_learn_s():
+    rng = random.Random(0)
+    for _ in range(50):
+        clean, noise = ([rng.randrange(6) / 2 for _ in range(rng.randrange(1, 30))] for _ in range(2))
+        truth = [1] * len(clean) + [0] * len(noise)
+        assert study.auroc(torch.tensor(clean), torch.tensor(noise)) == pytest.approx(
+            roc_auc_score(truth, clean + noise)
+        )
+
+
+@pytest.mark.parametrize("kind", study.KINDS)
+def test_noise_is_planted_where_it_says(llama, rows, kind):
+    tokenizer = data.load_tokenizer(llama)
+    examples, _ = data.load_examples(str(rows), tokenizer, 512)
+    noisy, masks = study.plant_noise(examples, kind, tokenizer, seed=1)
+    again, _ = study.plant_noise(examples, kind, tokenizer, seed=1)
+    for (ids, response), (changed, same), (repeated, _), noise in zip(examples, noisy, again, masks, strict=True):
+        assert torch.equal(changed, repeated) and torch.equal(response, same)
+        assert torch.equal((ids != changed)[response], noise) and torch.equal(ids[~response], changed[~response])
+        assert int(noise.sum()) == round(0.2 * (len(noise) - 1)) and not noise[-1]  # the end token stays
+        assert not (changed[response][noise] == tokenizer.eos_id).any()
+    if kind == "words":
+        planted = [
+            tokenizer.decode([i]) for e, n in zip(noisy, masks, strict=True) for i in e.ids[e.response][n].tolist()
+        ]
+        assert planted and all(text[0] == " " and text[1:].isalpha() for text in planted)
+
+
+def test_what_is_measured_by_hand():
+    found = study.measure(
+        nll=[torch.tensor([1.0, 2.0, 3.0, 1.0])],
+        attention=[torch.tensor([0.5, 0.4, 0.3, 0.2])],
+        history=[torch.tensor([2.0, 2.0, 9.0, 2.0])],
+        reference=[torch.tensor([1.0, 1.5, 9.5, 2.5])],
+        noise=[torch.tensor([False, False, True, False])],
+    )
+    assert found["REL"] == {"auroc": 0.0, "noise_selected": 1 / 3}  # its loss fell most
+    assert found["attention"] == {"auroc": 2 / 3, "noise_selected": 1 / 3}
+    assert found["excess loss"]["auroc"] == pytest.approx(2.5 / 3)
+    assert found["probability"]["auroc"] == pytest.approx(2 / 3)  # e^-3 - e^-9 is little, but more than nothing
