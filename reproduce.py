@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 import matplotlib
@@ -223,9 +223,10 @@ class Line(NamedTuple):
         values = [score[i] for score in self.scores]
         return mean(values), interval(values)
 
-    def total_seconds(self) -> tuple[float, float | None]:
+    def total_seconds(self) -> tuple[float, float, float]:
+        """Median, least and greatest over seeds: whatever else a machine did once moves the median little."""
         totals = [sum(taken.values()) for taken in self.seconds]
-        return mean(totals), interval(totals)
+        return median(totals), min(totals), max(totals)
 
 
 def markdown(lines: list[Line], columns: list[str], paper: dict[str, list[float]], heading: str) -> str:
@@ -266,16 +267,18 @@ def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[s
 
 
 def plot_time(lines: list[Line], path: Path):
-    """Figure 2: the average score against the total time, with the base model's score as a line."""
+    """Figure 2: the average score with its interval against the total time, the base model's score as a line."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for line in lines:
         score, error = line.column(-1)
         if not line.seconds:
             axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=f"{line.label}: {score:.2f}")
             continue
-        seconds, spread = line.total_seconds()
-        axes.errorbar(seconds / 60, score, error, spread and spread / 60, marker="o", capsize=3, label=line.label)
-    axes.set(xlabel="total time, minutes (reference model and loading counted)", ylabel="average score, percent")
+        middle, least, most = (seconds / 60 for seconds in line.total_seconds())
+        spread = [[middle - least], [most - middle]]
+        axes.errorbar(middle, score, error, spread, marker="o", capsize=3, label=line.label)
+    axes.set(xlabel="total time in minutes, reference model and loading counted: median, least, most")
+    axes.set(ylabel="average score, percent")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

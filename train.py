@@ -541,8 +541,8 @@ def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace
 
     The first part trains on all its tokens. For each further one the model so far, its adapters merged, becomes the
     reference: the part's tokens are ranked by excess loss of the base model over it. `fit` trains the adapters, with
-    a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one adapter.
-    Returns the seconds that the references' losses took.
+    a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one adapter,
+    without the rounding of the merges. Returns the seconds that the references' losses took.
     """
     order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
     for number in range(1, PARTS + 1):

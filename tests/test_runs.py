@@ -253,11 +253,16 @@ def torchrun(ranks, *given, script=None, **options):
         ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
         ("llama", ["--method", "self-evolving", "--merge"]),
         ("qwen2", ["--shard", "--method", "tokencleaning", "--rho", "0.3", "--reference-data", "ROWS"]),
+        ("qwen3", ["--shard", "--method", "rho1", "--excess", "current", "--reference", "OTHER"]),
     ],
 )
 def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
-    flags = [str(rows) if flag == "ROWS" else flag for flag in flags]
     model = make_checkpoint(tmp_path / "model", family, adds_bos=True, vocab_size=401)  # odd: the shards differ
+    if "OTHER" in flags:
+        other = make_checkpoint(tmp_path / "other", family, adds_bos=True, vocab_size=401)
+        tensors = {name: tensor * 1.1 for name, tensor in load_file(other / "model.safetensors").items()}
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    flags = [{"ROWS": str(rows), "OTHER": str(tmp_path / "other")}.get(flag, flag) for flag in flags]
     process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *flags, "--eval-data", rows)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
