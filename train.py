@@ -97,14 +97,13 @@ class History:
         return lora.lora_layers(self.model).values()
 
     @torch.no_grad()
-    def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = (), step: int = 1) -> Tensor:
+    def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = ()) -> Tensor:
         """L_his of the response tokens of a batch: input_ids, response (B, L) -> (response.sum(),), as response_nll.
 
-        Kept losses of the `samples` serve from the second step on. In the first the model is its own history, and one
-        computed in the same passes makes REL exactly zero, where Eq. 8 would stretch a rounding error to [0, 1].
+        samples: the rows' numbers, by which kept losses are found.
         """
-        if self.kept and samples and step > 1:
-            return to_device(torch.cat([self.kept[i] for i in samples]), input_ids.device)
+        if self.kept:
+            return to_device(torch.cat([torch.zeros(0), *(self.kept[i] for i in samples)]), input_ids.device)
         with lora.replaced(self.model, self.factors):
             return response_nll(self.model, input_ids, response)
 
@@ -213,7 +212,7 @@ def train(
 
     Started by torchrun, each rank computes its share of a step's micro-batches and all make the same update. With
     `checkpoints` the run goes on from the newest, and leaves others behind. `frozen` holds the losses that the
-    baselines rank by, or that need not be computed again.
+    baselines rank by, or that ssToken's history need not compute again; the adapters are new ones then.
     """
     device = model.lm_head.weight.device
     lengths, sizes = [len(e.ids) for e in examples], [int(e.response.sum()) for e in examples]
@@ -243,10 +242,12 @@ def train(
         weights = sample_weights(batch, counts, args.loss_mean)
         gamma = args.gamma if seen >= args.attention_only else 0.0
         uses_rel, uses_attention = scored and gamma > 0, scored and gamma < 1
+        if step == 1 and history.kept:  # the model is its own history: REL is zero, not what rounding makes of it
+            uses_rel = False
 
         for micro_batch in runs.share_passes(batch):  # Alg. 1, line 4
             ids, response = data.collate([examples[i] for i in micro_batch], device)
-            history_nll = history.nll(ids, response, micro_batch, step) if uses_rel else None
+            history_nll = history.nll(ids, response, micro_batch) if uses_rel else None
             nll = response_nll(model, ids, response)
             rel, attention = torch.zeros_like(nll), torch.zeros_like(nll)  # without a weight in the score, left at zero
             if uses_rel:

@@ -6,7 +6,7 @@
     python tests/bench_step.py --model DIR --data rows.jsonl --compile       what torch.compile does to it
 
 Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full`,
-`--method sstoken`, and sstoken with the history's losses already in memory; all train on the same global batches with
+`--method sstoken`, and sstoken with the history's losses known, as from --cache; all train on the same global batches with
 train.py's defaults. Printed are medians, their ratios to the peer's, and how much of this machine's best matrix
 product the step reaches.
 
@@ -62,29 +62,11 @@ def measure(args) -> dict:
         runs.reuse_memory()  # as train.py does
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
-        if args.side == "cached":
-            keep_history(model, examples, run)
-        train.train(model, examples, run, lines.append)
+        frozen = train.Frozen(train.response_losses(model, examples)) if args.side == "cached" else train.Frozen()
+        train.train(model, examples, run, lines.append, frozen=frozen)
     seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
     peak = runs.peak_memory_mb(torch.device("cpu"))
     return {"seconds": seconds, "tokens": tokens, "loss": lines[-1]["loss"], "peak_memory_mb": peak}
-
-
-def keep_history(model, examples, run):
-    """Compute the history's losses of every micro-batch now, and have the steps look them up."""
-    kept, compute = {}, train.History.nll
-
-    def look_up(self, ids, response):
-        key = ids.numpy().tobytes()
-        if key not in kept:
-            kept[key] = compute(self, ids, response)
-        return kept[key]
-
-    train.History.nll = look_up
-    history = train.History(model, "base", 0.0, 1)
-    for batch in train.plan_steps([len(e.ids) for e in examples], run, torch.device("cpu")):
-        for micro_batch in batch:
-            history.nll(*data.collate([examples[i] for i in micro_batch]))
 
 
 def profile_step(args):

@@ -300,16 +300,15 @@ def test_a_run_that_reads_its_history_is_the_one_that_computes_it(llama, rows, t
         logs.append(main(llama, rows, tmp_path / name, *flags, *more))
         rels.append(list(seen))
         seen.clear()
-    assert len(rels[0]) == len(rels[1]) > 6
-    for a, b in zip(*rels, strict=True):
+    in_step_1 = len(rels[0]) - len(rels[1])
+    assert 0 < in_step_1 < len(rels[1]) / 3 and all(rel.eq(0).all() for rel in rels[0][:in_step_1])  # known to be zero
+    for a, b in zip(rels[0][in_step_1:], rels[1], strict=True):
         assert (a - b).abs().max() < 1e-5
-    assert any(rel.abs().max() > 0.01 for rel in rels[1]) and rels[1][0].eq(0).all()  # in step 1 exactly, as without
+    assert any(rel.abs().max() > 0.01 for rel in rels[1])
     for a, b in zip(*logs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    passes, real_pass = [], lora.replaced
-    monkeypatch.setattr(lora, "replaced", lambda *given: passes.append(1) or real_pass(*given))
+    monkeypatch.setattr(lora, "replaced", lambda *given: pytest.fail("a history pass"))
     main(llama, rows, tmp_path / "c", *flags, "--cache", tmp_path / "cache")
-    assert 0 < len(passes) < len(rels[0]) / 3  # the history passes of the first of six steps, and no others
 
 
 def test_whatever_changes_a_loss_changes_its_key(llama, rows, reference, tmp_path):
