@@ -6,8 +6,8 @@
     python tests/bench_step.py --model DIR --data rows.jsonl --compile       what torch.compile does to it
 
 Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full`,
-`--method sstoken`, and sstoken with the history's losses known, as from --cache; all train on the same global batches with
-train.py's defaults. Printed are medians, their ratios to the peer's, and how much of this machine's best matrix
+`--method sstoken`, and sstoken with the history's losses known, as from --cache; all train on the same global batches
+with train.py's defaults. Printed are medians, their ratios to the peer's, and how much of this machine's best matrix
 product the step reaches.
 
 The peer is what one writes today without this project: AutoModelForCausalLM with peft's adapters, samples in the order
