@@ -74,6 +74,7 @@ class LoRALinear(Linear):
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
         self.reset_adapter()
         self.stand_in = None  # factors used instead of (A, B), see `replaced`
+        self.earlier = None  # factors of frozen adapters beneath this one, see `freeze_adapters`
         self.train(base.training)
 
     @torch.no_grad()
@@ -85,6 +86,9 @@ class LoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y = F.linear(x.flatten(0, -2), self.weight, self.bias)
+        if self.earlier:
+            A, B = self.earlier
+            y.addmm_(F.linear(x.flatten(0, -2), A.to(x.dtype)), B.to(x.dtype).T, alpha=self.alpha / self.rank)
         scale, factors = self.alpha / self.rank, self.stand_in
         if factors is None:
             factors = self.lora_A, self.lora_B
@@ -167,6 +171,19 @@ def replaced(model: nn.Module, factors: list[tuple[Tensor, ...]] | None):
             layer.stand_in = stand_in
 
 
+@torch.no_grad()
+def freeze_adapters(model: Transformer):
+    """Make the adapters part of the frozen model, in place, and leave new ones on top of them.
+
+    As `merge` does, but beside the weights instead of in them: in bfloat16 most updates of a short training are smaller
+    than half of a weight's last digit, and adding them would change nothing.
+    """
+    for layer in lora_layers(model).values():
+        below = layer.earlier or (layer.lora_A[:0], layer.lora_B[:, :0])
+        layer.earlier = (torch.cat([below[0], layer.lora_A]), torch.cat([below[1], layer.lora_B], dim=1))
+        layer.reset_adapter()
+
+
 def disabled(model: nn.Module):
     """A context manager within which `model` is exactly the base model: its adapters are passed over."""
     return replaced(model, None)
@@ -180,7 +197,10 @@ def merge(model: Transformer, folder=None) -> Transformer:
     transformers, vLLM and lm-eval load.
     """
     for layer in lora_layers(model).values():
-        layer.weight.copy_(layer.weight.float().add_(layer.product(), alpha=layer.alpha / layer.rank))
+        update = layer.product()
+        if layer.earlier:
+            update += layer.earlier[1] @ layer.earlier[0]
+        layer.weight.copy_(layer.weight.float().add_(update, alpha=layer.alpha / layer.rank))
     remove_lora(model)
     if folder is not None:
         save_model(model, folder)
@@ -219,7 +239,7 @@ def save_adapter(model: Transformer, folder):
 
 
 def join_adapters(folders: list[Path], folder: Path):
-    """Write as one adapter those of `folders`, each of them trained on the base with all before it merged in.
+    """Write as one adapter those of `folders`, each of them trained on top of all before it (`freeze_adapters`).
 
     Their updates add up: with the A stacked and the B side by side, one product is the sum of theirs. So the rank is
     the sum of their ranks, and alpha grows with it.

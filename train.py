@@ -430,8 +430,6 @@ def check_reference(args: argparse.Namespace):
             raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
         args.loss_mean = "batch"
     args.loss_mean = args.loss_mean or "sample"
-    if args.shard and args.method == "self-evolving":
-        raise UserError("--shard does not go with --method self-evolving, which merges adapters into whole weights")
     if args.shard and args.reference and is_adapter(args.reference):
         raise UserError(
             f"--shard wants a whole model as --reference, {args.reference} is an adapter (train.py --merge)"
@@ -540,10 +538,10 @@ def kept_losses(model: Transformer, folders: list[Path], examples, args) -> tupl
 def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace, folder: Path, fit: Callable) -> float:
     """TokenCleaning's self-evolving variant: PARTS parts of the pool, one after the other, each with new adapters.
 
-    The first part trains on all its tokens. For each further one the model so far, its adapters merged, becomes the
-    reference: the part's tokens are ranked by excess loss of the base model over it. `fit` trains the adapters, with
-    a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one adapter,
-    without the rounding of the merges. Returns the seconds that the references' losses took.
+    The first part trains on all its tokens. For each further one the model so far, its adapters frozen into it, becomes
+    the reference: the part's tokens are ranked by excess loss of the base model over it. `fit` trains the adapters,
+    with a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one
+    adapter. Returns the seconds that the references' losses took.
     """
     order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
     for number in range(1, PARTS + 1):
@@ -551,7 +549,7 @@ def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace
         samples, frozen = [examples[i] for i in part], Frozen()
         if number > 1:
             start = time.perf_counter()
-            lora.merge(model)
+            lora.freeze_adapters(model)
             frozen = Frozen([base[i] for i in part], response_losses(model, samples))
             seconds += time.perf_counter() - start
             new_adapters(model, args, number)
@@ -562,7 +560,8 @@ def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace
             lines = [line | {"part": i} for i, part in enumerate(done, 1) for line in runs.read_log(part)]
             lines = [line | {"step": step} for step, line in enumerate(lines, 1)]
             runs.write_lines(folder / "log.jsonl", lines)
-            lora.join_adapters(done, folder)
+    if runs.first_rank():
+        lora.join_adapters(done, folder)
     return seconds
 
 
@@ -670,7 +669,7 @@ def main(argv: list[str] | None = None):
             seconds[what] = sum(line["seconds"] for line in runs.read_log(where))  # before a stop and after it
         record["seconds"] = {what: round(taken, 3) for what, taken in seconds.items()}
         save_record()
-        if args.merge and (args.shard or args.method == "self-evolving"):  # the base, whole and as it was
+        if args.merge and (args.shard or args.method == "self-evolving"):  # the base, whole, and one adapter
             model = lora.load_adapter(load_model(args.model, getattr(torch, args.dtype), "cpu", args.revision), folder)
         if args.merge:
             lora.merge(model, folder / "merged")

@@ -252,6 +252,7 @@ def torchrun(ranks, *given, script=None, **options):
         ("qwen2", ["--shard", "--layer", "0", "--gradient-checkpointing", "--method", "sstoken"]),
         ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
         ("llama", ["--method", "self-evolving", "--merge"]),
+        ("qwen3", ["--method", "self-evolving", "--shard"]),
         ("qwen2", ["--shard", "--method", "tokencleaning", "--rho", "0.3", "--reference-data", "ROWS"]),
         ("qwen3", ["--shard", "--method", "rho1", "--excess", "current", "--reference", "OTHER"]),
     ],
