@@ -527,6 +527,10 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
     """
     keys = {name: digest(asked.rows, asked.requests) for name, asked in questions.items()}
     left = [name for name in questions if record["keys"].get(name) != keys[name]]
+    stale = [*left, *(group for group, (names, _, _) in GROUPS.items() if set(names) & set(left))]
+    for name in stale:  # of other rows: not to be read as an answer to these
+        for part in ("results", "keys", "timing"):
+            record[part].pop(name, None)
     costs = {name: [cost(row) for row in questions[name].requests] for name in left}
     together = {}
     for name in left:

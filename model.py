@@ -7,6 +7,7 @@ checkpoint's own, so no tensor is renamed on its way in or out.
 Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d head_dim, V vocabulary.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -76,12 +77,18 @@ def read_json(path: Path) -> dict:
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
     """Have `write` make a file whole or not at all: under a temporary name first, which then takes `path`'s place.
 
-    others_write: other processes may be writing it at the same time, so the temporary name is this process's own.
+    others_write: other processes may be writing it at the same time, so the temporary name is this process's own, and
+    a file that is there by then stays.
     """
     temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
     write(temporary)
     _to_disk(temporary)  # first what is in the file, then that it bears its name
-    temporary.replace(path)
+    if others_write:
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+    else:
+        temporary.replace(path)
     _to_disk(path.parent)
 
 

@@ -34,6 +34,7 @@ from model import (
     write_json,
     write_whole,
 )
+from train import WITH_REFERENCE
 
 matplotlib.use("Agg")  # files, no window
 from matplotlib import pyplot
@@ -49,6 +50,10 @@ class Row(NamedTuple):
 
     label: str
     flags: tuple[str, ...] | None
+
+    @property
+    def method(self) -> str:
+        return self.flags[1] if self.flags else "base"
 
     @property
     def name(self) -> str:
@@ -110,7 +115,7 @@ def call(command: list[str]):
         raise runs.Stopped(number, "stopped; the same command goes on from here")
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(list(map(str, command)))
     try:
         status = process.wait()
     except runs.Stopped:
@@ -120,6 +125,8 @@ def call(command: list[str]):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if status < 0:
+        raise UserError(f"{command[1]} was ended by signal {-status}; the same command goes on from here")
     if status:
         raise SystemExit(status)
 
@@ -128,16 +135,21 @@ class Cells:
     """What trains and evaluates, in folders under --out."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.out = args, Path(args.out)
+        self.args, self.out = args, Path(args.out).resolve()
+        self.content = {}  # what the first cell found in --model and --data, to be the same in all
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
 
     def train(self, row: Row, seed: int) -> Path:
         """The folder of a row's run with this seed, which is made unless it is there."""
         args, folder = self.args, self.out / f"{row.name}-seed{seed}"
         flags = [*row.flags, "--data", args.data]
-        if row.flags[1] in ("rho1", "tokencleaning"):
+        if row.method in WITH_REFERENCE:
             flags += ["--reference", self.reference(seed)]
-        self._train(folder, seed, flags, args.limit, args.max_steps)
+        self._train(folder, seed, flags, args.limit)
+        found = read_json(folder / "run.json")["fingerprints"]
+        for what, content in found.items():
+            if self.content.setdefault(what, content) != content:
+                raise UserError(f"{folder}: the content of {what} was another when this cell was made; make it again")
         return folder
 
     def reference(self, seed: int) -> Path:
@@ -145,17 +157,18 @@ class Cells:
         args, folder = self.args, self.out / f"reference-seed{seed}"
         flags = ["--method", "full", "--data", args.reference_data or args.data]
         if args.reference_top:
-            flags += ["--reference-top", str(args.reference_top), "--rating-field", args.rating_field]
-        self._train(folder, seed, flags, args.reference_limit, args.max_steps)
+            flags += ["--reference-top", args.reference_top, "--rating-field", args.rating_field]
+        self._train(folder, seed, flags, args.reference_limit)
         return folder
 
-    def _train(self, folder: Path, seed: int, flags: list, limit: int | None, max_steps: int | None):
+    def _train(self, folder: Path, seed: int, flags: list, limit: int | None):
+        args = self.args
         if (folder / "run.json").exists() and "seconds" in read_json(folder / "run.json"):
             return
-        flags += ["--limit", str(limit)] if limit else []
-        flags += ["--max-steps", str(max_steps)] if max_steps else []
-        flags += ["--loss-mean", "batch", "--seed", str(seed), "--cache", self.out / "cache", *self.args.flags]
-        call([*self.launcher, ROOT / "train.py", "--model", self.args.model, *flags, "--out", folder, "--resume"])
+        flags += ["--limit", limit] if limit else []
+        flags += ["--max-steps", args.max_steps] if args.max_steps else []
+        flags += ["--loss-mean", "batch", "--seed", seed, "--cache", self.out / "cache", *args.machine, *args.flags]
+        call([*self.launcher, ROOT / "train.py", "--model", args.model, *flags, "--out", folder, "--resume"])
         for checkpoint in folder.rglob("checkpoint-*.pt"):  # it goes on from nowhere any more
             checkpoint.unlink()
 
@@ -166,10 +179,10 @@ class Cells:
         record = read_json(file) if file.exists() else {"results": {}}
         same = (record.get("data"), record.get("limit")) == (args.benchmarks, args.eval_limit)
         if not same or any(task not in record["results"] for task in args.asked):
-            flags = ["--tasks", args.tasks, "--out", file]
+            flags = ["--tasks", args.tasks, "--out", file, *args.machine]
             flags += ["--adapter", adapter] if adapter else []
             flags += ["--data", args.benchmarks] if args.benchmarks else []
-            flags += ["--limit", str(args.eval_limit)] if args.eval_limit else []
+            flags += ["--limit", args.eval_limit] if args.eval_limit else []
             call([*self.launcher, ROOT / "evaluate.py", "--model", args.model, *flags])
             record = read_json(file)
         return record
@@ -177,7 +190,7 @@ class Cells:
     def seconds(self, row: Row, seed: int, folder: Path) -> dict[str, float]:
         """What a cell took in all, as Figure 2 counts it: loading, reference, losses of frozen models, training."""
         taken = dict(read_json(folder / "run.json")["seconds"])
-        if row.flags[1] in ("rho1", "tokencleaning"):
+        if row.method in WITH_REFERENCE:
             taken["reference"] = sum(read_json(self.reference(seed) / "run.json")["seconds"].values())
         return taken
 
@@ -324,7 +337,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-steps", type=int, metavar="N", help="stop each training after N optimizer steps")
     add("--reference-data", metavar="SOURCE[,SOURCE...]", help="rows of the reference model; default: those of --data")
     add("--reference-limit", type=int, metavar="N", help="train the reference on the first N rows of each source")
-    add("--reference-top", type=int, metavar="K", help="or on the K best-rated rows; Sec. 4.1: 10000 of the pool")
+    add("--reference-top", type=int, metavar="K",
+        help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
     add("--rho", type=float, help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 "
         "for others, as in Sec. 4.2")
@@ -335,14 +349,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-limit", type=float, metavar="N", help="the first N rows of each task; below 1: this share of them")
     add("--launcher", metavar="COMMAND", help="what starts train.py and evaluate.py instead of Python, such as "
         "'torchrun --nproc_per_node 8'")
+    add("--revision", help="branch, tag or commit of a --model on the hub")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
+    add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
     add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
     # fmt: on
     args = parser.parse_args(argv)
-    args.flags, args.rho = flags, args.rho or paper_rho(args.model)
-    if args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
+    args.flags = flags
+    args.machine = ["--dtype", args.dtype, "--device", args.device]
+    args.machine += ["--revision", args.revision] if args.revision else []
+    if taken := [flag for flag in flags if flag.split("=")[0] in OURS]:
+        raise UserError(f"{taken[0]} after -- would undo what reproduce.py sets for each cell")
+    args.rho = paper_rho(args.model) if args.rho is None else args.rho
     if not 0 < args.rho <= 1:
         raise UserError(f"--rho is {args.rho}; it must be in (0, 1]")
+    for name in ("seeds", "limit", "max_steps", "reference_limit", "reference_top", "eval_limit"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     names = task_names(args.tasks)
     args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
     if not args.asked:
@@ -351,11 +375,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.methods = args.methods.split(",") if args.methods else list(known)
     if unknown := sorted(set(args.methods) - set(known)):
         raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join(known)}")
+    if set(args.methods) & set(WITH_REFERENCE) and args.table in (1, 5):
+        whole_pool = args.data == RELEASED_POOL and not args.limit
+        if not (args.reference_data or args.reference_limit or args.reference_top or whole_pool):
+            raise UserError("say what the reference model is trained on: --reference-data, -limit or -top")
+        if whole_pool and not (args.reference_data or args.reference_limit):
+            args.reference_top = args.reference_top or 10_000
     return args
 
 
+# Flags of train.py that a cell gets from its row, its seed or the command
+OURS = {
+    *("--method", "--rho", "--gamma", "--layer", "--loss-mean", "--seed", "--cache", "--out", "--resume"),
+    *("--model", "--data", "--limit", "--max-steps", "--reference", "--reference-data", "--reference-top"),
+    *("--rating-field", "--revision", "--dtype", "--device", "--overwrite"),
+}
 # What may differ between one command and the next on the same folder: it adds cells, or says how to run them.
-FREE = {"table", "methods", "seeds", "tasks", "asked", "eval_limit", "benchmarks", "launcher", "out", "rho"}
+FREE = {"table", "methods", "seeds", "tasks", "asked", "eval_limit", "benchmarks", "launcher", "out", "rho", "machine"}
 
 
 def main(argv: list[str] | None = None):
@@ -366,15 +402,20 @@ def main(argv: list[str] | None = None):
     except OSError as reason:
         raise UserError(f"--out {out} cannot be made: {reason.strerror}") from None
     shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
+    shared["what follows --"] = shared.pop("--flags")
     settings = out / "settings.json"
-    held = read_json(settings) if settings.exists() else shared
+    held = read_json(settings) if settings.exists() and any(out.glob("*/run.json")) else shared
     for name in sorted(held.keys() | shared.keys()):
         if held.get(name) != shared.get(name):
             raise UserError(f"{out} has cells of another setting: {name} was {held.get(name)}, now {shared.get(name)}")
     write_json(settings, shared)
 
-    layers = read_config(find_folder(args.model, CHECKPOINT_FILES + TOKENIZER_FILES)).num_hidden_layers
-    rows = [row for row in table_rows(args.table, args.rho, layers) if (row.flags or ("", "base"))[1] in args.methods]
+    folder = find_folder(args.model, CHECKPOINT_FILES + TOKENIZER_FILES, args.revision)
+    everything = table_rows(args.table, args.rho, read_config(folder).num_hidden_layers)
+    rows = [row for row in everything if row.method in args.methods]
+    if not rows:
+        of_table = ", ".join(dict.fromkeys(row.method for row in everything))
+        raise UserError(f"--table {args.table} has none of the rows of --methods; it has {of_table}")
     columns = [column for column in TABLE if column[1] in args.asked]
     cells, lines = Cells(args), {row: Line(row.label, [], [], []) for row in rows}
     for seed in range(42, 42 + args.seeds):

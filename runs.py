@@ -28,8 +28,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-import lora
-from model import Transformer, UserError, open_safetensors, read_json, read_weights, write_json, write_whole
+from model import (
+    Transformer,
+    UserError,
+    find_tensors,
+    open_safetensors,
+    read_json,
+    read_weights,
+    write_json,
+    write_whole,
+)
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
@@ -44,7 +52,9 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     `resume`, which leaves them.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    old = [path for name in FILES + INNER for path in folder.glob(name)] + checkpoints_in(folder)
+    old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder)
+    if (folder / "run.json").exists():
+        old += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
     if old and not (overwrite or resume):
         raise UserError(f"{folder} holds another run ({old[0].name}); choose another --out or add --overwrite")
     for path in old if overwrite else ():
@@ -54,6 +64,17 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     except OSError as reason:
         raise UserError(f"--out {folder} cannot be made: {reason.strerror}") from None
     return folder
+
+
+def check_arguments(folder: Path, arguments: dict, free: set[str]):
+    """UserError if the run that `folder` holds was started with other arguments than these, the `free` ones aside."""
+    if not (folder / "run.json").exists():
+        return
+    held = read_json(folder / "run.json").get("arguments", {})
+    for name in sorted((held.keys() | arguments.keys()) - free):
+        if held.get(name) != arguments.get(name):
+            flag, then, now = f"--{name.replace('_', '-')}", held.get(name), arguments.get(name)
+            raise UserError(f"{folder} holds a run of another configuration: {flag} was {then}, now it is {now}")
 
 
 def open_folder(out: str | None, name: str, overwrite: bool, resume: bool) -> Path:
@@ -111,20 +132,25 @@ def write_lines(path: Path, values: list[dict]):
 LOSSES = 1  # how they are computed; a change to that makes it 2, and what an older version kept is not found again
 
 
-def losses_key(folders: Iterable[Path], examples: Iterable[tuple[Tensor, Tensor]], dtype: str) -> str:
+def losses_key(
+    model: Path, adapter: Path | None, examples: Iterable[tuple[Tensor, Tensor]], dtype: str, device: str
+) -> str:
     """A digest of all that per-token losses depend on, in full: nothing that has changed hides behind an old name.
 
-    That is every byte of the weights and configurations in `folders` (a model's, an adapter's), every token of
-    `examples` and whether it is supervised, hence tokenizer, template, rows and length limit, and the dtype.
+    That is every byte of the weights and configurations in the folders of a model and, perhaps, of an adapter, every
+    token of `examples` and whether it is supervised, hence tokenizer, template, rows and length limit, and dtype and
+    kind of device.
     """
-    digest = hashlib.sha256(f"{LOSSES} {dtype}".encode())
-    for folder in folders:
-        for pattern in ("config.json", "model*.safetensors*", "adapter_config.json", "adapter_model.safetensors"):
-            for path in sorted(folder.glob(pattern)):
-                digest.update(f" {path.name} {path.stat().st_size} ".encode())
-                with path.open("rb") as file:
-                    while block := file.read(2**22):
-                        digest.update(block)
+    digest = hashlib.sha256(f"{LOSSES} {dtype} {device}".encode())
+    tensors = find_tensors(model)
+    files = [model / "config.json", *sorted(set(tensors.values()))]
+    files += [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"] if adapter else []
+    digest.update(repr([(name, path.name) for name, path in sorted(tensors.items())]).encode())
+    for path in files:
+        digest.update(f" {path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
     for ids, response in examples:
         digest.update(f" {len(ids)} ".encode() + ids.numpy().tobytes() + response.numpy().tobytes())
     return digest.hexdigest()
@@ -133,7 +159,8 @@ def losses_key(folders: Iterable[Path], examples: Iterable[tuple[Tensor, Tensor]
 def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """compute()'s losses, and the seconds that they took; with a `cache`, a folder, they are kept and found there.
 
-    Several runs may use one cache at once: a file appears in it whole, and two that compute the same write the same.
+    Several runs may use one cache at once: a file appears in it whole, and where two compute the same, the first
+    to write it is the one that both go on with.
     """
     path = cache / f"{key}.safetensors" if cache else None
 
@@ -143,18 +170,19 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
         file = open_safetensors(path)
         return file.get_tensor("nll"), float(file.metadata()["seconds"])
 
-    if (found := gather(held() if first_rank() else None)[0]) is not None:
-        return found
-    start = time.perf_counter()
-    nll, seconds = compute(), time.perf_counter() - start
-    if path and first_rank():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            content = {"nll": nll.contiguous()}
-            write_whole(path, lambda file: save_file(content, file, metadata={"seconds": f"{seconds:.3f}"}), True)
-        except (OSError, SafetensorError) as reason:
-            raise UserError(f"--cache {cache} cannot be written: {reason}") from None
-    return nll, seconds
+    try:
+        if cache and first_rank():
+            cache.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        if (found := gather(held() if first_rank() else None)[0]) is not None:
+            return found
+        start = time.perf_counter()
+        nll, seconds = compute(), time.perf_counter() - start
+        if path and first_rank():
+            content, metadata = {"nll": nll.contiguous()}, {"seconds": f"{seconds:.3f}"}
+            write_whole(path, lambda file: save_file(content, file, metadata=metadata), others_write=True)
+    except (OSError, SafetensorError) as reason:
+        raise UserError(f"--cache {cache} cannot be used: {reason}") from None
+    return gather(held() if first_rank() else None)[0] if path else (nll, seconds)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints, resume
@@ -344,7 +372,7 @@ def shard(model: Transformer, probed: nn.Module, device: torch.device):
 
     A layer's weights are gathered when it computes and dropped after; adapters stay whole on every rank. What is used
     outside of its module's own forward pass is gathered in it and stays until the backward pass comes by: the `probed`
-    layer for the attention score, embedding and head (the root's) for the loss.
+    layer for the attention score, embedding and head (the root's) for the loss. Adapters are to be drawn after it.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -356,8 +384,6 @@ def shard(model: Transformer, probed: nn.Module, device: torch.device):
     model.to_empty(device=device)
     model.tie_weights()
     read_weights(model)
-    for layer in lora.lora_layers(model).values():
-        layer.reset_adapter()
 
 
 # ------------------------------------------------------------------------------------------------- machine, script

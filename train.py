@@ -331,7 +331,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reference", metavar="DIR",
         help="the reference of Eq. 2: an adapter of --model (a run's folder), or a whole model with the same tokenizer")
     add("--reference-data", metavar="SOURCE[,SOURCE...]",
-        help="train the reference first, as --method full does, on these rows, into OUT/reference")
+        help="train the reference first, as --method full does (with this method's --loss-mean), on these rows, into "
+        "OUT/reference")
     add("--reference-top", type=int, metavar="K",
         help="train it on the K best-rated rows of --reference-data (default: of --data); Sec. 4.1: 10000 of the pool. "
         "With --method full: train on those of --data, and so make a reference")
@@ -425,6 +426,8 @@ def check_reference(args: argparse.Namespace):
         raise UserError(f"--method {args.method} has no reference model; {' and '.join(WITH_REFERENCE)} do")
     if args.excess == "current" and args.method != "rho1":
         raise UserError("--excess current is for --method rho1: the others' ranking is made before training starts")
+    if args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS:
+        raise UserError(f"--max-steps {args.max_steps} leaves some of self-evolving's {PARTS} parts untrained")
     if args.method in OVER_THE_POOL:
         if args.loss_mean == "sample":
             raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
@@ -436,7 +439,8 @@ def check_reference(args: argparse.Namespace):
         )
 
 
-# What may differ between a run and the one that goes on with it: none of it changes the adapter.
+# What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
+# ssToken's history comes from there, of which `settings` keeps account.
 FREE = {"out", "overwrite", "resume", "checkpoint_every", "merge", "eval_data", "cache"}
 
 
@@ -451,6 +455,7 @@ def settings(args: argparse.Namespace, weights: str, examples: list[data.Example
         "the number of ranks": runs.ranks(),
         "the content of --model": weights,
         "the content of --data": runs.fingerprint(tensor for example in examples for tensor in example),
+        "history losses from --cache": reads_kept_history(args),
         "the losses of the base model": runs.fingerprint(frozen.base or []),
         "the losses of the reference": runs.fingerprint(frozen.reference or []),
     }
@@ -459,11 +464,7 @@ def settings(args: argparse.Namespace, weights: str, examples: list[data.Example
 def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.Example]) -> Transformer:
     """The model with new adapters, ready to train: checked against the data, its weights in place or sharded."""
     model = load_model(args.model, getattr(torch, args.dtype), "meta" if args.shard else device, args.revision)
-    if (largest := max(int(e.ids.max()) for e in examples)) >= model.config.vocab_size:
-        raise UserError(f"{args.model}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
-    if (longest := max(len(e.ids) for e in examples)) > model.config.max_position_embeddings:
-        context = model.config.max_position_embeddings
-        raise UserError(f"{args.model} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
+    check_fits(model, args.model, examples)
     AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
     model.gradient_checkpointing = args.gradient_checkpointing
     new_adapters(model, args)
@@ -471,6 +472,15 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
         runs.shard(model, model.model.layers[args.layer], device)
         new_adapters(model, args)  # drawn again, where there is memory for them
     return model
+
+
+def check_fits(model: Transformer, name: str, examples: list[data.Example]):
+    """UserError for samples with tokens that the model does not have, or more of them than it reads."""
+    if (largest := max(int(e.ids.max()) for e in examples)) >= model.config.vocab_size:
+        raise UserError(f"{name}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
+    if (longest := max(len(e.ids) for e in examples)) > model.config.max_position_embeddings:
+        context = model.config.max_position_embeddings
+        raise UserError(f"{name} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
 
 
 def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
@@ -511,26 +521,31 @@ def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
 def reference_losses(
     model: Transformer, examples: list[data.Example], args: argparse.Namespace, device
 ) -> tuple[list[Tensor], float]:
-    """L_ref of Eq. 2 from the model that --reference names, and the seconds that it took.
+    """L_ref of Eq. 2 from the model that --reference names, and the seconds that it took, loading included.
 
     An adapter takes the place of the adapters of `model`, which are new ones afterwards.
     """
+    start, adapter = time.perf_counter(), None
     if is_adapter(args.reference):
-        lora.load_adapter(model, args.reference)
-        found = kept_losses(model, [model.folder, Path(args.reference)], examples, args)
+        reference, adapter = lora.load_adapter(model, args.reference), Path(args.reference)
+    else:
+        reference = load_model(args.reference, getattr(torch, args.dtype), "meta" if args.shard else device)
+        check_fits(reference, args.reference, examples)
+        if args.shard:
+            runs.shard(reference, reference.model.layers[-1], device)
+    loading = time.perf_counter() - start
+    found, seconds = frozen_losses(reference, adapter, examples, args)
+    if adapter:
         lora.remove_lora(model)
         new_adapters(model, args)
-        return found
-    reference = load_model(args.reference, getattr(torch, args.dtype), "meta" if args.shard else device)
-    if args.shard:
-        runs.shard(reference, reference.model.layers[-1], device)
-    return kept_losses(reference, [reference.folder], examples, args)
+    return found, loading + seconds
 
 
-def kept_losses(model: Transformer, folders: list[Path], examples, args) -> tuple[list[Tensor], float]:
-    """`response_losses` of a frozen model, by --cache; `folders` hold all that it is made of. With its seconds."""
-    key = runs.losses_key(folders, examples, args.dtype) if args.cache else ""
-    cache = Path(args.cache) if args.cache else None
+def frozen_losses(model: Transformer, adapter: Path | None, examples, args) -> tuple[list[Tensor], float]:
+    """`response_losses` of a frozen model, by way of --cache, and their seconds; adapter: the folder of its adapter."""
+    cache, key = Path(args.cache) if args.cache else None, ""
+    if cache and runs.first_rank():
+        key = runs.losses_key(model.folder, adapter, examples, args.dtype, torch.device(args.device).type)
     nll, seconds = runs.kept_losses(cache, key, lambda: torch.cat(response_losses(model, examples)))
     return list(nll.split([int(example.response.sum()) for example in examples])), seconds
 
@@ -597,8 +612,12 @@ def main(argv: list[str] | None = None):
     reference_examples = load(args.reference_data or args.data, *best)[0] if trains_reference else []
     model = prepare(args, device, examples + held_out + reference_examples)
     weights = runs.fingerprint(p for p in model.parameters() if not p.requires_grad)
+    if args.resume:
+        runs.check_arguments(Path(args.out), vars(args), FREE)
     folder = runs.open_folder(args.out, f"{Path(args.model).name}-{args.method}", args.overwrite, args.resume)
-    record = {"arguments": vars(args), "versions": runs.versions(), "samples": len(examples), "dropped": dropped}
+    content = {"--model": weights, "--data": runs.fingerprint(tensor for example in examples for tensor in example)}
+    record = {"arguments": vars(args), "versions": runs.versions(), "fingerprints": content}
+    record |= {"samples": len(examples), "dropped": dropped}
     seconds = {"loading": time.perf_counter() - start, "losses": 0.0}
 
     def say(*words):
@@ -612,25 +631,25 @@ def main(argv: list[str] | None = None):
     def no_response(count):
         return f"{count} dropped, without a response token in the first {args.max_length}"
 
-    def fit(examples, frozen, args, folder):
-        """Train the adapters that the model has, into `folder`."""
-        total = len(plan_steps([len(e.ids) for e in examples], args, device))
-        own = settings(args, weights, examples, frozen)
-        checkpoints = runs.Checkpoints(folder, total, args.checkpoint_every, own)  # refuses before anything is written
-        folder.mkdir(exist_ok=True)
+    def fit(samples, frozen, arguments, place):
+        """Train the adapters that the model has, into the folder `place`."""
+        total = len(plan_steps([len(sample.ids) for sample in samples], arguments, device))
+        own = settings(arguments, weights, samples, frozen)
+        checkpoints = runs.Checkpoints(place, total, args.checkpoint_every, own)  # refuses before anything is written
+        place.mkdir(exist_ok=True)
         save_record()
-        with tqdm(total=total, desc=folder.name, unit="step", disable=not runs.first_rank()) as bar, checkpoints:
+        with tqdm(total=total, desc=place.name, unit="step", disable=not runs.first_rank()) as bar, checkpoints:
 
             def log(line):
                 if runs.first_rank():
-                    runs.append_line(folder / "log.jsonl", line)
+                    runs.append_line(place / "log.jsonl", line)
                 share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
                 bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
                 bar.update(line["step"] - bar.n)
 
-            train(model, examples, args, log, checkpoints, frozen)
+            train(model, samples, arguments, log, checkpoints, frozen)
         if runs.first_rank():
-            lora.save_adapter(model, folder)
+            lora.save_adapter(model, place)
 
     def report_held_out(when):
         if held_out:
@@ -648,11 +667,11 @@ def main(argv: list[str] | None = None):
     report_held_out("before")
     base = reference = None
     if args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static" or reads_kept_history(args):
-        base, seconds["losses"] = kept_losses(model, [model.folder], examples, args)  # new adapters change nothing
+        base, seconds["losses"] = frozen_losses(model, None, examples, args)  # new adapters change nothing
     if trains_reference:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
         fit(reference_examples, Frozen(), plain, folder / "reference")
-        reference, taken = kept_losses(model, [model.folder, folder / "reference"], examples, args)
+        reference, taken = frozen_losses(model, folder / "reference", examples, args)
         new_adapters(model, args)
         seconds["losses"] += taken
     elif args.method in WITH_REFERENCE:

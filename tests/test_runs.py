@@ -89,24 +89,24 @@ def test_a_run_killed_twenty_times_ends_with_the_adapter_of_one_that_never_stopp
     assert left_in(tmp_path) == [runs.CHECKPOINT.format(step) for step in (207, 210)]
 
 
-@pytest.mark.parametrize("flags", ["self-evolving", "tokencleaning --reference-data ROWS"])
-def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags):
-    """Between the parts of self-evolving, while the reference is trained, and after it."""
+@pytest.mark.parametrize(
+    "flags, inner",
+    [("self-evolving", ["part-1", "part-3"]), ("tokencleaning --reference-data ROWS", ["reference", "."])],
+)
+def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags, inner):
+    """In the parts of self-evolving, while the reference is trained, and after it."""
     flags = ["--method", *flags.replace("ROWS", str(rows)).split(), "--epochs", "12", "--checkpoint-every", "2"]
     main(llama, rows, tmp_path / "whole", *flags)
     resumed, rng = command(llama, rows, tmp_path / "killed", *flags, "--resume"), random.Random(0)
-    size = lambda: sum(path.stat().st_size for path in (tmp_path / "killed").rglob("log.jsonl"))
-    kills = 0
-    for _ in range(6):
-        process, before = subprocess.Popen(resumed, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL), size()
-        while size() <= before and process.poll() is None:
-            time.sleep(0.005)
-            before = min(before, size())
-        time.sleep(rng.uniform(0, 0.2))
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-    assert kills > 2
+    for name in inner:
+        for _ in range(2):
+            process = subprocess.Popen(resumed, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            wait_for_a_step(process, tmp_path / "killed" / name)
+            time.sleep(rng.uniform(0, 0.1))
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+            assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
     subprocess.run(resumed, check=True, capture_output=True)
     assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
@@ -187,6 +187,26 @@ def test_a_checkpoint_of_another_configuration_is_refused(finished, llama, rows,
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_another_method_does_not_go_on_with_a_run(llama, rows, tmp_path):
+    main(llama, rows, tmp_path / "a", "--method", "self-evolving")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    for flags in ([], ["--method", "rho1", "--reference-data", rows]):
+        with pytest.raises(UserError, match="of another configuration: --(method|loss-mean) was"):
+            main(llama, rows, tmp_path / "a", "--resume", *flags)
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_removes_a_run_s_own_folders_and_no_others(llama, rows, tmp_path):
+    main(llama, rows, tmp_path / "a", "--method", "rho1", "--reference-data", rows)
+    (tmp_path / "a" / "part-00000.parquet").write_text("a user's")
+    main(llama, rows, tmp_path / "a", "--overwrite")
+    assert not (tmp_path / "a" / "reference").exists() and (tmp_path / "a" / "part-00000.parquet").exists()
+    (tmp_path / "runs" / "reference").mkdir(parents=True)
+    (tmp_path / "runs" / "reference" / "log.jsonl").write_text("{}")
+    main(llama, rows, tmp_path / "runs", "--overwrite")  # it holds no run itself
+    assert (tmp_path / "runs" / "reference" / "log.jsonl").exists()
+
+
 def test_other_rows_or_weights_are_another_configuration(finished, llama, rows):
     text = rows.read_text()
     rows.write_text(text.replace("Repeat 7 words", "Repeat 8 words"))
@@ -253,7 +273,11 @@ def torchrun(ranks, *given, script=None, **options):
         ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
         ("llama", ["--method", "self-evolving", "--merge"]),
         ("qwen3", ["--method", "self-evolving", "--shard"]),
-        ("qwen2", ["--shard", "--method", "tokencleaning", "--rho", "0.3", "--reference-data", "ROWS"]),
+        (
+            "qwen2",
+            ["--shard", "--method", "tokencleaning", "--rho", "0.3", "--reference-data", "ROWS", "--cache", "CACHE"],
+        ),
+        ("llama", ["--shard", "--history", "base", "--micro-batch-size", "8", "--cache", "CACHE"]),
         ("qwen3", ["--shard", "--method", "rho1", "--excess", "current", "--reference", "OTHER"]),
     ],
 )
@@ -263,11 +287,18 @@ def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
         other = make_checkpoint(tmp_path / "other", family, adds_bos=True, vocab_size=401)
         tensors = {name: tensor * 1.1 for name, tensor in load_file(other / "model.safetensors").items()}
         save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    flags = [{"ROWS": str(rows), "OTHER": str(tmp_path / "other")}.get(flag, flag) for flag in flags]
-    process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *flags, "--eval-data", rows)
+    paths = {"ROWS": str(rows), "OTHER": str(tmp_path / "other")}
+    of = lambda name: [(paths | {"CACHE": tmp_path / f"cache-{name}"}).get(flag, flag) for flag in flags]
+    process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *of("two"), "--eval-data", rows)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    main(model, rows, tmp_path / "one", *EXACT, *(f for f in flags if f != "--shard"), "--eval-data", rows)
+    main(model, rows, tmp_path / "one", *EXACT, *(f for f in of("one") if f != "--shard"), "--eval-data", rows)
+    if "CACHE" in flags:
+        kept = [{path.name: path for path in (tmp_path / f"cache-{name}").iterdir()} for name in ("one", "two")]
+        shared = kept[0].keys() & kept[1].keys()  # a reference trained by two ranks may differ in a last digit
+        assert shared and len(kept[0]) == len(kept[1])
+        for name in shared:
+            assert torch.allclose(*(load_file(files[name])["nll"] for files in kept), atol=1e-5)
     assert out.count("wrote ") == out.count("data: 20 samples") == 1  # one of them speaks
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == (10 if "self-evolving" in flags else 6)

@@ -35,7 +35,7 @@ import data
 import lora
 import runs
 import train
-from model import load_model, response_nll, response_places, write_json, write_whole
+from model import UserError, load_model, read_json, response_nll, response_places, write_json, write_whole
 from sstoken import AttentionProbe, excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
 
 matplotlib.use("Agg")
@@ -45,6 +45,7 @@ KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of ot
 METHODS = {"full": ["--method", "full"], "sstoken": [], "probability": ["--gain", "probability"]}
 SHARE, RHO, GAMMA = 0.2, 0.6, 0.5
 STEPS = (1, 3, 6, 12)  # at which the scores are computed
+BATCH = 8
 
 
 # ------------------------------------------------------------------------------------------------------ the noise
@@ -133,8 +134,8 @@ def measure(nll: list, attention: list, history: list, reference: list, noise: l
 
 def arguments(args, method: str, lr: float, seed: int) -> argparse.Namespace:
     flags = ["--model", args.model, "--data", args.data, "--max-length", str(args.max_length), "--epochs", "2"]
-    flags += ["--batch-size", "8", "--lr", str(lr), "--seed", str(seed), "--rho", str(RHO), "--gamma", str(GAMMA)]
-    return train.parse_arguments(flags + METHODS[method])
+    flags += ["--batch-size", str(BATCH), "--lr", str(lr), "--seed", str(seed)]
+    return train.parse_arguments(flags + ["--rho", str(RHO), "--gamma", str(GAMMA), *METHODS[method]])
 
 
 def fit(model, examples, run: argparse.Namespace, base=None, at_step=lambda step: None) -> list[dict]:
@@ -280,6 +281,14 @@ def main():
         tokenizer = data.load_tokenizer(args.model)
         n = args.samples
         examples, _ = data.load_examples(args.data, tokenizer, args.max_length, n * 5 // 2)
+        if len(examples) < n * 5 // 2 or 2 * n // BATCH < STEPS[-1]:
+            raise UserError(f"--samples {n}: {n * 5 // 2} rows and {STEPS[-1]} steps in two epochs are needed")
+        given = Path(args.out) / "settings.json"
+        settings = {"--data": Path(args.data).name, "--samples": n, "--max-length": args.max_length}
+        settings |= {"--model": Path(args.model).name}
+        if given.exists() and read_json(given) != settings:
+            raise UserError(f"{args.out} holds trainings of another setting: {read_json(given)}")
+        write_json(given, settings)
         rows = {"train": examples[:n], "reference": examples[n : 2 * n], "held out": examples[2 * n :]}
         model = load_model(args.model, torch.bfloat16)
         for seed in range(args.seeds):
