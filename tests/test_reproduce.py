@@ -106,8 +106,8 @@ def benchmarks(tmp_path_factory) -> Path:
 
 def command(llama, rows, benchmarks, out, *more):
     flags = ["--model", llama, "--data", rows, "--benchmarks", benchmarks, "--out", out, "--reference-limit", "6"]
-    flags += ["--tasks", "arc_easy,winogrande", "--eval-limit", "3"]
-    return [*map(str, flags), *more, "--", *"--batch-size 10 --lora-rank 4 --dtype float32 --lr 0.01".split()]
+    flags += ["--tasks", "arc_easy,winogrande", "--eval-limit", "3", "--dtype", "float32"]
+    return [*map(str, flags), *more, "--", *"--batch-size 10 --lora-rank 4 --lr 0.01".split()]
 
 
 def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, monkeypatch, capsys):
@@ -151,6 +151,47 @@ def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, mo
     assert len(calls) == 1 and str(calls[0][1]).endswith("evaluate.py")
     with pytest.raises(UserError, match="--limit was None, now 7"):
         reproduce.main(command(llama, rows, benchmarks, tmp_path, "--limit", "7"))
+    evaluation = json.loads((tmp_path / "full-seed42" / "evaluation.json").read_text())
+    assert evaluation["dtype"] == "float32"
+
+
+def test_cells_of_other_rows_are_not_averaged(llama, rows, benchmarks, tmp_path):
+    flags = command(llama, rows, benchmarks, tmp_path, "--methods", "full", "--seeds")
+    place = flags.index("--seeds") + 1
+    reproduce.main([*flags[:place], "1", *flags[place:]])
+    rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="full-seed43: the content of --data was another"):
+        reproduce.main([*flags[:place], "2", *flags[place:]])
+
+
+def test_a_command_that_failed_leaves_nothing_in_the_way_of_the_next(llama, rows, benchmarks, tmp_path):
+    with pytest.raises(UserError):
+        reproduce.main(command(tmp_path / "no-model", rows, benchmarks, tmp_path / "out", "--methods", "base"))
+    reproduce.main(command(llama, rows, benchmarks, tmp_path / "out", "--methods", "base", "--seeds", "1"))
+    with pytest.raises(UserError, match="--table 3 has none of the rows of --methods; it has base, full, sstoken"):
+        reproduce.main(command(llama, rows, benchmarks, tmp_path / "out", "--table", "3", "--methods", "rho1"))
+
+
+def test_a_cell_that_is_killed_is_an_error_that_says_so():
+    with pytest.raises(UserError, match="ended by signal 9"):
+        reproduce.call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    with pytest.raises(SystemExit, match="3"):
+        reproduce.call([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_figure_3_has_gamma_over_full_and_rho_from_base_to_full(tmp_path, monkeypatch):
+    drawn, real = [], reproduce.pyplot.subplots
+    monkeypatch.setattr(reproduce.pyplot, "subplots", lambda **given: drawn.append(real(**given)) or drawn[-1])
+    line = lambda label, score: Line(label, [42, 43], [[score], [score + 1]], [{}, {}])
+    ends = [line("BASE", 30.0), line("FULL", 40.0)]
+    reproduce.plot_sweep(
+        [*ends, *(line(f"SSTOKEN (gamma {g})", 50 + g) for g in (1.0, 0.0))], "gamma", tmp_path / "a.png"
+    )
+    reproduce.plot_sweep([*ends, *(line(f"SSTOKEN (rho {r})", 50 + r) for r in (0.2, 0.8))], "rho", tmp_path / "b.png")
+    curves = [[list(curve.get_xydata().ravel()) for curve in axes.get_lines()] for _, axes in drawn]
+    assert curves[0][0] == [0.0, 50.5, 1.0, 51.5]
+    assert any(set(curve[1::2]) == {40.5} for curve in curves[0][1:])  # FULL, dashed
+    assert curves[1][0] == [0.0, 30.5, 0.2, 50.7, 0.8, 51.3, 1.0, 40.5]
 
 
 def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchmarks, tmp_path):
@@ -192,6 +233,10 @@ MISTAKES = {
     "--rho is 2.0": ["--rho", "2"],
     "--methods 'best' is not one of": ["--methods", "base,best"],
     "holds none of the table's columns": ["--tasks", "mmlu_anatomy"],
+    "--eval-limit is 0.0": ["--eval-limit", "0"],
+    "say what the reference model is trained on": ["--limit", "9"],
+    "--gamma after -- would undo": ["--", "--gamma", "1"],
+    "--seed=7 after -- would undo": ["--", "--seed=7"],
 }
 
 
@@ -199,6 +244,12 @@ MISTAKES = {
 def test_a_mistake_is_refused(message):
     with pytest.raises(UserError, match=message):
         reproduce.parse_arguments(["--model", "x", "--out", "x", *MISTAKES[message]])
+
+
+def test_the_reference_of_the_released_pool_is_trained_on_its_best_rated_rows():
+    parse = lambda *more: reproduce.parse_arguments(["--model", "x", "--out", "x", *more])
+    assert parse().reference_top == 10_000 and parse("--reference-limit", "5").reference_top is None
+    assert parse("--methods", "full,sstoken", "--limit", "9").reference_top is None
 
 
 def test_a_part_of_the_columns_needs_all_its_tasks():
