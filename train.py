@@ -684,8 +684,10 @@ def main(argv: list[str] | None = None):
     report_held_out("after")
 
     if runs.first_rank():
-        for what, where in {"reference": folder / "reference", "training": folder}.items():
-            seconds[what] = sum(line["seconds"] for line in runs.read_log(where))  # before a stop and after it
+        steps = {"reference": runs.read_log(folder / "reference") if trains_reference else []}
+        steps["training"] = runs.read_log(folder)
+        for what, lines in steps.items():
+            seconds[what] = sum(line["seconds"] for line in lines)  # before a stop and after it
         record["seconds"] = {what: round(taken, 3) for what, taken in seconds.items()}
         save_record()
         if args.merge and (args.shard or args.method == "self-evolving"):  # the base, whole, and one adapter

@@ -275,6 +275,25 @@ def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, c
     assert len(calls) == 3 and json.loads(out.read_text())["results"].keys() == {"arc_easy", "logiqa"}
 
 
+def test_results_of_other_rows_are_gone_once_new_ones_are_asked_for(llama, questions, tmp_path, monkeypatch):
+    out, real = tmp_path / "out.json", evaluate.answer
+    command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy,logiqa"]
+    evaluate.main([*command, "--limit", "1"])
+    calls = []
+
+    def answer(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    with pytest.raises(SystemExit):
+        evaluate.main([*command, "--limit", "2"])
+    record = json.loads(out.read_text())
+    assert record["limit"] == 2 and {name: result["n"] for name, result in record["results"].items()} == {"arc_easy": 2}
+
+
 def test_base_and_adapters_in_one_go_load_the_base_once(llama, questions, tmp_path, monkeypatch, capsys):
     folders = [tmp_path / "one", tmp_path / "two"]
     for n, folder in enumerate(folders):
