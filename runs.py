@@ -142,10 +142,8 @@ def losses_key(
     kind of device.
     """
     digest = hashlib.sha256(f"{LOSSES} {dtype} {device}".encode())
-    tensors = find_tensors(model)
-    files = [model / "config.json", *sorted(set(tensors.values()))]
+    files = [model / "config.json", *sorted(set(find_tensors(model).values()))]
     files += [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"] if adapter else []
-    digest.update(repr([(name, path.name) for name, path in sorted(tensors.items())]).encode())
     for path in files:
         digest.update(f" {path.name} {path.stat().st_size} ".encode())
         with path.open("rb") as file:

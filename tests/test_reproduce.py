@@ -17,7 +17,9 @@ from benchmark_rows import write_benchmarks
 from sklearn.metrics import roc_auc_score
 
 import data
+import evaluate
 import reproduce
+import train
 from benchmarks import TABLE
 from model import UserError
 from reproduce import Line, interval, markdown, paper_rho, t_quantile, table_rows
@@ -110,7 +112,14 @@ def command(llama, rows, benchmarks, out, *more):
     return [*map(str, flags), *more, "--", *"--batch-size 10 --lora-rank 4 --lr 0.01".split()]
 
 
-def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Cells are made here, not in processes of their own, which take longer to start than to work."""
+    scripts = {"train.py": train.main, "evaluate.py": evaluate.main}
+    monkeypatch.setattr(reproduce, "call", lambda given: scripts[given[1].name]([str(part) for part in given[2:]]))
+
+
+def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, monkeypatch, capsys, in_this_process):
     reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "2"))
     printed = capsys.readouterr().out
     text = (tmp_path / "table1.md").read_text()
@@ -155,7 +164,7 @@ def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, mo
     assert evaluation["dtype"] == "float32"
 
 
-def test_cells_of_other_rows_are_not_averaged(llama, rows, benchmarks, tmp_path):
+def test_cells_of_other_rows_are_not_averaged(llama, rows, benchmarks, tmp_path, in_this_process):
     flags = command(llama, rows, benchmarks, tmp_path, "--methods", "full", "--seeds")
     place = flags.index("--seeds") + 1
     reproduce.main([*flags[:place], "1", *flags[place:]])
@@ -194,7 +203,7 @@ def test_figure_3_has_gamma_over_full_and_rho_from_base_to_full(tmp_path, monkey
     assert curves[1][0] == [0.0, 30.5, 0.2, 50.7, 0.8, 51.3, 1.0, 40.5]
 
 
-def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchmarks, tmp_path):
+def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchmarks, tmp_path, in_this_process):
     reproduce.main(
         command(llama, rows, benchmarks, tmp_path, "--table", "4", "--seeds", "1", "--methods", "base,sstoken")
     )
