@@ -79,8 +79,8 @@ def compare_kept(args, dtype: torch.dtype):
         kept = train.response_losses(model, examples)
     sizes = [int(e.response.sum()) for e in examples]
     errors, chosen, differ = [], 0, {0.5: 0, 1.0: 0}
-    (batch,) = data.plan_batches([len(e.ids) for e in examples], len(examples), micro_batch_size=3, seed=1)  # kept: 4
-    for samples in batch:
+    batches = data.plan_batches([len(e.ids) for e in examples], batch_size=8, micro_batch_size=4, seed=1)
+    for samples in (micro_batch for batch in batches for micro_batch in batch):
         ids, response = data.collate([examples[i] for i in samples])
         probe = AttentionProbe(model)
         current = response_nll(model, ids, response)
