@@ -98,10 +98,14 @@ def table_rows(table: int, rho: float, layers: int) -> list[Row]:
     ]
 
 
+def plain_name(model: str) -> str:
+    """A model's name as hub, folder and paper have it in common: without owner, case and hyphens, or "Instruct"."""
+    return Path(model).name.lower().replace("-", "").replace("instruct", "")
+
+
 def paper_rho(model: str) -> float:
     """Sec. 4.2: 0.8 for Qwen-2.5-14B, 0.6 for the others."""
-    name = Path(model).name.lower().replace("-", "")
-    return 0.8 if name.startswith("qwen2.514b") else 0.6
+    return 0.8 if plain_name(model).startswith(plain_name("Qwen-2.5-14B")) else 0.6
 
 
 # ----------------------------------------------------------------------------------------------------------- cells
@@ -270,8 +274,7 @@ def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[s
     """The paper's own numbers for a table: those of the same model, else of the first that the table has."""
     given = read_json(PAPER)
     parts = given["tables"][str(table)]
-    plain = lambda name: name.lower().replace("-", "").replace("instruct", "")  # noqa: E731
-    base = next((name for name in parts if plain(name) == plain(Path(model).name)), next(iter(parts)))
+    base = next((name for name in parts if plain_name(name) == plain_name(model)), next(iter(parts)))
     places = [given["columns"].index(column.split(" ")[0]) for column in columns]
     return base, {label: [values[i] for i in places] for label, values in parts[base].items()}
 

@@ -206,7 +206,7 @@ def train(
     args: argparse.Namespace,
     log: Callable[[dict], None],
     checkpoints: runs.Checkpoints | None = None,
-    frozen: Frozen = Frozen(),  # noqa: B008 (a tuple)
+    frozen: Frozen | None = None,
 ) -> Transformer:
     """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step.
 
@@ -217,6 +217,7 @@ def train(
     device = model.lm_head.weight.device
     lengths, sizes = [len(e.ids) for e in examples], [int(e.response.sum()) for e in examples]
     steps = plan_steps(lengths, args, device)
+    frozen = frozen or Frozen()
     reference = frozen.reference if args.excess == "current" else None
     fixed = None
     if METHODS[args.method] and not reference:

@@ -62,7 +62,7 @@ def measure(args) -> dict:
         runs.reuse_memory()  # as train.py does
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
-        frozen = train.Frozen(train.response_losses(model, examples)) if args.side == "cached" else train.Frozen()
+        frozen = train.Frozen(train.response_losses(model, examples)) if args.side == "cached" else None
         train.train(model, examples, run, lines.append, frozen=frozen)
     seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
     peak = runs.peak_memory_mb(torch.device("cpu"))

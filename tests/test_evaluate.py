@@ -254,9 +254,9 @@ def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp
     assert held["seconds"] == pytest.approx(sum(held["timing"].values())) and held["timing"]["tydiqa_goldp_fi"] > 0
 
 
-def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, capsys):
-    out, real = tmp_path / "out.json", evaluate.answer
-    calls = []
+def interrupt_second_answer(monkeypatch) -> list:
+    """Ctrl-C in the second of evaluate's calls of `answer`; returns the list that each call is added to."""
+    calls, real = [], evaluate.answer
 
     def answer(*arguments):
         calls.append(arguments)
@@ -265,6 +265,12 @@ def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, c
         return real(*arguments)
 
     monkeypatch.setattr(evaluate, "answer", answer)
+    return calls
+
+
+def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    calls = interrupt_second_answer(monkeypatch)
     command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy,logiqa"]
     with pytest.raises(SystemExit) as stopped:
         evaluate.main(command)
@@ -276,18 +282,10 @@ def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, c
 
 
 def test_results_of_other_rows_are_gone_once_new_ones_are_asked_for(llama, questions, tmp_path, monkeypatch):
-    out, real = tmp_path / "out.json", evaluate.answer
+    out = tmp_path / "out.json"
     command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy,logiqa"]
     evaluate.main([*command, "--limit", "1"])
-    calls = []
-
-    def answer(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(evaluate, "answer", answer)
+    interrupt_second_answer(monkeypatch)
     with pytest.raises(SystemExit):
         evaluate.main([*command, "--limit", "2"])
     record = json.loads(out.read_text())
