@@ -1,0 +1,416 @@
+"""The token explorer, driven in headless Chromium: what it selects, shows, and keeps from doing."""
+
+import base64
+import io
+import json
+import random
+import re
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from conftest import make_checkpoint, write_rows
+from playwright.sync_api import sync_playwright
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import model as decoder
+import sstoken
+import train
+import visualize
+
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+HEBREW = "\u05d1\u05d5\u05e7\u05e8 \u05d8\u05d5\u05d1"  # good morning
+ROWS = [
+    {"instruction": "Say <script>document.title = 'broken'</script> </script>", "output": "<b>bold</b> & </script>"},
+    {"instruction": "Say good morning in Hebrew.", "output": HEBREW},
+    {"instruction": "Draw.", "output": f"A family {FAMILY}, a \U0001f44d\U0001f3fd and\n\na line \x1b[31mred\x1b[0m."},
+    {"messages": [
+        {"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."},
+        {"role": "user", "content": "And three?"}, {"role": "assistant", "content": "Seven, of course, is what it is."},
+    ]},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A page of a real run: base model, three snapshots, its end, a reference, two layers; and its flags."""
+    folder = tmp_path_factory.mktemp("explorer")
+    checkpoint = make_checkpoint(folder / "model", "llama", adds_bos=True)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + write_rows(folder / "more.jsonl").read_text())
+    common = ["--model", str(checkpoint), "--data", str(rows), "--batch-size", "8", "--lora-rank", "4"]
+    common += ["--dtype", "float32"]
+    train.main([*common, "--lr", "0.02", "--out", str(folder / "run"), "--snapshot-every", "1"])
+    train.main([*common, "--lr", "0.01", "--out", str(folder / "better"), "--method", "full"])
+    flags = ["--model", str(checkpoint), "--data", str(rows), "--adapter", str(folder / "run"), "--dtype", "float32"]
+    flags += ["--reference", str(folder / "better"), "--layers", "deep,0"]
+    visualize.main([*flags, "--out", str(folder / "page.html")])
+    return folder, flags
+
+
+@pytest.fixture
+def explorer(made, browser):
+    """The page, open; it must ask for nothing and say nothing on the console."""
+    page, noise = browser.new_page(viewport={"width": 1300, "height": 900}), []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto(f"file://{made[0] / 'page.html'}")
+    yield page
+    page.close()
+    assert not noise
+
+
+def held(folder) -> dict:
+    """What the page holds, read back from its text: integers, and tokens in pieces."""
+    text = re.search(r'id="content">(.*?)</script>', (folder / "page.html").read_text(encoding="utf-8"), re.DOTALL)[1]
+
+    def numbers(value):
+        raw = base64.b64decode(value)
+        return torch.tensor([raw[i] + 256 * raw[i + 1] for i in range(0, len(raw), 2)])
+
+    page = json.loads(text)
+    for sample in page["samples"]:
+        sample["history"], sample["reference"] = numbers(sample["history"]), numbers(sample["reference"])
+        sample["losses"] = [numbers(x) for x in sample["losses"]]
+        sample["attention"] = [[numbers(x) for x in layers] for layers in sample["attention"]]
+    return page
+
+
+def selected(page, side=0) -> list[bool]:
+    """The tokens that the page shows as selected, in order."""
+    flags = page.eval_on_selector_all(f'[data-side="{side}"] .t', "all => all.map(t => t.dataset.selected).join('')")
+    return [flag == "1" for flag in flags]
+
+
+def colours(page, side=0) -> str:
+    """b, o or - for each piece of the response."""
+    kinds = page.eval_on_selector_all(f'[data-side="{side}"] .t', "all => all.map(t => t.className)")
+    return "".join("o" if "orange" in kind else "b" if "blue" in kind else "-" for kind in kinds)
+
+
+def move(page, name, value):
+    """Put a slider on a value and tell the page, as a hand would."""
+    page.eval_on_selector(
+        f"#{name}", "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+    )
+
+
+def go_to(page, number):
+    page.locator("#samples button").nth(number).click()
+
+
+# --------------------------------------------------------------------------------------------- the same arithmetic
+
+
+def test_the_page_selects_what_sstoken_selects(explorer, made):
+    page = held(made[0])
+    assert page["states"] == ["base model", "run, step 1", "run, step 2", "run, step 3", "run"]
+    rng = random.Random(0)
+    for _ in range(40):
+        gamma, rho, layer = rng.choice([0, 100, rng.randint(1, 99)]), rng.randint(1, 100), rng.randint(0, 1)
+        state, number = rng.randrange(5), rng.randrange(len(page["samples"]))
+        move(explorer, "gamma", gamma)
+        move(explorer, "rho", rho)
+        explorer.select_option("#layer", str(layer))
+        explorer.select_option("#state-a", str(state))
+        go_to(explorer, number)
+        sample = page["samples"][number]
+        rel = sstoken.retrospective_excess_loss(sample["losses"][state].double(), sample["history"].double())
+        scores = sstoken.score(sstoken.normalize(rel), sample["attention"][state][layer].double() / 65535, gamma / 100)
+        assert selected(explorer) == sstoken.select(scores, rho / 100).tolist(), (gamma, rho, layer, state, number)
+
+
+def test_other_methods_on_the_page(explorer, made):
+    page, state = held(made[0]), 4
+    for number in (0, 3, 9):
+        go_to(explorer, number)
+        sample = page["samples"][number]
+        loss, base, better = (x.double() for x in (sample["losses"][state], sample["history"], sample["reference"]))
+        for method, scores in {
+            "RHO-1, base model": sstoken.excess_loss(base, better),
+            "RHO-1, this model": sstoken.excess_loss(loss, better),
+            "REL alone (gamma 1)": base - loss,
+            "attention alone (gamma 0)": sample["attention"][state][0],
+        }.items():
+            explorer.select_option("#method-b", method)
+            assert selected(explorer, 1) == sstoken.select(scores, 0.6).tolist()
+        explorer.select_option("#method-b", "full")
+        assert all(selected(explorer, 1))
+        differs = explorer.eval_on_selector_all('[data-side="0"] .t', "all => all.map(t => t.matches('.differs'))")
+        pieces = explorer.eval_on_selector_all('[data-side="0"] .t', "all => all.map(t => t.dataset.selected)")
+        assert differs == ["0" in piece for piece in pieces]
+
+
+def test_blue_and_orange_are_appendix_d_s(explorer, made):
+    page = held(made[0])
+    for number in (0, 2):
+        go_to(explorer, number)
+        sample = page["samples"][number]
+        rel, att = sample["history"] - sample["losses"][4], sample["attention"][4][0].double() / 65535
+        rel = (rel - rel.min()).double() / (rel.max() - rel.min())
+        both, alone = sstoken.select(0.5 * rel + 0.5 * att, 0.6), sstoken.select(rel, 0.6)
+        places = explorer.eval_on_selector_all(".t", "all => all.map(t => +t.dataset.first)")
+        sizes = [len(x) for x in explorer.eval_on_selector_all(".t", "all => all.map(t => t.dataset.selected)")]
+        expected = ""
+        for first, size in zip(places, sizes, strict=True):
+            chosen = [i for i in range(first, first + size) if both[i]]
+            expected += "-" if not chosen else "o" if not any(alone[i] for i in chosen) else "b"
+        assert colours(explorer) == expected
+        assert number or "o" in expected
+
+
+def test_what_is_stored_is_what_transformers_computes(made):
+    folder, _ = made
+    tokenizer = data.load_tokenizer(folder / "model")
+    examples, _ = data.load_examples(str(folder / "rows.jsonl"), tokenizer, 2048)
+    peer = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager")
+    for example, sample in zip(examples, held(folder)["samples"], strict=True):
+        out = peer(example.ids[None], output_attentions=True)
+        nll = -out.logits[0, :-1].log_softmax(-1).gather(1, example.ids[1:, None])[:, 0][example.response[1:]]
+        assert (sample["history"] / 2000 - nll).abs().max() < 0.0005
+        assert torch.equal(sample["history"], sample["losses"][0])
+        for stored, layer in zip(sample["attention"][0], (2, 0), strict=True):
+            to_prompt = (out.attentions[layer][0] * ~example.response).sum(-1).mean(0)[example.response]
+            assert (stored / 65535 - to_prompt).abs().max() < 2e-5
+
+
+# ------------------------------------------------------------------------------------------------- what it shows
+
+
+def test_the_text_of_every_sample_is_there_in_full(explorer, made):
+    tokenizer = AutoTokenizer.from_pretrained(made[0] / "model")
+    examples, _ = data.load_examples(str(made[0] / "rows.jsonl"), data.load_tokenizer(made[0] / "model"), 2048)
+    for number, example in enumerate(examples):
+        go_to(explorer, number)
+        text = tokenizer.decode(example.ids).replace("\x1b", "\u241b")
+        assert explorer.eval_on_selector(".side .text", "text => text.textContent") == text
+
+
+def test_bytes_of_one_character_are_shown_together(explorer):
+    go_to(explorer, 2)
+    read = "all => all.map(t => [t.textContent.trim(), t.dataset.selected.length])"
+    pieces = explorer.eval_on_selector_all(".t", read)
+    assert not any("\ufffd" in text for text, _ in pieces)
+    sizes = dict(map(tuple, pieces))
+    assert sizes[FAMILY] > 5 and sizes["\U0001f44d\U0001f3fd"] > 2  # the tokenizer has met neither as a whole
+    explorer.locator(".t", has_text=FAMILY).hover()
+    assert explorer.locator("#token tr").first.locator("td").count() == sizes[FAMILY]
+
+
+def test_text_from_data_is_text(explorer):
+    text = explorer.locator(".side .text").inner_text()
+    assert "<script>document.title = 'broken'</script> </script>" in text and "<b>bold</b> & </script>" in text
+    assert explorer.title() == "ssToken: which tokens are selected"
+    assert explorer.locator("b").count() == explorer.locator(".summary b").count()
+
+
+def test_the_security_policy_forbids_whatever_is_not_the_page_s_own(made, browser):
+    page, refused = browser.new_page(), []
+    page.on("console", lambda message: refused.append(message.text))
+    page.goto(f"file://{made[0] / 'page.html'}")
+    page.evaluate("""() => {
+        const script = document.createElement('script'); script.textContent = 'document.title = "broken"';
+        const image = document.createElement('img'); image.src = 'http://127.0.0.1:9/x.png';
+        document.body.append(script, image);
+    }""")
+    page.wait_for_timeout(200)
+    assert page.title() != "broken" and len(refused) == 2
+    assert all("Content Security Policy" in message for message in refused)
+    page.close()
+
+
+def test_without_javascript_the_text_is_highlighted(made, browser):
+    folder, _ = made
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"file://{folder / 'page.html'}")
+    assert page.locator("#static .text").count() == len(ROWS) + 20
+    assert not page.locator("#app").is_visible()
+    number = 6
+    shown = [
+        (kind, text)
+        for kind, text in re.findall(
+            r"<(mark|em|span)>(.*?)</", page.locator("#static .text").nth(number).inner_html(), re.DOTALL
+        )
+    ]
+    with_script = browser.new_page()
+    with_script.goto(f"file://{folder / 'page.html'}")
+    go_to(with_script, number)
+    pieces = with_script.eval_on_selector_all(".t", "all => all.map(t => t.textContent)")
+    runs = []
+    for kind, text in zip(colours(with_script), pieces, strict=True):
+        kind = {"b": "mark", "o": "em", "-": "span"}[kind]
+        if runs and runs[-1][0] == kind:
+            runs[-1] = (kind, runs[-1][1] + text)
+        else:
+            runs.append((kind, text))
+    escaped = [(kind, text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")) for kind, text in runs]
+    assert shown == escaped
+    context.close()
+    with_script.close()
+
+
+# ------------------------------------------------------------------------------------------ what the reader can do
+
+
+def test_the_keyboard_reaches_everything(explorer):
+    explorer.locator("#gamma").focus()
+    explorer.keyboard.press("ArrowRight")
+    assert explorer.locator("#gamma-value").inner_text() == "0.51"
+    assert explorer.locator('.t[tabindex="0"]').count() == 1  # one Tab stop, then arrows
+    explorer.locator('.t[tabindex="0"]').focus()
+    explorer.keyboard.press("ArrowRight")
+    assert explorer.evaluate("document.activeElement.dataset.first") == "1"
+    assert "2 of" in explorer.locator("#token").inner_text()
+    explorer.keyboard.press("ArrowLeft")
+    assert "1 of" in explorer.locator("#token").inner_text()
+    explorer.keyboard.press("PageDown")
+    assert explorer.locator("#samples button").nth(1).get_attribute("aria-current") == "true"
+    explorer.keyboard.press("PageUp")
+    assert explorer.locator("#samples button").nth(0).get_attribute("aria-current") == "true"
+
+
+def test_the_numbers_of_a_token(explorer, made):
+    sample = held(made[0])["samples"][7]
+    go_to(explorer, 7)
+    explorer.locator(".t").nth(4).hover()
+    table = dict(row.split("\t") for row in explorer.locator("#token table").inner_text().splitlines())
+    his, loss = sample["history"][4].item() / 2000, sample["losses"][4][4].item() / 2000
+    assert (table["L_his"], table["L_theta"], table["REL"]) == (f"{his:.4f}", f"{loss:.4f}", f"{his - loss:.4f}")
+    assert table["excess loss"] == f"{his - sample['reference'][4].item() / 2000:.4f}"
+    assert table["AttnScore, layer 2"] == f"{sample['attention'][4][0][4].item() / 65535:.3f}"
+    assert table["AttnScore, layer 0"] == f"{sample['attention'][4][1][4].item() / 65535:.3f}"
+
+
+def test_steps_of_a_run_show_selection_change(explorer):
+    go_to(explorer, 12)
+    seen = []
+    for step in range(5):
+        move(explorer, "step", step)
+        seen.append(tuple(selected(explorer)))
+        label = explorer.locator("#step-value").inner_text()
+        assert label == explorer.eval_on_selector("#state-a", "select => select.selectedOptions[0].text")
+    assert len(set(seen)) > 2 and seen[3] == seen[4]  # the last snapshot is the end of this run
+
+
+def test_samples_in_order_of_disagreement(explorer, made):
+    explorer.select_option("#method-b", "RHO-1, base model")
+    explorer.select_option("#order", "1")
+    shares = []
+    for sample in held(made[0])["samples"]:
+        rel = sstoken.normalize((sample["history"] - sample["losses"][4]).double())
+        ours = sstoken.select(0.5 * rel + 0.5 * (sample["attention"][4][0].double() / 65535), 0.6)
+        theirs = sstoken.select(sample["history"] - sample["reference"], 0.6)
+        shares.append((ours ^ theirs).double().mean().item())
+    texts = explorer.locator("#samples small").all_inner_texts()
+    shown = [float(re.search(r"([\d.]+) % differ", text)[1]) for text in texts]
+    assert shown == pytest.approx([100 * share for share in sorted(shares, reverse=True)], abs=0.051)
+
+
+def test_charts_have_a_mark_for_every_token(explorer, made):
+    sample = held(made[0])["samples"][0]
+    assert explorer.locator("#scatter circle").count() == len(sample["history"])
+    picked = explorer.locator("#scatter .fill-blue, #scatter .fill-orange").count()
+    assert picked == sum(selected(explorer))
+    for chart in ("rel", "attention"):
+        heights = explorer.eval_on_selector_all(f"#{chart} rect", "all => all.map(r => +r.getAttribute('height'))")
+        assert len(heights) > 1 and all(0 < height <= 78.001 for height in heights)
+
+
+@pytest.mark.parametrize("width", [320, 390, 800, 1300])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_any_width_in_light_and_dark(made, browser, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.goto(f"file://{made[0] / 'page.html'}")
+    page.select_option("#method-b", "full")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    style = "getComputedStyle(document.body)"
+    colour, ground = page.evaluate(f"[{style}.color, {style}.backgroundColor]")
+    light = [sum(map(int, re.findall(r"\d+", value)[:3])) / 765 for value in (colour, ground)]
+    assert (light[0] < 0.2 and light[1] > 0.9) if scheme == "light" else (light[0] > 0.8 and light[1] < 0.2)
+    page.close()
+
+
+def test_right_to_left_text_is_one(explorer, made, browser):
+    page = browser.new_page()
+    sample = visualize.Sample([[(word, 1) for word in HEBREW.split()]], *(torch.ones(2, dtype=torch.int64),) * 4)
+    sample = sample._replace(losses=torch.ones(1, 2), attention=torch.ones(1, 1, 2), reference=None)
+    head = {"model": "m", "data": "d", "states": ["base model"], "layers": [0], "nats": 2000, "share": 65535}
+    page.set_content(visualize.build_page([sample], head | {"gamma": 50, "rho": 60}))
+    first, second = (page.locator(".t").nth(i).bounding_box()["x"] for i in (0, 1))
+    assert first > second  # reading starts on the right
+    page.close()
+
+
+# ------------------------------------------------------------------------------------------------- size, text, flags
+
+
+def test_two_hundred_samples_of_five_hundred_tokens_take_less_than_five_megabytes(browser):
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = ["".join(random.Random(i).choices("etaoinshr lud", k=1 + i % 9)) for i in range(5000)]
+
+    def draw(*shape):
+        return torch.randint(0, 65536, shape, generator=generator)
+
+    samples = []
+    for _ in range(200):
+        words = [(vocabulary[i], 1) for i in torch.randint(0, 5000, (500,), generator=generator).tolist()]
+        numbers = draw(500), draw(3, 500), draw(3, 1, 500), draw(500)
+        samples.append(visualize.Sample(["<|user|>\n" + "a question " * 20, words], *numbers))
+    head = {"model": "m", "data": "d", "states": ["base model", "a", "b"], "layers": [0], "nats": 2000, "share": 65535}
+    text = visualize.build_page(samples, head | {"gamma": 50, "rho": 60})
+    assert len(text.encode()) < 5e6
+    page = browser.new_page()
+    page.set_content(text)
+    assert page.locator(".t").count() == 500
+    page.close()
+
+
+def test_text_prints_the_same_highlighting(made, monkeypatch):
+    _, flags = made
+    out = io.StringIO()
+    with redirect_stdout(out):
+        visualize.main([*flags, "--text", "--limit", "3"])
+    texts = out.getvalue().split("\n\n<|begin_of_text|>")
+    assert len(texts) == 3 and "\x1b" not in out.getvalue()  # neither colours, into a file, nor those of the data
+    assert "\u241b[31mred" in re.sub(r"[\]{}]|\[(?!31)", "", texts[2]).replace("\u241b31", "\u241b[31")
+
+
+def test_colours_of_the_terminal():
+    sample = visualize.Sample(["ask\n", [("a", 1), ("b\nc", 1), ("d", 1)]], *(torch.zeros(1),) * 3, None)
+    chosen = torch.tensor([False, True, True]), torch.tensor([False, False, True])
+    plain = visualize.terminal_text(sample, chosen, coloured=False)
+    assert plain == "ask\na[b]\n[c]{d}"
+    coloured = visualize.terminal_text(sample, chosen, coloured=True)
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == "ask\nab\ncd"
+    assert all(line.endswith("\x1b[0m") for line in coloured.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--layers", "3"], "--layers '3'"),
+        (["--layers", "deepest"], "--layers 'deepest'"),
+        (["--gamma", "1.5"], "--gamma is 1.5"),
+        (["--gamma", "0.333"], "hundredths"),
+        (["--rho", "0"], "--rho is 0"),
+        (["--limit", "0"], "--limit"),
+        (["--text", "--out", "x.html"], "--text"),
+        (["--adapter", "nowhere"], "nowhere"),
+        (["--out", "nowhere/page.html"], "nowhere/page.html"),
+    ],
+)
+def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(decoder.UserError, match=re.escape(words)):
+        visualize.main([*made[1], *flags])

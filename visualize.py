@@ -1,0 +1,343 @@
+"""What was selected: the token explorer, one HTML page that makes the case studies of Appendix D move.
+
+    python visualize.py --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
+
+The page holds, for every response token, the losses of the base model and of each adapter, its attention score at the
+chosen layers and, with a reference, that model's loss. The reader moves gamma and rho, and the page selects as
+sstoken.py does: from the same values, rounded as they are stored, in the same order of operations. It needs no network
+and no server. `--text` prints the same highlighting on the terminal instead.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import lora
+import runs
+import train
+from model import Transformer, UserError, load_model, response_nll, response_places, write_whole
+from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
+
+TEMPLATE = Path(__file__).with_name("visualize.html")
+NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+class Sample(NamedTuple):
+    """One sample as the page holds it: integers, in units of NATS and SHARE, one for each of its L_resp tokens.
+
+    parts: the text in its order, a str for what is prompt, a list of pieces (text, number of tokens) for what is
+    response. history: L_his (L_resp,). losses: L_theta (states, L_resp). attention: AttnScore (states, layers, L_resp).
+    reference: L_ref (L_resp,) or None.
+    """
+
+    parts: list
+    history: Tensor
+    losses: Tensor
+    attention: Tensor
+    reference: Tensor | None
+
+
+def find_states(adapters: list[str]) -> list[tuple[str, Path | None]]:
+    """(label, adapter's folder) of each model on the page: the base, then a run's snapshots and its last adapter."""
+    states = [("base model", None)]
+    for adapter in map(Path, adapters):
+        name = adapter.resolve().name
+        states += [(f"{name}, step {int(part.name[5:])}", part) for part in runs.snapshots_in(adapter)]
+        states.append((name, adapter))
+    return states
+
+
+@torch.no_grad()
+def signals(model: Transformer, examples: list[data.Example], layers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """L_theta (L_resp,) and AttnScore (layers, L_resp) of each sample, adapters on, dropout off."""
+    device, found = model.lm_head.weight.device, {}
+    probes = [AttentionProbe(model, layer) for layer in layers]
+    model.eval()
+    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), train.SCORING_BATCH, seed=0)
+    for members in passes:
+        ids, response = data.collate([examples[i] for i in members], device)
+        nll, places = response_nll(model, ids, response), response_places(response, device)
+        attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])
+        sizes = [int(examples[i].response.sum()) for i in members]
+        found |= zip(members, zip(nll.cpu().split(sizes), attention.cpu().split(sizes, 1), strict=True), strict=True)
+    for probe in probes:
+        probe.remove()
+    return (found[i] for i in range(len(examples)))
+
+
+def in_steps(values: Tensor, steps: int) -> Tensor:
+    """Values as whole numbers of 1 / steps, as two bytes hold them: 0 to 65535."""
+    return (values.double() * steps).round().clamp(0, 65535).to(torch.int64)
+
+
+def pieces(tokenizer: data.Tokenizer, ids: list[int], before: int | None) -> list[tuple[str, int]]:
+    """The text of `ids` in pieces (text, number of tokens); `before`: the id that stands in front of them.
+
+    A piece is one token, but tokens that are only parts of what a reader sees as one character are one piece together:
+    bytes, accents, the people of a family emoji.
+    """
+    found, group, start = [], [], [] if before is None else [before]
+    for place, token in enumerate(ids):
+        group.append(token)
+        text = tokenizer.decode(start + group)[len(tokenizer.decode(start)) :]
+        if text.endswith("\ufffd") and len(group) < 4 and place < len(ids) - 1:  # a character has four bytes at most
+            continue
+        text, tokens = visible(text), len(group)
+        if found and (found[-1][0].endswith(JOINER) or extends(text[:1])):
+            text, tokens = found[-1][0] + text, found.pop()[1] + tokens
+        found.append((text, tokens))
+        start, group = [token], []
+    return found
+
+
+JOINER = "\u200d"
+
+
+def extends(character: str) -> bool:
+    """Whether a character is drawn into the one before: an accent, a vowel sign, a joiner, an emoji's skin colour."""
+    mark = unicodedata.category(character or " ").startswith("M")
+    return mark or character == JOINER or "\U0001f3fb" <= character <= "\U0001f3ff"
+
+
+def visible(text: str) -> str:
+    """Text with its control characters, all but line break and tab, as pictures of them: no terminal obeys it."""
+    pictures = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
+    return text.translate(pictures | dict.fromkeys(range(0x80, 0xA0), 0xFFFD))
+
+
+def split_parts(example: data.Example, tokenizer: data.Tokenizer) -> list:
+    """A sample's text in its order, as `Sample.parts`."""
+    ids, response, parts = example.ids.tolist(), example.response.tolist(), []
+    starts = [i for i in range(len(ids)) if i == 0 or response[i] != response[i - 1]]
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        stretch = pieces(tokenizer, ids[start:end], ids[start - 1] if start else None)
+        parts.append(stretch if response[start] else "".join(text for text, _ in stretch))
+    return parts
+
+
+def choose(sample: Sample, state: int, layer: int, gamma: float, rho: float) -> tuple[Tensor, Tensor]:
+    """Which response tokens are selected, and which of them are because of attention (they are not at gamma = 1).
+
+    Blue and orange in Appendix D. Eqs. 3, 8, 9 and 11 in float64 on the stored values, as the page computes them.
+    """
+    rel = normalize(retrospective_excess_loss(sample.losses[state].double(), sample.history.double()))
+    attention = sample.attention[state, layer].double() / SHARE
+    selected = select(score(rel, attention, gamma), rho)
+    return selected, selected & ~select(score(rel, attention, 1.0), rho)
+
+
+def highlighted(sample: Sample, selected: Tensor, by_attention: Tensor) -> Iterator[tuple[str, str]]:
+    """The sample's text in stretches (text, kind): prompt, plain, blue or orange."""
+    place = 0
+    for part in sample.parts:
+        if isinstance(part, str):
+            yield part, "prompt"
+            continue
+        stretch, kind = "", ""
+        for text, tokens in part:
+            chosen, orange = selected[place : place + tokens], by_attention[place : place + tokens]
+            new = ("orange" if orange[chosen].all() else "blue") if chosen.any() else "plain"
+            if new != kind and stretch:
+                yield stretch, kind
+                stretch = ""
+            stretch, kind, place = stretch + text, new, place + tokens
+        yield stretch, kind
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def pack(values: Tensor) -> str:
+    """Numbers from 0 to 65535 as base64 of two bytes each, the low one first."""
+    return base64.b64encode(values.numpy().astype("<u2").tobytes()).decode()
+
+
+def content(samples: list[Sample], head: dict) -> str:
+    """All that the page's script reads, as JSON in which no text can end the element that holds it."""
+    rows = []
+    for sample in samples:
+        # a piece is its text, and behind it how many tokens it has, if it has several
+        parts = [
+            p if isinstance(p, str) else [x for text, n in p for x in ([text, n] if n > 1 else [text])]
+            for p in sample.parts
+        ]
+        row = {"parts": parts, "history": pack(sample.history), "losses": [pack(x) for x in sample.losses]}
+        row["attention"] = [[pack(x) for x in layers] for layers in sample.attention]
+        if sample.reference is not None:
+            row["reference"] = pack(sample.reference)
+        rows.append(row)
+    text = json.dumps(head | {"samples": rows}, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def static_text(samples: list[Sample], head: dict) -> str:
+    """What is read where no script runs: every sample's text, highlighted for the last state."""
+    articles = []
+    for sample in samples:
+        chosen = choose(sample, len(head["states"]) - 1, 0, head["gamma"] / 100, head["rho"] / 100)
+        tags = {"prompt": "i", "plain": "span", "blue": "mark", "orange": "em"}
+        text = [f"<{tags[kind]}>{html.escape(text)}</{tags[kind]}>" for text, kind in highlighted(sample, *chosen)]
+        articles.append(f'<p class="text" dir="auto">{"".join(text)}</p>')
+    return "\n".join(articles)
+
+
+def build_page(samples: list[Sample], head: dict) -> str:
+    """The page, complete: template, style and script with their digests in its security policy, and the samples.
+
+    head: model, data, states (labels), layers (numbers), gamma and rho in hundredths, NATS, SHARE.
+    """
+    template = TEMPLATE.read_text(encoding="utf-8")
+
+    def allow(element):
+        (inside,) = re.findall(rf"<{element}>(.*?)</{element}>", template, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+
+    filled = {
+        "policy": f"default-src 'none'; style-src {allow('style')}; script-src {allow('script')}; base-uri 'none'",
+        "about": html.escape(f"{head['model']} on {head['data']}"),
+        "settings": f"gamma {head['gamma'] / 100}, rho {head['rho'] / 100}, {html.escape(head['states'][-1])}",
+        "static": static_text(samples, head),
+        "content": content(samples, head),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], template)
+
+
+# ----------------------------------------------------------------------------------------------------- the terminal
+
+COLOURS = {"prompt": "\033[2m", "plain": "", "blue": "\033[30;104m", "orange": "\033[30;48;5;215m"}
+BRACKETS = {"prompt": ("", ""), "plain": ("", ""), "blue": ("[", "]"), "orange": ("{", "}")}
+
+
+def terminal_text(sample: Sample, chosen: tuple[Tensor, Tensor], coloured: bool) -> str:
+    """A sample's highlighted text: in colours, or [blue] and {orange} where there are none."""
+    found = []
+    for text, kind in highlighted(sample, *chosen):
+        before, after = (COLOURS[kind], "\033[0m") if coloured else BRACKETS[kind]
+        lines = text.split("\n")  # a colour that goes on over the end of a line fills the next one
+        found.append("\n".join(f"{before}{line}{after}" if line else "" for line in lines))
+    return "".join(found)
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def layer_numbers(asked: str, count: int) -> list[int]:
+    """The decoder layers that a comma-separated list means, from 0; shallow, medium, deep are Table 2's."""
+    names, found = {"shallow": 0, "medium": count // 2, "deep": count - 1}, []
+    for name in asked.split(","):
+        name = name.strip()
+        number = names.get(name, int(name) if re.fullmatch(r"-?\d+", name) else None)
+        if number is None or not -count <= number < count:
+            raise UserError(f"--layers {name!r}: layers are 0 to {count - 1}, -1 the last, or {', '.join(names)}")
+        found.append(number % count)
+    return list(dict.fromkeys(found))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked: a value that cannot work is a UserError that names its flag."""
+    parser = runs.ArgumentParser("Write the token explorer: one page that shows which tokens are selected, and why.")
+    # fmt: off
+    add = parser.add_argument_group("models").add_argument
+    add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
+    add("--revision", help="branch, tag or commit of a --model on the hub")
+    add("--adapter", action="append", default=[], metavar="DIR",
+        help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page. May be given again")
+    add("--reference", metavar="DIR",
+        help="a reference model, as train.py's, for excess loss (Eq. 2): an adapter, or a whole model")
+    add("--layers", default="deep",
+        help="decoder layers whose attention is held: shallow, medium, deep (Table 2) or numbers, comma-separated")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows to show, as train.py's --data")
+    add("--limit", type=int, default=50, metavar="N", help="the first N rows of each source")
+    add("--max-length", type=int, default=2048, help="cut samples to this many tokens (Appendix A.3)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="FILE", help="the page to write; default: explorer.html")
+    add("--text", action="store_true", help="print highlighted text instead; colours follow NO_COLOR")
+    add("--gamma", type=float, default=0.5, help="weight of REL that the page starts with (Eq. 9), in hundredths")
+    add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
+    add = parser.add_argument_group("machine").add_argument
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
+    add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
+    # fmt: on
+    args = parser.parse_args(argv)
+    bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
+    for flag, fits in bounds.items():
+        value = getattr(args, flag)
+        if not fits or round(100 * value) != round(100 * value, 9):
+            raise UserError(f"--{flag} is {value}; it must be in [0, 1], rho above 0, and in whole hundredths")
+    if args.limit < 1 or args.max_length < 2:
+        raise UserError("--limit must be at least 1, and --max-length at least 2")
+    if args.text and args.out:
+        raise UserError("--text prints to the terminal: it does not go with --out")
+    return args
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    device = runs.find_device(args.device)
+    tokenizer = data.load_tokenizer(args.model, args.revision)
+    if args.reference:
+        train.check_tokenizer(args, tokenizer)
+    examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.limit)
+    states = find_states(args.adapter)
+    model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
+    train.check_fits(model, args.model, examples)
+    layers = layer_numbers(args.layers, model.config.num_hidden_layers)
+
+    found = []
+    for _, adapter in states:
+        if adapter:
+            lora.load_adapter(model, adapter)
+        found.append(list(signals(model, examples, layers)))
+        lora.remove_lora(model)
+    reference = [None] * len(examples)
+    if args.reference:
+        if train.is_adapter(args.reference):
+            lora.load_adapter(model, args.reference)
+        else:
+            model = load_model(args.reference, getattr(torch, args.dtype), device)
+            train.check_fits(model, args.reference, examples)
+        reference = [in_steps(nll, NATS) for nll in train.response_losses(model, examples)]
+
+    samples = []
+    for example, of_states, its_reference in zip(examples, zip(*found, strict=True), reference, strict=True):
+        losses = in_steps(torch.stack([nll for nll, _ in of_states]), NATS)
+        attention = in_steps(torch.stack([attention for _, attention in of_states]), SHARE)
+        samples.append(Sample(split_parts(example, tokenizer), losses[0], losses, attention, its_reference))
+    if args.text:
+        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        for sample in samples:
+            print(terminal_text(sample, choose(sample, -1, 0, args.gamma, args.rho), coloured), end="\n\n")
+        return
+    name = Path(args.model).name if Path(args.model).exists() else args.model
+    head = {"model": name, "data": ", ".join(Path(source).name for source in args.data.split(","))}
+    head |= {"states": [label for label, _ in states], "layers": layers, "nats": NATS, "share": SHARE}
+    head |= {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}
+    page, path = build_page(samples, head), Path(args.out or "explorer.html")
+    try:
+        write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    except OSError as reason:
+        raise UserError(f"--out {path} cannot be written: {reason.strerror}") from None
+    tokens = np.sum([len(sample.history) for sample in samples])
+    print(f"wrote {path}: {len(samples)} samples, {tokens:,} response tokens, {len(page.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
