@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from data import conversations, prompt_text
 from model import UserError
 
 Row = dict  # one question, in the schema of its hub data set
 Task = dict
 """What a benchmark is:
 
-"hub":      (data set, configuration or None) on the hub
+"hub":      (data set, configuration or None) on the hub; None: rows of the user's own, in a local folder
 "file":     what its files in a local folder are called, <file>.<split>.jsonl
 "rows":     (load, tokenizer) -> the rows to ask, where load(split) gives the rows of a split
 "requests": row -> its requests
@@ -403,6 +404,26 @@ def braced_fractions(text: str) -> str:
     return head
 
 
+# -------------------------------------------------------------------------------------------------- your own rows
+
+
+def instructions_rows(load: Callable, tokenizer) -> list[Row]:
+    """Rows of any schema that train.py reads, each as a prompt in its template and the answer that should follow."""
+    found = conversations(load("test"), "instructions")
+    if not all(messages and messages[-1]["role"] == "assistant" for messages in found):
+        raise UserError("every row must end with the answer that is asked for")
+    return [{"prompt": prompt_text(messages, tokenizer.eos), "answer": messages[-1]["content"]} for messages in found]
+
+
+INSTRUCTIONS: Task = {
+    "hub": None,
+    "file": "instructions",
+    "rows": instructions_rows,
+    "requests": lambda row: [(row["prompt"], {"until": []})],
+    "metrics": lambda row, answers: overlap(answers[0], [row["answer"]], str),
+}
+
+
 # --------------------------------------------------------------------------------------------------- all of them
 
 TASKS: dict[str, Task] = {
@@ -435,6 +456,7 @@ TASKS: dict[str, Task] = {
     "logiqa": LOGIQA,
     **{f"agieval_{name.replace('-', '_')}": agieval(name) for name in AGIEVAL_SETS},
     **{f"tydiqa_release_{code}": tydiqa_release(code) for code in TYDIQA},
+    "instructions": INSTRUCTIONS,
 }
 
 
@@ -463,3 +485,4 @@ TABLE = [
     ("LogiQA", "logiqa", "acc"),
     ("AGIEval", "agieval", "acc"),
 ]
+OWN = ("own rows", "instructions", "exact_match")  # a column beside those

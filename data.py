@@ -330,6 +330,15 @@ class Example(NamedTuple):
     response: Tensor
 
 
+def prompt_text(messages: list[Message], eos: str) -> str:
+    """The template's text up to where the last message, an answer, would begin: what a model is asked with."""
+    text = ""
+    for message in messages[:-1]:
+        text += f"<|{message['role']}|>\n{message['content'].strip()}"
+        text += (eos if message["role"] == "assistant" else "") + "\n"
+    return text + "<|assistant|>\n"
+
+
 def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Example:
     """Messages in the template of Appendix A.1 as token ids, cut to `max_length`, with the mask of supervised tokens.
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import lora
 import runs
-from benchmarks import GROUPS, TABLE, TASKS
+from benchmarks import GROUPS, OWN, TABLE, TASKS
 from data import Tokenizer
 from model import (
     SharedPrefix,
@@ -322,7 +322,9 @@ def loader(name: str, folder: Path | None) -> Callable:
 
 
 @functools.cache
-def _load(file: str, hub: tuple, folder: Path | None, split: str) -> list[dict]:
+def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
+    if not (folder or hub):
+        raise UserError(f"rows of your own are asked about: name the folder that holds {file}.{split}.jsonl by --data")
     paths = [folder / f"{file}.{split}.jsonl"] if folder else data.hub_files(hub[0], split, hub[1])
     rows = [row for path in paths for row in data.read_file(path)]
     if not rows:
@@ -406,13 +408,21 @@ def add_groups(results: dict[str, dict]):
 
 
 def table(records: list[dict]) -> str:
-    """Table 1's columns in its order, in percent, one row for each record; AVG where all ten are there."""
-    lines = [["model", *(column for column, _, _ in TABLE), "AVG"]]
+    """Table 1's columns in its order, in percent, one row for each record; AVG where all ten are there.
+
+    Beside them a column for the user's own rows, or that one alone, where they were asked about.
+    """
+    found = {task for record in records for task in record["results"]}
+    own = [OWN] if OWN[1] in found else []
+    columns = own if found == {OWN[1]} else TABLE + own
+    lines = [["model", *(column for column, _, _ in columns), *(["AVG"] if columns != own else [])]]
     notes = []
     for record in records:
         results = record["results"]
-        values = [100 * results[task][metric] if task in results else None for _, task, metric in TABLE]
-        values.append(None if None in values else sum(values) / len(values))
+        values = [100 * results[task][metric] if task in results else None for _, task, metric in columns]
+        if columns != own:
+            ten = values[: len(TABLE)]
+            values.append(None if None in ten else sum(ten) / len(ten))
         name = record["adapter"] or record["model"]
         lines.append([Path(name).name, *("-" if value is None else f"{value:.2f}" for value in values)])
         for task, metric, note in (
@@ -439,8 +449,10 @@ def task_names(asked: str) -> list[str]:
         name = name.strip()
         for part in [task for _, task, _ in TABLE] if name == "all" else [name]:
             if part not in TASKS and part not in GROUPS:
-                known = ", ".join(["all", *(task for _, task, _ in TABLE), *(GROUPS.keys() - {t for _, t, _ in TABLE})])
-                raise UserError(f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
+                known = ["all", *(task for _, task, _ in TABLE), *(GROUPS.keys() - {t for _, t, _ in TABLE}), OWN[1]]
+                raise UserError(
+                    f"--tasks {part!r} is not one of {', '.join(known)}, or one of their parts, such as mmlu_anatomy"
+                )
             names += GROUPS[part][0] if part in GROUPS else [part]
     return list(dict.fromkeys(names))
 
@@ -458,16 +470,20 @@ def weights_key(*folders: Path | None) -> list:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked: a value that cannot work is a UserError that names its flag."""
     parser = runs.ArgumentParser("Evaluate a model on the ten benchmarks of Table 1.")
-    add = parser.add_argument
     # fmt: off
+    add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--adapter", action="append", default=[], metavar="DIR",
         help="a LoRA adapter in peft's format, such as a run's folder; give several to evaluate the base and each")
-    add("--tasks", default="all", help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten")
+    add = parser.add_argument_group("tasks and data (Appendix A.2)").add_argument
+    add("--tasks", default="all",
+        help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten. instructions: rows of your "
+        "own, DATA/instructions.test.jsonl, in any schema that train.py reads; is the answer to each the right one?")
     add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
     add("--limit", type=float, metavar="N", help="the first N rows of each task; below 1: this share of them")
     add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again")
+    add = parser.add_argument_group("machine").add_argument
     add("--batch-tokens", type=int, metavar="N",
         help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
         "default: 1024 on a CPU, 2048 on a GPU")

@@ -329,12 +329,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = runs.ArgumentParser("The paper's tables and figures: methods x seeds, trained and evaluated.")
-    add = parser.add_argument
     # fmt: off
+    add = parser.add_argument_group("table (Sec. 4)").add_argument
     add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
         help="1: methods, with Figure 2. 2: the attention's layer. 3: gamma, with Figure 3a. 4: rho, with Figure 3b. "
         "5: methods x rho")
+    add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...)")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
+    add("--rho", type=float, help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 "
+        "for others, as in Sec. 4.2")
+    add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
+    add = parser.add_argument_group("training").add_argument
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
+    add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--data", default=RELEASED_POOL, metavar="SOURCE[,SOURCE...]", help="what is trained on, as train.py takes it")
     add("--limit", type=int, metavar="N", help="train on the first N rows of each source")
     add("--max-steps", type=int, metavar="N", help="stop each training after N optimizer steps")
@@ -343,19 +350,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reference-top", type=int, metavar="K",
         help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
-    add("--rho", type=float, help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 "
-        "for others, as in Sec. 4.2")
-    add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
+    add = parser.add_argument_group("evaluation (Appendix A.2)").add_argument
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
     add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows; default: the hub's data sets")
     add("--eval-limit", type=float, metavar="N", help="the first N rows of each task; below 1: this share of them")
+    add = parser.add_argument_group("machine").add_argument
     add("--launcher", metavar="COMMAND", help="what starts train.py and evaluate.py instead of Python, such as "
         "'torchrun --nproc_per_node 8'")
-    add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
     add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
-    add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
     # fmt: on
     args = parser.parse_args(argv)
     args.flags = flags

@@ -2,7 +2,7 @@
 
 A run's folder holds adapter_model.safetensors and adapter_config.json (peft's format), run.json (every argument,
 versions, seed), log.jsonl (a line an optimizer step), its last two checkpoints and, where asked for, merged/ (a whole
-model). Runs inside a run have folders of their own in it: reference/, part-1/, part-2/, ...
+model) and snapshots of its adapter, step-.../. Runs inside a run have folders of their own: reference/, part-1/, ...
 """
 
 import argparse
@@ -42,6 +42,7 @@ from model import (
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
 CHECKPOINT = "checkpoint-{:08d}.pt"  # its number is that of the optimizer steps done
+SNAPSHOT = "step-{:08d}"  # a folder with the adapter as it was after so many
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
 
@@ -52,7 +53,7 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     `resume`, which leaves them.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder)
+    old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder) + snapshots_in(folder)
     if (folder / "run.json").exists():
         old += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
     if old and not (overwrite or resume):
@@ -189,6 +190,11 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints that a run's folder holds, the newest last."""
     return sorted(folder.glob(CHECKPOINT.replace("{:08d}", "*")))
+
+
+def snapshots_in(folder: Path) -> list[Path]:
+    """The snapshots of its adapter that a run's folder holds (train.py --snapshot-every), the first one first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "adapter_config.json").exists())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -302,6 +302,12 @@ def train(
 
 # -------------------------------------------------------------------------------------------------- command line
 
+# What `python train.py` does without --model: a tiny Llama and its rows, all of it made by demo/make.py
+DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
+DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
+DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}
+DEMO_SETTINGS = {"lr": 3e-3, "epochs": 4, "max_length": 128, "snapshot_every": 20}
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked: a value that cannot work is a UserError that names its flag."""
@@ -343,7 +349,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "current model, as in the paper of RHO-1")
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
+    add("--model",
+        help="checkpoint: a folder in Hugging Face layout, or a name on the hub. Default: the demo's, with its rows "
+        "and settings: " + ", ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in DEMO_SETTINGS.items()))
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--data", default=data.RELEASED_POOL, metavar="SOURCE[,SOURCE...]",
         help=".json, .jsonl or .parquet files, hub data sets, or pool: a fresh draw of Sec. 4.1's mixture")
@@ -357,6 +365,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--checkpoint-every", type=int, metavar="N",
         help="steps between two checkpoints, of which OUT keeps the last two; default: a tenth of the run")
+    add("--snapshot-every", type=int, metavar="N",
+        help="keep the adapter as it is after every N steps, in OUT/step-...: visualize.py shows them one by one")
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --out, with the same adapter in the end as a run that never stopped; "
         "where there is none, start")
@@ -384,6 +394,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device")
     # fmt: on
     args = parser.parse_args(argv)
+    if args.model is None:
+        parser.set_defaults(**DEMO_FILES, **DEMO_SETTINGS)
+        args = parser.parse_args(argv)  # a flag that is given still counts
+        args.overwrite = args.overwrite or not (args.out or args.resume)
+        args.out = args.out or f"runs/demo-{args.method}"
 
     if args.micro_batch_size is None:
         args.micro_batch_size = next((n for n in (4, 3, 2) if args.batch_size % n == 0), 1)
@@ -401,7 +416,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     }
     bounds["--seed"] = (0 <= args.seed < 2**63, "from 0 to 2^63 - 1")
     counts = ("batch_size", "micro_batch_size", "epochs", "max_steps", "limit", "history_every", "lora_rank")
-    for flag in (*counts, "checkpoint_every", "reference_top"):
+    for flag in (*counts, "checkpoint_every", "snapshot_every", "reference_top"):
         value = getattr(args, flag)
         bounds["--" + flag.replace("_", "-")] = (value is None or value >= 1, "at least 1")
     for flag, (fits, bound) in bounds.items():
@@ -442,7 +457,7 @@ def check_reference(args: argparse.Namespace):
 
 # What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
 # ssToken's history comes from there, of which `settings` keeps account.
-FREE = {"out", "overwrite", "resume", "checkpoint_every", "merge", "eval_data", "cache"}
+FREE = {"out", "overwrite", "resume", "checkpoint_every", "snapshot_every", "merge", "eval_data", "cache"}
 
 
 def settings(args: argparse.Namespace, weights: str, examples: list[data.Example], frozen: Frozen) -> dict:
@@ -644,6 +659,8 @@ def main(argv: list[str] | None = None):
             def log(line):
                 if runs.first_rank():
                     runs.append_line(place / "log.jsonl", line)
+                    if args.snapshot_every and line["step"] % args.snapshot_every == 0:
+                        lora.save_adapter(model, place / runs.SNAPSHOT.format(line["step"]))
                 share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
                 bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
                 bar.update(line["step"] - bar.n)
@@ -695,10 +712,12 @@ def main(argv: list[str] | None = None):
             model = lora.load_adapter(load_model(args.model, getattr(torch, args.dtype), "cpu", args.revision), folder)
         if args.merge:
             lora.merge(model, folder / "merged")
-    say(
-        f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; "
-        f"evaluate with: python evaluate.py --model {args.model} --adapter {folder}"
-    )
+    say(f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; go on with:")
+    these, demo = f"--model {args.model} --adapter {folder}", args.model == DEMO_FILES["model"]
+    say(f"  python evaluate.py {these}" + (f" --tasks instructions --data {DEMO_FOLDER}" if demo else ""))
+    say(f"  python visualize.py {these} --data {args.eval_data or args.data}")
+    if demo:
+        say("  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data tatsu-lab/alpaca --limit 1000")
 
 
 if __name__ == "__main__":
