@@ -8,6 +8,7 @@ Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d h
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -81,7 +82,10 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
     a file that is there by then stays.
     """
     temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would leave the owner's rights alone
     write(temporary)
+    temporary.chmod(mode)
     _to_disk(temporary)  # first what is in the file, then that it bears its name
     if others_write:
         with contextlib.suppress(FileExistsError):
@@ -514,10 +518,10 @@ def save_model(model: Transformer, folder):
     write_json(folder / "config.json", config)
     # named_parameters lists a tied tensor once, under its first name: the embedding
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     for pattern in ["generation_config.json", *TOKENIZER_FILES]:
         for file in model.folder.glob(pattern) if model.folder else ():
-            shutil.copyfile(file, folder / file.name)
+            write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
 
 
 # ----------------------------------------------------------------------------------------------- per-token loss

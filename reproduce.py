@@ -173,7 +173,7 @@ class Cells:
         flags += ["--max-steps", args.max_steps] if args.max_steps else []
         flags += ["--loss-mean", "batch", "--seed", seed, "--cache", self.out / "cache", *args.machine, *args.flags]
         call([*self.launcher, ROOT / "train.py", "--model", args.model, *flags, "--out", folder, "--resume"])
-        for checkpoint in folder.rglob("checkpoint-*.pt"):  # it goes on from nowhere any more
+        for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # it goes on from nowhere any more
             checkpoint.unlink()
 
     def evaluate(self, adapter: Path | None) -> dict:
