@@ -34,6 +34,7 @@ from model import (
     Transformer,
     UserError,
     generate,
+    is_number,
     load_model,
     pad_right,
     read_json,
@@ -270,11 +271,12 @@ def generation_settings(model: Transformer, tokenizer: Tokenizer) -> dict:
     """
     path = model.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else model.config.raw
-    named = settings.get("eos_token_id")
-    return {
-        "stop_ids": {tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])},
-        "repetition_penalty": settings.get("repetition_penalty") or 1.0,
-    }
+    named, penalty = settings.get("eos_token_id"), settings.get("repetition_penalty")
+    penalty = 1.0 if penalty is None else penalty
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int for token in named) or not is_number(penalty) or penalty <= 0:
+        raise UserError(f"{model.folder}: eos_token_id {named} or repetition_penalty {penalty!r} of its configuration")
+    return {"stop_ids": {tokenizer.eos_id, *named}, "repetition_penalty": penalty}
 
 
 def gather(answers: dict) -> list:

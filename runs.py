@@ -166,7 +166,10 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
         if path is None or not path.exists():
             return None
         file = open_safetensors(path)
-        return file.get_tensor("nll"), float(file.metadata()["seconds"])
+        seconds, nll = (file.metadata() or {}).get("seconds", ""), file.get_tensor("nll")
+        if not re.fullmatch(r"\d+\.\d+", seconds) or nll.dtype != torch.float32 or nll.dim() != 1:
+            raise UserError(f"{path} holds no losses: remove it")
+        return nll, float(seconds)
 
     try:
         if cache and first_rank():
