@@ -416,7 +416,7 @@ def table(records: list[dict]) -> str:
         values = [100 * results[task][metric] if task in results else None for _, task, metric in TABLE]
         values.append(None if None in values else sum(values) / len(values))
         name = record["adapter"] or record["model"]
-        lines.append([Path(name).name, *("-" if value is None else f"{value:.2f}" for value in values)])
+        lines.append([runs.cell(Path(name).name), *("-" if value is None else f"{value:.2f}" for value in values)])
         for task, metric, note in (
             ("logiqa", "acc_norm", "the paper's LogiQA column may be this"),
             ("tydiqa_release", "f1", "the paper's TyDiQA column is this protocol's"),

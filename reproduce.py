@@ -451,7 +451,7 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
         place = lines.index(variants[-1]) + 1
         lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
     text = markdown(lines, names, paper, f"*the paper, {base}*")
-    head = f"Table {args.table}, {Path(args.model).name}: mean ± 95 % interval over seeds, percent.\n\n"
+    head = f"Table {args.table}, {runs.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
     write_whole(
         out / f"table{args.table}.md",
         lambda path: path.write_text(head + text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8"),

@@ -461,6 +461,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def one_line(text: str) -> str:
+    """`text` on one line of a terminal, with what is not printable spelled out: parts may come from anyone's file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def cell(text: str) -> str:
+    """A name for a cell of a Markdown table: what would be markup in it is escaped."""
+    return re.sub(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text))
+
+
 def run_script(main: Callable[[], None]):
     """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which."""
     reuse_memory()
@@ -468,7 +478,7 @@ def run_script(main: Callable[[], None]):
     try:
         main()
     except UserError as mistake:
-        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(mistake))}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as reason:
         number, message = reason.args or (signal.SIGINT, "stopped")

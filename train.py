@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shlex
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -697,7 +698,7 @@ def main(argv: list[str] | None = None):
             lora.merge(model, folder / "merged")
     say(
         f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; "
-        f"evaluate with: python evaluate.py --model {args.model} --adapter {folder}"
+        f"evaluate with: {shlex.join(['python', 'evaluate.py', '--model', args.model, '--adapter', str(folder)])}"
     )
 
 
