@@ -7,6 +7,7 @@ in the template of Appendix A.1 with a mask of the supervised tokens, group the 
 import itertools
 import json
 import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -290,6 +291,19 @@ def told(what: str):
         raise UserError(f"{what}: {reason}") from None
 
 
+@contextmanager
+def quiet():
+    """A context in which a library's own words on stderr are lost, such as Rust's where it panics."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.json, as SFT needs it: special tokens come in by their ids, never from spelled-out text.
 
@@ -334,7 +348,7 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
     folder = find_folder(name_or_path, TOKENIZER_FILES, revision)
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no tokenizer.json")
-    with told(f"{folder / 'tokenizer.json'} cannot be read"):
+    with told(f"{folder / 'tokenizer.json'} cannot be read"), quiet():
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = read_json(folder / "tokenizer_config.json")
     eos, bos = (

@@ -311,6 +311,7 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
             task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
+            digest(row, "".join(context for context, _ in requests[-1]))  # nor is half a surrogate pair a text
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:

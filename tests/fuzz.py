@@ -9,7 +9,6 @@ is "failed", whatever was raised. A case that hangs, or that asks for a GiB, end
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import resource
@@ -20,7 +19,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
@@ -95,6 +93,7 @@ def check_generation(folder: Path):
     base.folder = folder
     found, said = evaluate.generation_settings(base, tokenizer), read_json(folder / "generation_config.json")
     stop = said.get("eos_token_id")
+    assert all(type(token) is int for token in found["stop_ids"]) and 0 < found["repetition_penalty"] < math.inf
     assert found["stop_ids"] == {tokenizer.eos_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     assert found["repetition_penalty"] == (said.get("repetition_penalty") or 1.0)
 
@@ -241,15 +240,20 @@ def hostile(originals: dict[str, bytes]) -> Iterator[tuple[str, str, bytes]]:
     for key in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         for value in (10**9, 2**63, 10**300, 0, -1, True, 2.5, "3", math.nan):
             yield f"{key} {value}", name, json.dumps(config | {key: value}).encode()
-    yield "head_dim 15", name, json.dumps(config | {"head_dim": 15}).encode()
+    odd = {"head_dim": 1, "num_attention_heads": 96, "num_key_value_heads": 32}  # which fit the tensors' shapes
+    yield "heads of one dimension", name, json.dumps(config | odd).encode()
     yield "heads of any number", name, json.dumps(config | {"num_attention_heads": 5}).encode()
     for key in ("rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "dtype", "torch_dtype"):
         for value in (math.nan, math.inf, -1, 0, "int8", "nn", [], {"rope_theta": math.nan}, {"rope_theta": "x"}):
             yield f"{key} {value}", name, json.dumps(config | {key: value}).encode()
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         for value in (math.nan, math.inf, -1, 0, "x", 1.0, 4.0):
             rope = config["rope_parameters"] | {key: value}
             yield f"rope {key} {value}", name, json.dumps(config | {"rope_parameters": rope}).encode()
+    name = "single/generation_config.json"
+    for key in ("eos_token_id", "repetition_penalty"):
+        for value in ("1", 1.5, 0, -1, True, [[]], [None], ["1"], {"1": 1}, math.nan, math.inf):
+            yield f"{key} {value}", name, json.dumps({key: value}).encode()
     name = "sharded/model.safetensors.index.json"
     index = json.loads(originals[name])
     for value in ([], None, {"a": 1}, {"a": None}, {"a": ""}, {"a": "."}, {"a": ".."}, {"a": "/dev/zero"}, {"a": "\0"}):
@@ -257,7 +261,7 @@ def hostile(originals: dict[str, bytes]) -> Iterator[tuple[str, str, bytes]]:
     name = "adapter/adapter_config.json"
     config = json.loads(originals[name])
     for key in ("r", "lora_alpha", "lora_dropout"):
-        for value in (10**9, 2**63, 10**400, 0, -1, 2.5, "3", math.nan, math.inf, True, None):
+        for value in (10**9, 2**63, 10**400, 0, -1, 4.0, 2.5, "3", math.nan, math.inf, True, None):
             yield f"{key} {value}", name, json.dumps(config | {key: value}).encode()
     name, text = "single/tokenizer.json", originals["single/tokenizer.json"]
     parsed = json.loads(text)

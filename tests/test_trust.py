@@ -1,10 +1,10 @@
 """No one let in: what the sources may not use, what is written and for whom, and files that strangers have damaged."""
 
+import argparse
 import ast
 import builtins
 import json
 import os
-import re
 import resource
 import shutil
 import stat
@@ -22,8 +22,10 @@ from fuzz import TARGETS
 
 import evaluate
 import lora
+import reproduce
 import runs
 import train
+from benchmarks import TABLE
 from model import UserError, load_model, save_model, write_json
 
 ROOT = Path(runs.__file__).parent
@@ -33,7 +35,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("resul
 
 FORBIDDEN = {
     "runs what a file holds": "torch.load torch.save torch.hub torch.package torch.jit torch.export "
-    "torch.serialization pickle _pickle cPickle cloudpickle marshal shelve dill joblib pandas numpy.load numpy.fromregex yaml "
+    "torch.serialization pickle _pickle cPickle cloudpickle marshal shelve dill joblib pandas numpy.load yaml "
     "eval exec compile __import__ builtins importlib.import_module importlib.util importlib.machinery runpy code "
     "transformers",
     "starts a process": "subprocess multiprocessing pty os.system os.popen os.fork os.forkpty os.posix_spawn "
@@ -214,7 +216,9 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_disk_that_is_full_leaves_whole_files(llama, tmp_path, name):
     """The old one or the new one, wherever writing stops; no file may grow beyond a limit, as on a full disk."""
-    model = load_model(llama)
+    model = load_model(shutil.copytree(llama, tmp_path / "model"))
+    with (model.folder / "tokenizer.json").open("a") as file:
+        file.write(" " * 10**6)  # larger than the weights, so that some limit stops it and not them
     if name == "adapter":
         lora.add_lora(model, rank=2)
     contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir() if ".tmp" not in path.name}
@@ -242,12 +246,16 @@ def test_a_disk_that_is_full_leaves_whole_files(llama, tmp_path, name):
 # ------------------------------------------------------------------------------------ shell, path, markup, terminal
 
 
-def test_a_name_is_no_markup_in_a_table_and_no_command_of_a_terminal(capsys):
+def test_a_name_is_no_markup_in_a_table_and_no_command_of_a_terminal(tmp_path, capsys):
     adapter = "runs/x|<b>[z](u)`y`_\x1b[2J\n|"
     line = evaluate.table([{"results": {}, "model": "m", "adapter": adapter}]).splitlines()[-1]
-    assert r"| x\|\<b\>\[z\](u)\`y\`_\\x1b\[2J \| | " in line and line.isprintable()
+    assert r"| x\|\<b\>\[z\](u)\`y\`\_\\x1b\[2J \| | " in line and line.isprintable()
     assert runs.cell("a_b-1.5B, -0.5+") == "a_b-1.5B, -0.5+"  # what is ordinary stays as it is
     assert runs.cell("_a_ *b* ~c~ &amp; \\") == r"\_a\_ \*b\* \~c\~ \&amp; \\"
+
+    line = reproduce.Line("BASE", [42], [[1.0] * (len(TABLE) + 1)], [])
+    reproduce.report(argparse.Namespace(out=str(tmp_path), table=2, model="x/a|<b>"), [line], TABLE)
+    assert r"Table 2, a\|\<b\>: " in (tmp_path / "table2.md").read_text()
 
     def main():
         raise UserError("tensor \x1b]0;title\x07 \u202e\ud800 é\nof a file")
@@ -314,10 +322,8 @@ def test_two_runs_at_once_share_a_cache_and_end_as_they_would_alone(llama, tmp_p
         assert process.returncode == 0, errors
     assert len(list(tmp_path.glob("*.here"))) == 2  # neither found the other's
     assert len(list((tmp_path / "shared").iterdir())) == 1  # one file, and nothing temporary
-    first, second, alone = (
-        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second", "alone")
-    )
-    assert first == second == alone
+    adapters = [tmp_path / name / "adapter_model.safetensors" for name in ("first", "second", "alone")]
+    assert len({path.read_bytes() for path in adapters}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ the fuzz test
@@ -341,12 +347,12 @@ def test_damaged_files_load_as_what_they_say_or_are_refused(tmp_path, capsys):
     make_targets(tmp_path)
     seed, cases = 0, 300
     command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), str(tmp_path), str(seed), str(cases)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     *lines, last = result.stdout.splitlines()
     assert result.returncode == 0, f"ended by {result.returncode} in {last}: {result.stderr[-2000:]}"
     ends = [json.loads(case) | json.loads(end) for case, end in (line.split("\t") for line in lines)]
-    assert [end for end in ends if end["outcome"] == "failed"] == []
+    assert [end for end in ends if end["outcome"] == "failed"] == [] and result.stderr == ""
     by_kind = [Counter(end["outcome"] for end in ends if (end["case"] == "random") == drawn) for drawn in (True, False)]
     assert by_kind[0].total() == cases and min(by_kind[0]["loaded"], by_kind[0]["refused"]) > cases / 20
     for name in TARGETS:  # nothing is refused whatever it says
