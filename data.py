@@ -7,9 +7,11 @@ in the template of Appendix A.1 with a mask of the supervised tokens, group the 
 import itertools
 import json
 import math
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -54,9 +56,11 @@ def read_file(path: Path) -> Iterator[dict]:
                 if line.strip():
                     try:
                         yield json.loads(line)
-                    except json.JSONDecodeError as reason:
+                    except (ValueError, RecursionError) as reason:
                         raise UserError(f"{path}, line {number}: not JSON ({reason})") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, pyarrow.ArrowException) as reason:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as reason:
         raise UserError(f"{path} cannot be read: {reason}") from None
 
 
@@ -196,7 +200,10 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
     Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them.
     """
     if all(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
-        rows = [{"prompt": root} for root in _build_trees(rows)]
+        try:
+            rows = [{"prompt": root} for root in _build_trees(rows)]
+        except TypeError as reason:
+            raise UserError(f"{source}: a message_id or parent_id is no text ({reason})") from None
     found = []
     for number, row in enumerate(rows, 1):
         try:
@@ -210,7 +217,7 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
                 known = "; ".join("/".join(columns) for columns in SCHEMAS)
                 raise UserError(f"columns {', '.join(sorted(row))} fit no schema ({known}; OpenAssistant's trees)")
             found.append(SCHEMAS[schema](row))
-        except (UserError, AttributeError, TypeError, KeyError) as reason:
+        except (UserError, AttributeError, TypeError, KeyError, RecursionError) as reason:
             raise UserError(f"{source}, row {number}: {reason}") from None
     return found
 
@@ -268,6 +275,35 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str) -> dict[str, l
 # ------------------------------------------------------------------------------------------------------ encoding
 
 
+@contextmanager
+def told(what: str):
+    """A context in which whatever the tokenizers library raises becomes a UserError: `what` and its reason.
+
+    Where its Rust code panics, that is a BaseException, which nothing else would catch.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as reason:
+        if not isinstance(reason, Exception) and type(reason).__name__ != "PanicException":
+            raise  # Ctrl-C
+        raise UserError(f"{what}: {reason}") from None
+
+
+@contextmanager
+def quiet():
+    """A context in which a library's own words on stderr are lost, such as Rust's where it panics."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.json, as SFT needs it: special tokens come in by their ids, never from spelled-out text.
 
@@ -288,20 +324,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of `text`, without BOS or EOS, and the character at which each token starts."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        with told(f"the tokenizer cannot encode {text[:60]!r}"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
     def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
         """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
         self.backend.encode_special_tokens = False
         try:
-            return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
+            with told("the tokenizer cannot encode a benchmark's texts"):
+                return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
         finally:
             self.backend.encode_special_tokens = True
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, control tokens included unless they are to be skipped."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with told(f"the tokenizer cannot decode {ids[:10]}"):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
@@ -309,18 +348,21 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
     folder = find_folder(name_or_path, TOKENIZER_FILES, revision)
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no tokenizer.json")
-    try:
+    with told(f"{folder / 'tokenizer.json'} cannot be read"), quiet():
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as reason:  # the library raises nothing narrower for a file that it cannot read
-        raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {reason}") from None
     config = read_json(folder / "tokenizer_config.json")
     eos, bos = (
         token.get("content") if isinstance(token, dict) else token
         for token in map(config.get, ("eos_token", "bos_token"))
     )
-    if not isinstance(eos, str) or backend.token_to_id(eos) is None:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
-    return Tokenizer(backend, eos, bos)
+    with told(f"{folder}: the tokenizer does not work"):
+        if not isinstance(eos, str) or backend.token_to_id(eos) is None:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
+        if not isinstance(bos, str | None):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: bos_token {bos!r} is no text")
+        if len(ids := backend.get_vocab().values()) != len(set(ids)):  # which is decoded would be left to chance
+            raise UserError(f"{folder / 'tokenizer.json'}: two tokens have one id")
+        return Tokenizer(backend, eos, bos)
 
 
 class Example(NamedTuple):

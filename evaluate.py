@@ -34,6 +34,7 @@ from model import (
     Transformer,
     UserError,
     generate,
+    is_number,
     load_model,
     pad_right,
     read_json,
@@ -270,11 +271,12 @@ def generation_settings(model: Transformer, tokenizer: Tokenizer) -> dict:
     """
     path = model.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else model.config.raw
-    named = settings.get("eos_token_id")
-    return {
-        "stop_ids": {tokenizer.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])},
-        "repetition_penalty": settings.get("repetition_penalty") or 1.0,
-    }
+    named, penalty = settings.get("eos_token_id"), settings.get("repetition_penalty")
+    penalty = 1.0 if penalty is None else penalty
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int for token in named) or not is_number(penalty) or penalty <= 0:
+        raise UserError(f"{model.folder}: eos_token_id {named} or repetition_penalty {penalty!r} of its configuration")
+    return {"stop_ids": {tokenizer.eos_id, *named}, "repetition_penalty": penalty}
 
 
 def gather(answers: dict) -> list:
@@ -309,6 +311,7 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
             task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
+            digest(row, "".join(context for context, _ in requests[-1]))  # nor is half a surrogate pair a text
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
@@ -424,7 +427,7 @@ def table(records: list[dict]) -> str:
             ten = values[: len(TABLE)]
             values.append(None if None in ten else sum(ten) / len(ten))
         name = record["adapter"] or record["model"]
-        lines.append([Path(name).name, *("-" if value is None else f"{value:.2f}" for value in values)])
+        lines.append([runs.cell(Path(name).name), *("-" if value is None else f"{value:.2f}" for value in values)])
         for task, metric, note in (
             ("logiqa", "acc_norm", "the paper's LogiQA column may be this"),
             ("tydiqa_release", "f1", "the paper's TyDiQA column is this protocol's"),

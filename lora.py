@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Linear, Transformer, UserError, read_json, save_model, write_json, write_whole
+from model import Linear, Transformer, UserError, is_count, is_number, read_json, save_model, write_json, write_whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -280,9 +280,13 @@ def load_adapter(model: Transformer, folder) -> Transformer:
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise UserError(f"{folder}: peft_type {config.get('peft_type')}, bias {config.get('bias')} is not plain LoRA")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise UserError(f"{folder}: {key} is {config.get(key)!r}, not a number")
+    rank, alpha, rate = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if not is_count(rank):
+        raise UserError(f"{folder}: r is {rank!r}, not a whole number above 0")
+    if not is_number(alpha):
+        raise UserError(f"{folder}: lora_alpha is {alpha!r}, not a number")
+    if not is_number(rate) or not 0 <= rate < 1:
+        raise UserError(f"{folder}: lora_dropout is {rate!r}, not a number in [0, 1)")
     for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{folder}: {key} is not implemented")
@@ -299,14 +303,21 @@ def load_adapter(model: Transformer, folder) -> Transformer:
     for name, target in parts.items():
         if target not in linears:
             raise UserError(f"{path}: {name} adapts no linear layer of this decoder")
-    add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+    expected = {}  # checked before anything is built by the config's rank
+    for target in targets:
+        expected[f"{PREFIX}{target}.lora_A.weight"] = [rank, linears[target].in_features]
+        expected[f"{PREFIX}{target}.lora_B.weight"] = [linears[target].out_features, rank]
+    for name, shape in expected.items():
+        stored = list(tensors[name].shape) if name in tensors else None
+        if stored != shape:
+            problem = "is missing" if stored is None else f"has shape {stored}, not {shape}"
+            raise UserError(f"{path}: {name} {problem}")
+        if tensors[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{path}: {name} is stored as {tensors[name].dtype}, not as a float")
+    if leftover := tensors.keys() - expected.keys():
+        raise UserError(f"{path}: tensor {min(leftover)} has no place in a plain LoRA adapter")
+    add_lora(model, rank, alpha, rate, targets)
     for name, layer in lora_layers(model).items():
         for part in ("lora_A", "lora_B"):
-            stored, own = tensors.pop(f"{PREFIX}{name}.{part}.weight", None), getattr(layer, part)
-            if stored is None or stored.shape != own.shape:
-                problem = "is missing" if stored is None else f"has shape {list(stored.shape)}, not {list(own.shape)}"
-                raise UserError(f"{path}: {PREFIX}{name}.{part}.weight {problem}")
-            own.data.copy_(stored)
-    if tensors:
-        raise UserError(f"{path}: tensor {min(tensors)} has no place in a plain LoRA adapter")
+            getattr(layer, part).data.copy_(tensors[f"{PREFIX}{name}.{part}.weight"])
     return model

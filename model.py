@@ -8,6 +8,7 @@ Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d h
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -67,11 +68,21 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise UserError(f"{path} cannot be read as JSON: {reason}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def is_number(value) -> bool:
+    """Whether a value read from JSON is a number to compute with: no bool, NaN or infinity, nor beyond any float."""
+    return type(value) in (int, float) and -(2**63) < value < 2**63
+
+
+def is_count(value) -> bool:
+    """Whether it is a whole number above 0."""
+    return type(value) is int and value > 0
 
 
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
@@ -81,7 +92,10 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
     a file that is there by then stays.
     """
     temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would leave the owner's rights alone
     write(temporary)
+    temporary.chmod(mode)
     _to_disk(temporary)  # first what is in the file, then that it bears its name
     if others_write:
         with contextlib.suppress(FileExistsError):
@@ -118,13 +132,19 @@ def read_config(folder: Path) -> Config:
     def refuse(what):
         raise UserError(f"{folder / 'config.json'}: {what}")
 
-    architecture, family = (raw.get("architectures") or [None])[0], raw.get("model_type")
-    if family not in FAMILIES.values() or (architecture and FAMILIES.get(architecture) != family):
+    family, architectures = raw.get("model_type"), raw.get("architectures") or [None]
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    known = [name for name, of in FAMILIES.items() if of == family]
+    if not known or architecture not in (None, *known):
         refuse(f"architecture {architecture} of model_type {family} is not one of {FAMILIES}")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in sizes:
-        if not isinstance(raw.get(key), int):
-            refuse(f"{key} is {raw.get(key)!r}, not a whole number")
+    optional = {"num_key_value_heads", "head_dim", "max_position_embeddings"}
+    for key in (*sizes, *(key for key in optional if raw.get(key) is not None)):
+        if not is_count(raw.get(key)):
+            refuse(f"{key} is {raw.get(key)!r}, not a whole number above 0")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if type(raw.get(key)) not in (bool, type(None)):
+            refuse(f"{key} is {raw[key]!r}, not true or false")
     only = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
     for key, implemented in only.items():
         if raw.get(key, implemented) != implemented:
@@ -132,31 +152,50 @@ def read_config(folder: Path) -> Config:
 
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
     if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
-        kinds = ["full_attention"] * raw.get("max_window_layers", 28) + ["sliding_attention"] * layers
-        if set((raw.get("layer_types") or kinds)[:layers]) != {"full_attention"}:
+        kinds, full = raw.get("layer_types"), raw.get("max_window_layers", 28)
+        if isinstance(kinds, list) and kinds:
+            full = layers if all(kind == "full_attention" for kind in kinds[:layers]) else 0
+        if not isinstance(full, int) or full < layers:
             refuse("use_sliding_window: sliding-window attention is not implemented")
 
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    def first(*values):
+        return next(value for value in values if value is not None)
+
+    rope = first(raw.get("rope_parameters"), raw.get("rope_scaling"), {})
+    if not isinstance(rope, dict):
+        refuse(f"rope parameters {rope!r} are no JSON object")
+    rope = dict(rope)
+    rope["rope_type"] = first(rope.get("rope_type"), rope.get("type"), "default")
+    rope["rope_theta"] = first(rope.get("rope_theta"), raw.get("rope_theta"), 10000.0)
     per_layer = any(isinstance(value, dict) for value in rope.values())
     if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or per_layer:
         refuse(f"rope parameters {rope} are not implemented, only rope_type default or llama3, one for all layers")
+    needed = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
     if rope["rope_type"] == "llama3":
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if key not in rope:
                 refuse(f"rope_type llama3 without {key}")
+            needed[key] = rope[key]
+    for key, value in needed.items():
+        if not is_number(value) or value <= 0:
+            refuse(f"{key} is {value!r}, not a number above 0")
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        refuse("low_freq_factor is not below high_freq_factor")
 
     dtype = raw.get("dtype") or raw.get("torch_dtype")
-    if dtype and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        refuse(f"dtype {dtype!r} is unknown")
+    if dtype and dtype not in ("float64", "float32", "float16", "bfloat16"):
+        refuse(f"dtype {dtype!r} is no float that is implemented")
+    key_heads = raw.get("num_key_value_heads") or heads
+    head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
+    if heads % key_heads or head_dim % 2 or not head_dim:
+        refuse(f"{heads} heads over {key_heads} key heads, of {head_dim} dimensions each, do not come out even")
     biased = bool(raw.get("attention_bias"))
     return Config(
         **{key: raw[key] for key in sizes},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        rms_norm_eps=needed["rms_norm_eps"],
+        max_position_embeddings=raw.get("max_position_embeddings") or 2048,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         qkv_bias=biased or family == "qwen2",
         output_bias=biased and family != "qwen2",
@@ -419,10 +458,12 @@ def open_safetensors(path: Path):
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Which safetensors file holds each tensor, single file or sharded. UserError where index and shards differ."""
     index = folder / "model.safetensors.index.json"
-    listed = read_json(index).get("weight_map", {}) if index.exists() else None
+    listed = read_json(index).get("weight_map") if index.exists() else None
+    if index.exists() and not (isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())):
+        raise UserError(f"{index} has no weight_map that puts tensors in files")
     found = {}
     for file in ["model.safetensors"] if listed is None else sorted(set(listed.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or not file.isprintable():  # NUL, half of a surrogate pair: no name of a file
             raise UserError(f"{index} names {file}, which is not a file of its own folder")
         found |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
     if listed is not None and found != listed:
@@ -430,6 +471,24 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         raise UserError(f"{index} puts {name} in {listed.get(name)}, the shards in {found.get(name)}")
     # Old checkpoints carry buffers of rope, which the config already determines.
     return {name: folder / file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def check_sizes(config: Config, files: dict[str, Path], folder: Path):
+    """Raise UserError for a size that no stored tensor has, before anything is built by it."""
+    largest = 0
+    for path in set(files.values()):
+        with open_safetensors(path) as file:
+            names = file.keys()
+            shapes = [file.get_slice(name).get_shape() for name in names]
+            largest = max([largest, *(size for shape in shapes if 0 not in shape for size in shape)])
+    sizes = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
+    for key, size in sizes.items():
+        if size > largest:
+            raise UserError(f"{folder / 'config.json'}: {key} is {size}, but no tensor's shape has more than {largest}")
+    if config.num_hidden_layers > len(files):
+        layers = f"num_hidden_layers is {config.num_hidden_layers}"
+        raise UserError(f"{folder / 'config.json'}: {layers}, but there are {len(files)} tensors in all")
 
 
 def check_tensors(files: dict[str, Path], parameters: dict[str, Tensor], folder: Path):
@@ -476,6 +535,7 @@ def load_model(
         if not torch.equal(*copies):
             raise UserError(f"{files[head]}: {head} differs from {embedding}, but the config ties them")
         del copies, files[head]
+    check_sizes(config, files, folder)
     with torch.device("meta"):
         model = Transformer(config)
     check_tensors(files, dict(model.named_parameters()), folder)
@@ -514,10 +574,10 @@ def save_model(model: Transformer, folder):
     write_json(folder / "config.json", config)
     # named_parameters lists a tied tensor once, under its first name: the embedding
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     for pattern in ["generation_config.json", *TOKENIZER_FILES]:
         for file in model.folder.glob(pattern) if model.folder else ():
-            shutil.copyfile(file, folder / file.name)
+            write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
 
 
 # ----------------------------------------------------------------------------------------------- per-token loss

@@ -173,7 +173,7 @@ class Cells:
         flags += ["--max-steps", args.max_steps] if args.max_steps else []
         flags += ["--loss-mean", "batch", "--seed", seed, "--cache", self.out / "cache", *args.machine, *args.flags]
         call([*self.launcher, ROOT / "train.py", "--model", args.model, *flags, "--out", folder, "--resume"])
-        for checkpoint in folder.rglob("checkpoint-*.pt"):  # it goes on from nowhere any more
+        for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # it goes on from nowhere any more
             checkpoint.unlink()
 
     def evaluate(self, adapter: Path | None) -> dict:
@@ -454,7 +454,7 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
         place = lines.index(variants[-1]) + 1
         lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
     text = markdown(lines, names, paper, f"*the paper, {base}*")
-    head = f"Table {args.table}, {Path(args.model).name}: mean ± 95 % interval over seeds, percent.\n\n"
+    head = f"Table {args.table}, {runs.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
     write_whole(
         out / f"table{args.table}.md",
         lambda path: path.write_text(head + text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8"),

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from model import (
@@ -41,7 +41,7 @@ from model import (
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
-CHECKPOINT = "checkpoint-{:08d}.pt"  # its number is that of the optimizer steps done
+CHECKPOINT = "checkpoint-{:08d}.safetensors"  # its number is that of the optimizer steps done
 SNAPSHOT = "step-{:08d}"  # a folder with the adapter as it was after so many
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
@@ -167,7 +167,10 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
         if path is None or not path.exists():
             return None
         file = open_safetensors(path)
-        return file.get_tensor("nll"), float(file.metadata()["seconds"])
+        seconds, nll = (file.metadata() or {}).get("seconds", ""), file.get_tensor("nll")
+        if not re.fullmatch(r"\d+\.\d+", seconds) or nll.dtype != torch.float32 or nll.dim() != 1:
+            raise UserError(f"{path} holds no losses: remove it")
+        return nll, float(seconds)
 
     try:
         if cache and first_rank():
@@ -206,6 +209,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
+
+
 class Stopped(Exception):
     """A signal has ended the run early, and it can go on: (the signal's number, what to tell the user)."""
 
@@ -215,6 +221,7 @@ class Checkpoints:
 
     steps: of the whole run; every: how many lie between two checkpoints, by default a tenth; the last step leaves one
     too. settings: what a run that goes on must share with the one that wrote the checkpoint. The last two are kept.
+    Each is a safetensors file, in whose header step and settings stand as text: nothing is ever unpickled.
     Without a folder nothing is written. While it is entered (`with`), SIGTERM and Ctrl-C are noted, and after the step
     in which they came a checkpoint is written and the script ends.
     """
@@ -222,12 +229,17 @@ class Checkpoints:
     def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
         """Reads the newest checkpoint in `folder`; a UserError says in what its settings differ, if they do."""
         self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
-        self.settings, self.signal = gather(settings)[0], 0  # the first rank's; a shard's content would differ
+        self.done, self.signal = 0, 0
+        self.settings = gather(settings)[0]  # the first rank's; a shard's content would differ
         self.newest = max(checkpoints_in(folder), default=None) if folder else None
         if self.newest:
-            self.state = torch.load(self.newest, map_location="cpu", weights_only=True)
-            for name in sorted(self.state["settings"].keys() | self.settings.keys()):
-                then, now = self.state["settings"].get(name), self.settings.get(name)
+            head = open_safetensors(self.newest).metadata() or {}
+            try:
+                self.done, held = int(head["step"]), json.loads(head["settings"])
+            except (KeyError, ValueError):
+                raise UserError(f"{self.newest} is no checkpoint of train.py: remove it, or add --overwrite") from None
+            for name in sorted(held.keys() | self.settings.keys()):
+                then, now = held.get(name), self.settings.get(name)
                 if then != now:
                     raise UserError(f"{self.newest} is of another configuration: {name} was {then}, now it is {now}")
 
@@ -252,22 +264,23 @@ class Checkpoints:
         From then on these same objects are what is written. The log loses the lines of later steps.
         """
         self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
-        done = self.state["step"] if self.newest else 0
+        done = self.done
         if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
             keep_lines(log, done)
         if not done:
             return 0
+        held = {name: tensor.clone() for name, tensor in load_file(self.newest).items()}  # not a mapping of the file
         with torch.no_grad():
-            for parameter, saved in zip(adapters, self.state["adapters"], strict=True):
-                parameter.copy_(saved)
-        optimizer.load_state_dict(self.state["optimizer"])
-        if self.state["history"] is not None:
-            history.factors = [tuple(factor.to(device) for factor in factors) for factors in self.state["history"]]
-        random = self.state["random"][rank()]
-        torch.set_rng_state(random["cpu"])
+            for i, parameter in enumerate(adapters):
+                parameter.copy_(held[f"adapter.{i}"])
+        moments = {i: {name: held[f"optimizer.{i}.{name}"] for name in ADAMW} for i in range(len(adapters))}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})  # the rest comes from the settings
+        if "history.0.0" in held:
+            names = [[f"history.{i}.{j}" for j in range(2)] for i in range(len(adapters) // 2)]
+            history.factors = [tuple(held[name].to(device) for name in of_layer if name in held) for of_layer in names]
+        torch.set_rng_state(held[f"random.{rank()}.cpu"])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], device)
-        del self.state
+            torch.cuda.set_rng_state(held[f"random.{rank()}.cuda"], device)
         return done
 
     def after(self, step: int):
@@ -284,16 +297,16 @@ class Checkpoints:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            "step": step,
-            "settings": self.settings,
-            "adapters": [parameter.detach() for parameter in self.adapters],
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history.factors,
-            "random": gather(random),
-        }
+        tensors = {f"adapter.{i}": parameter.detach() for i, parameter in enumerate(self.adapters)}
+        for i, states in enumerate(gather(random)):
+            tensors |= {f"random.{i}.{kind}": state for kind, state in states.items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": moments[name] for name in ADAMW}
+        for i, factors in enumerate(self.history.factors or []):
+            tensors |= {f"history.{i}.{j}": factor for j, factor in enumerate(factors)}
+        head = {"step": str(step), "settings": json.dumps(self.settings)}
         if first_rank():
-            write_whole(self.folder / CHECKPOINT.format(step), lambda path: torch.save(state, path))
+            write_whole(self.folder / CHECKPOINT.format(step), lambda path: save_file(tensors, path, metadata=head))
             for old in checkpoints_in(self.folder)[:-2]:
                 old.unlink()
 
@@ -454,6 +467,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def one_line(text: str) -> str:
+    """`text` on one line of a terminal, with what is not printable spelled out: parts may come from anyone's file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def cell(text: str) -> str:
+    """A name for a cell of a Markdown table: what would be markup in it is escaped."""
+    return re.sub(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text))
+
+
 def run_script(main: Callable[[], None]):
     """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which."""
     reuse_memory()
@@ -461,7 +484,7 @@ def run_script(main: Callable[[], None]):
     try:
         main()
     except UserError as mistake:
-        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(mistake))}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as reason:
         number, message = reason.args or (signal.SIGINT, "stopped")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shlex
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -713,9 +714,10 @@ def main(argv: list[str] | None = None):
         if args.merge:
             lora.merge(model, folder / "merged")
     say(f"wrote {', '.join(file for file in runs.FILES if (folder / file).exists())} to {folder}; go on with:")
-    these, demo = f"--model {args.model} --adapter {folder}", args.model == DEMO_FILES["model"]
-    say(f"  python evaluate.py {these}" + (f" --tasks instructions --data {DEMO_FOLDER}" if demo else ""))
-    say(f"  python visualize.py {these} --data {args.eval_data or args.data}")
+    these, demo = ["--model", args.model, "--adapter", str(folder)], args.model == DEMO_FILES["model"]
+    own_rows = ["--tasks", "instructions", "--data", DEMO_FOLDER] if demo else []
+    say(" ", shlex.join(["python", "evaluate.py", *these, *own_rows]))
+    say(" ", shlex.join(["python", "visualize.py", *these, "--data", args.eval_data or args.data]))
     if demo:
         say("  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data tatsu-lab/alpaca --limit 1000")
 

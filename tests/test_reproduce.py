@@ -148,7 +148,7 @@ def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, mo
             assert taken["reference"] == (reference if label == "RHO-1" else 0)
     rho1 = json.loads((tmp_path / "rho1-rho-0.6-seed43" / "run.json").read_text())["arguments"]
     assert rho1["reference"] == str(tmp_path / "reference-seed43")
-    assert not list(tmp_path.rglob("checkpoint-*.pt"))
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
     calls = []
     monkeypatch.setattr(reproduce, "call", calls.append)
