@@ -60,7 +60,7 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     if (folder / "run.json").exists():
         old += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
     if old and not (overwrite or resume):
-        raise UserError(f"{folder} holds another run ({old[0].name}); choose another --out, or add --resume or --overwrite")
+        raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
     for path in old if overwrite else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with writing(folder):
@@ -290,9 +290,10 @@ class Checkpoints:
         numbers, where = sorted(samples), ""
         if self.folder:
             path = self.folder / FAILED.format(step)
-            content = {f"{what} {i}": samples[i][part] for i in numbers for part, what in enumerate(("ids", "response"))}
+            content = {f"ids {i}": samples[i][0] for i in numbers} | {f"response {i}": samples[i][1] for i in numbers}
+            about = {"step": str(step), "loss": str(loss), "gradient norm": str(gradient)}
             if first_rank():
-                write_whole(path, lambda file: save_file(content, file, metadata={"loss": f"{loss}", "step": f"{step}"}))
+                write_whole(path, lambda file: save_file(content, file, metadata=about))
             gather(None)  # a rank that ended now would have the others ended too
             where = f", saved in {path}; the last checkpoint is untouched"
         raise UserError(
@@ -323,7 +324,7 @@ def save_state(state: dict, path: Path):
     try:
         torch.save(state, path)
     except RuntimeError as reason:  # torch's writer has nothing narrower
-        raise OSError(f"torch wrote a part of it: {reason}") from None
+        raise OSError(f"torch could not write all of it: {reason}") from None
 
 
 def keep_lines(log: Path, count: int):

@@ -44,7 +44,13 @@ def end(main, argv, capsys) -> tuple[int, list[str]]:
         runs.run_script(lambda: main([str(word) for word in argv]))
     except SystemExit as stop:
         status = stop.code
-    return status, capsys.readouterr().err.strip().splitlines()
+    return status, seen(capsys.readouterr().err)
+
+
+def seen(stderr: str | bytes) -> list[str]:
+    """The lines that a terminal shows: of a progress bar, its last state."""
+    text = stderr if isinstance(stderr, str) else stderr.decode()
+    return [line.rpartition("\r")[2] for line in text.strip().split("\n")]
 
 
 def assert_refused(status: int, lines: list[str], words: str):
@@ -77,12 +83,13 @@ def place(originals, tmp_path, monkeypatch):
 
 
 def train_command(place) -> list:
-    return ["--model", place.model, "--data", place.at / "rows.jsonl", "--out", place.at / "out", *SETTINGS, *place.flags]
+    given = {"--model": place.model, "--data": place.at / "rows.jsonl", "--out": place.at / "out"}
+    return [*sum(given.items(), ()), *SETTINGS, *place.flags]
 
 
 def evaluate_command(place) -> list:
-    flags = ["--data", place.at / "benchmarks", "--tasks", "arc_easy", "--limit", "1", "--device", "cpu", *place.flags]
-    return ["--model", place.model, *flags]
+    given = {"--model": place.model, "--data": place.at / "benchmarks", "--tasks": "arc_easy", "--limit": 1}
+    return [*sum(given.items(), ()), "--device", "cpu", *place.flags]
 
 
 INDEX, NORM = "model.safetensors.index.json", "model.norm.weight"
@@ -262,7 +269,7 @@ MODEL = [  # both scripts refuse these
     ("index names a link out", link_out, OUTSIDE),
     ("index names a link out of the hub's cache", link_out_of_the_cache, OUTSIDE),
     ("tensor of another shape", norm(lambda t: t.update({NORM: torch.ones(47)})), "has shape [47], the config asks"),
-    ("tensor missing", both(norm(lambda t: t.pop(NORM)), unlisted(NORM)), "no tensor model.norm.weight, which its conf"),
+    ("tensor missing", both(norm(lambda t: t.pop(NORM)), unlisted(NORM)), "no tensor model.norm.weight"),
     ("config of a larger model", js("config.json", hidden_size=96), "the config asks for [400, 96]"),
     ("tokenizer missing", gone("tokenizer.json"), "model has no tokenizer.json"),
     ("tokenizer_config missing", gone("tokenizer_config.json"), "model has no tokenizer_config.json"),
@@ -311,13 +318,13 @@ FLAGS = [
     ("batches that do not divide", flags("--micro-batch-size", "3"), "--micro-batch-size 3 does not divide --batch-s"),
     ("a flag that does not exist", flags("--roh", "0.5"), "unrecognized arguments: --roh"),
     ("a value of another kind", flags("--batch-size", "many"), "argument --batch-size: invalid int value: 'many'"),
-    ("resume without a folder's name", lambda place: flags("--resume", "--overwrite")(place), "--resume goes on with"),
-    ("a reference of another base", flags("--method", "rho1", "--reference", "AT/adapter of wider"), "has shape [4, 96]"),
+    ("resume and overwrite", flags("--resume", "--overwrite"), "--resume goes"),
+    ("a reference of another base", flags("--method", "rho1", "--reference", "AT/adapter of wider"), "shape [4, 96]"),
 ]
 
 OUT = [
     ("another run", lambda place: write(place, "out/run.json", "{}"), "holds another run (run.json); choose another"),
-    ("another run's checkpoint", lambda place: write(place, "out/checkpoint-00000001.pt", ""), "add --resume or --over"),
+    ("another run's checkpoint", lambda place: write(place, "out/checkpoint-00000001.pt", ""), "choose another --out, --resume or"),
     ("a file", lambda place: write(place, "out", ""), "out cannot be written (File exists)"),
     ("in a file", both(lambda place: write(place, "x", ""), flags("--out", "AT/x/out")), "cannot be written (Not a di"),
     ("read-only above", refuses("mkdir", errno.EROFS), "out cannot be written (Read-only file system)"),
@@ -327,8 +334,8 @@ OUT = [
 
 ADAPTER = [  # of evaluate.py
     ("missing", flags("--adapter", "AT/nothing"), "nothing has no adapter_config.json"),
-    ("of another base", flags("--adapter", "AT/adapter of wider"), "lora_A.weight has shape [4, 96], not [4, 48]"),
-    ("of another rank", both(rank(8), flags("--adapter", "AT/adapter")), "lora_A.weight has shape [4, 48], not [8, 48]"),
+    ("of another base", flags("--adapter", "AT/adapter of wider"), "has shape [4, 96], not [4, 48]"),
+    ("of another rank", both(rank(8), flags("--adapter", "AT/adapter")), "has shape [4, 48], not [8, 48]"),
     ("without weights", both(lambda place: (place.at / "adapter" / "adapter_model.safetensors").unlink(),
         flags("--adapter", "AT/adapter")), NOT_WHOLE),
     ("folder of the results missing", flags("--out", "AT/rows.jsonl/results.json"), "cannot be written (File exists)"),
@@ -353,7 +360,7 @@ def test_a_broken_model_is_refused(place, capsys, script, change, words):
 def test_data_and_flags_that_cannot_work_are_refused(place, capsys, change, words):
     change(place)
     assert_refused(*end(train.main, train_command(place), capsys), words)
-    assert not (place.at / "out").exists()
+    assert not list((place.at / "out").glob("*"))
 
 
 @cases(OUT)
@@ -383,17 +390,290 @@ def test_nothing_is_wrong_with_the_originals_nor_with_the_links_of_the_hub_s_cac
 def test_debug_shows_the_traceback_of_a_mistake(script, monkeypatch, capsys):
     main = importlib.import_module(script).main
     status, lines = end(main, ["--no-such-flag"], capsys)
-    assert_refused(status, lines, f"--help")
+    assert_refused(status, lines, "--help")
     monkeypatch.setattr(sys, "argv", [script, "--no-such-flag", "--debug"])
     status, lines = end(main, sys.argv[1:], capsys)
     assert status == 2 and lines[0] == "Traceback (most recent call last):" and lines[-1].startswith("error: ")
 
 
-def test_debug_names_what_a_mistake_was_made_from_and_changes_no_run(place):
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, train_command(place)), "--max-steps", "1"]
-    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True)
-    shutil.move(place.at / "rows.jsonl", place.at / "kept.jsonl")
-    plain, debug = run(), run("--debug")
-    assert_refused(plain.returncode, plain.stderr.strip().splitlines(), "rows.jsonl cannot be read")
-    assert debug.returncode == 2 and "FileNotFoundError: [Errno 2]" in debug.stderr and "Traceback" in debug.stderr
-    assert debug.stderr.splitlines()[-1] == plain.stderr.strip()
+def test_debug_shows_what_a_mistake_was_made_from(place, capsys):
+    (place.at / "rows.jsonl").unlink()
+    status, plain = end(train.main, train_command(place), capsys)
+    assert_refused(status, plain, "rows.jsonl cannot be read")
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, train_command(place)), "--debug"]
+    debug = subprocess.run(command, capture_output=True)
+    assert debug.returncode == 2 and seen(debug.stderr)[-1] == plain[-1]
+    assert b"FileNotFoundError: [Errno 2]" in debug.stderr and b"in read_file\n" in debug.stderr
+
+
+def test_the_hub_s_reason_comes_with_the_next_step(originals, tmp_path):
+    repositories = {("model", "who/tiny", "main"): originals / "model"}
+
+    def start(name, environment):
+        command = [sys.executable, str(ROOT / "train.py"), "--model", name, "--data", str(originals / "rows.jsonl")]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+
+    with (
+        serve(repositories, tmp_path / "a", token="hf_secret") as (gated, _),
+        serve(repositories, tmp_path / "b") as (open_to_all, _),
+    ):
+        down = gated | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+        asked = {
+            "Cannot access gated repo": (
+                start("who/tiny", gated),
+                "ask for access on its page there",
+            ),
+            "Repository Not Found": (start("who/other", open_to_all), "check the name; what is private needs HF_TOKEN"),
+            "Connection refused": (start("who/tiny", down), "check the connection and HF_ENDPOINT"),
+        }
+        for reason, (process, next_step) in asked.items():
+            lines = seen(process.communicate(timeout=120)[1])
+            assert_refused(process.returncode, lines, next_step)
+            assert reason in lines[-1] and len(lines) == 1
+
+
+# ------------------------------------------------------------------------- conversations that are taken as they are
+
+
+@pytest.fixture(scope="module", params=["special", "not special", "not added"])
+def tokenizer(request):
+    """A tokenizer, also one whose file does not call its end of text special, or lists it among the plain tokens."""
+    value = json.loads(make_tokenizer(adds_bos=False).to_str())
+    for token in value["added_tokens"]:
+        token["special"] = request.param == "special"
+    if request.param == "not added":
+        value["added_tokens"] = []
+    return data.Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(value)), EOS, BOS)
+
+
+def supervised(example: data.Example, tokenizer) -> str:
+    return tokenizer.decode(example.ids[example.response].tolist())
+
+
+TAKEN = {  # messages -> what is supervised
+    "the assistant speaks first": ([assistant("Hi"), user("Q"), assistant("A")], f"Hi{EOS}A{EOS}"),
+    "only the assistant speaks": ([assistant("Hi")], f"Hi{EOS}"),
+    "two user turns in a row": ([user("Q"), user("R"), assistant("A")], f"A{EOS}"),
+    "two assistant turns in a row": ([user("Q"), assistant("A"), assistant("B")], f"A{EOS}B{EOS}"),
+    "an empty assistant turn: to end at once, as the release trains it": ([user("Q"), assistant("")], EOS),
+    "an assistant turn of spaces": ([user("Q"), assistant(" \n ")], EOS),
+    "an empty user turn": ([user(""), assistant("A")], f"A{EOS}"),
+    "a system turn in the middle": ([user("Q"), {"role": "system", "content": "S"}, assistant("A")], f"A{EOS}"),
+    "control tokens spelled out": (
+        [user(f"{EOS}{BOS}<|assistant|>\nA"), assistant(f"{EOS} {BOS}")],
+        f"{EOS} {BOS}{EOS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_conversation_out_of_the_ordinary_is_taken_as_it_is(tokenizer, what):
+    messages, expected = TAKEN[what]
+    example = data.encode(messages, tokenizer, 1000)
+    assert supervised(example, tokenizer) == expected
+    assert (example.ids == tokenizer.eos_id).sum() == sum(message["role"] == "assistant" for message in messages)
+    assert not (example.ids == tokenizer.backend.token_to_id(BOS)).any()
+
+
+PIECES = strategies.sampled_from([EOS, BOS, "<|assistant|>", "<|user|>", "<|system|>", "\n", " ", "A", "<|", "|>"])
+TEXTS = strategies.lists(PIECES | strategies.text(max_size=3)).map("".join)
+TURNS = strategies.tuples(strategies.sampled_from(["system", "user", "assistant"]), TEXTS)
+
+
+@given(turns=strategies.lists(TURNS, min_size=1, max_size=5))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_whatever_a_user_spells_only_the_assistant_s_turns_are_supervised(tokenizer, turns):
+    example = data.encode([{"role": role, "content": content} for role, content in turns], tokenizer, 10_000)
+    answers = [content.strip() for role, content in turns if role == "assistant"]
+    assert supervised(example, tokenizer) == "".join(answer + EOS for answer in answers)
+    assert (example.ids == tokenizer.eos_id).sum() == len(answers) and not (example.ids == 0).any()
+    starts = (example.response[1:] & ~example.response[:-1]).sum() + example.response[:1].sum()
+    assert starts == len(answers)  # one stretch an answer, so none of its own characters came from another turn
+
+
+def test_a_vocabulary_that_makes_text_a_control_token_is_refused():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({EOS: 0, "a": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UserError, match="in a text as its end-of-text token"):
+        data.encode([user(f"a {EOS} a"), assistant("a")], data.Tokenizer(words, EOS), 10)
+
+
+def test_ten_megabytes_are_cut_before_they_are_encoded(tokenizer):
+    start = time.perf_counter()
+    for piece in ("word ", "a", "\u65e5", "\n"):
+        long = piece * (10_000_000 // len(piece.encode()))
+        whole = data.encode([user("Q"), assistant("Yes " + long)], tokenizer, 300)
+        part = data.encode([user("Q"), assistant("Yes " + long[:20_000])], tokenizer, 300)
+        assert torch.equal(whole.ids, part.ids) and torch.equal(whole.response, part.response)
+        assert len(whole.ids) == 300 or piece == "\n"  # stripped
+    assert time.perf_counter() - start < 10  # the whole of it takes minutes, and 3 GB
+
+
+# -------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_on_a_sample_at_the_edge_selects_its_share_and_has_a_loss(place, capsys, dtype):
+    """One response token; no prompt but the template's; identical tokens; rho * L_resp an integer up to rounding."""
+    rows(
+        {"prompt": "Q", "completion": ""},
+        {"prompt": "", "completion": "A"},
+        {"prompt": "a" * 9, "completion": "a" * 50},
+        {"prompt": "Q", "completion": "7 " * 29},
+    )(place)
+    (_, *examples), _ = data.load_examples(str(place.at / "rows.jsonl"), data.load_tokenizer(place.model), 512)
+    more = ["--rho", "0.1", "--epochs", "2", "--batch-size", "1", "--dtype", dtype]
+    assert end(train.main, [*train_command(place), *more], capsys)[0] == 0
+    lines = runs.read_log(place.at / "out")
+    assert len(lines) == 8 and {1} < {line["response_tokens"] for line in lines}
+    for line in lines:
+        assert 0 < line["loss"] < 100 and line["selected_tokens"] == share_of(0.1, line["response_tokens"])
+
+
+MARK = "\u00e9"  # two tokens that no other row has
+
+
+@pytest.fixture
+def poisoned(place):
+    """A model that has no number for one of the rows, which comes in the last of the five steps: the row's number."""
+    order = random.Random("42 0").sample(range(20), 20)
+    lines = (place.at / "rows.jsonl").read_text().splitlines()
+    lines[order[-1]] = json.dumps(json.loads(lines[order[-1]]) | {"instruction": MARK}, ensure_ascii=False)
+    text("\n".join(lines))(place)
+    ids = data.load_tokenizer(place.model).encode(MARK)[0]
+    tensors("model.embed_tokens.weight", lambda held: held["model.embed_tokens.weight"][ids].fill_(0))(place)
+    path = holding(place, "model.embed_tokens.weight")
+    held = load_file(path)
+    held["model.embed_tokens.weight"][ids] = torch.nan
+    save_file(held, path)
+    return order[-1]
+
+
+def assert_stopped(place, error: str, number: int, step: int = 5):
+    """It says the step, its samples and where they are; log and checkpoints end before it, and hold numbers."""
+    out = place.at / "out"
+    saved = out / runs.FAILED.format(step)
+    batch = load_file(saved)
+    assert f"step {step}: the loss is " in error and f"saved in {saved}; the last checkpoint is untouched" in error
+    numbers = sorted(int(name.removeprefix("ids ")) for name in batch if name.startswith("ids "))
+    assert number in numbers and len(numbers) == 4 and f"are {', '.join(map(str, numbers))}, saved" in error
+    examples, _ = data.load_examples(str(place.at / "rows.jsonl"), data.load_tokenizer(place.model), 2048)
+    for i in numbers:
+        assert torch.equal(batch[f"ids {i}"], examples[i].ids)
+        assert torch.equal(batch[f"response {i}"], examples[i].response)
+    assert [line["step"] for line in runs.read_log(out)] == list(range(1, step))
+    assert max(runs.checkpoints_in(out)).name == runs.CHECKPOINT.format(step - 1)
+    assert not (out / "adapter_model.safetensors").exists() and not list(out.glob("*.tmp"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_anything_of_it_is_kept(place, poisoned, capsys):
+    command = [*train_command(place), "--checkpoint-every", "1"]
+    status, lines = end(train.main, command, capsys)
+    assert_refused(status, lines, "the loss is nan, the gradient's norm nan")
+    assert_stopped(place, lines[-1], poisoned)
+    kept = max(runs.checkpoints_in(place.at / "out")).read_bytes()
+    assert end(train.main, [*command, "--resume"], capsys)[1][-1] == lines[-1]  # it comes back to the same step
+    assert max(runs.checkpoints_in(place.at / "out")).read_bytes() == kept
+    assert "holds another run" in end(train.main, command, capsys)[1][-1]
+    end(train.main, [*command, "--overwrite", "--max-steps", "4"], capsys)
+    assert not list((place.at / "out").glob("failed*"))
+
+
+@pytest.mark.parametrize("clip", ["0", "1"])
+def test_a_gradient_that_is_infinite_stops_the_run_too(place, capsys, monkeypatch, clip):
+    real = runs.sum_over_ranks
+
+    def overflow(given):
+        if len(given) > 2 and len(runs.read_log(place.at / "out")) == 4:
+            given[3][0, 0] = torch.inf
+        return real(given)
+
+    monkeypatch.setattr(runs, "sum_over_ranks", overflow)
+    flags("--checkpoint-every", "1", "--max-grad-norm", clip)(place)
+    status, lines = end(train.main, train_command(place), capsys)
+    assert status == 2 and "the gradient's norm inf" in lines[-1] and "loss is nan" not in lines[-1]
+    assert_stopped(place, lines[-1], random.Random("42 0").sample(range(20), 20)[-1])
+
+
+def test_all_ranks_stop_where_one_of_them_has_no_number(place, poisoned):
+    flags = [
+        *SETTINGS,
+        "--micro-batch-size",
+        "2",
+        "--lora-dropout",
+        "0",
+        "--history",
+        "base",
+        "--checkpoint-every",
+        "1",
+    ]
+    process = torchrun(2, place.model, place.at / "rows.jsonl", place.at / "out", *flags)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode not in (0, None)
+    (said,) = {line for line in errors.splitlines() if line.startswith("error: ")}
+    assert_stopped(place, said, poisoned)
+
+
+def test_frozen_losses_that_are_no_numbers_rank_nothing(place, poisoned, capsys):
+    flags("--method", "rho1", "--reference", "AT/adapter")(place)
+    status, lines = end(train.main, train_command(place), capsys)
+    assert_refused(status, lines, f"the loss of samples {poisoned} (from 0) is no finite number")
+
+
+# ------------------------------------------------------------------------------------------- disks that take no more
+
+FULL_DISK = """
+import resource, sys
+import runs, train
+
+def allow(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # writing more fails, after what fits has been written
+
+class Checkpoints(runs.Checkpoints):
+    def write(self, step):
+        if (step, sys.argv[1]) == (3, "checkpoint"):
+            allow(20_000)
+        super().write(step)
+        if (step, sys.argv[1]) == (2, "log"):
+            allow((self.folder / "log.jsonl").stat().st_size + 30)
+
+runs.Checkpoints = Checkpoints
+runs.run_script(lambda: train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "log"])
+def test_a_full_disk_is_named_and_the_run_goes_on_from_its_last_checkpoint(place, capsys, file):
+    command = [*train_command(place), "--checkpoint-every", "1"]
+    script = [sys.executable, "-c", FULL_DISK, file, *map(str, command)]
+    process, out = subprocess.run(script, capture_output=True, cwd=ROOT), place.at / "out"
+    name = {"checkpoint": runs.CHECKPOINT.format(3), "log": "log.jsonl"}[file]
+    assert_refused(process.returncode, seen(process.stderr), f"error: {out / name} cannot be written (")
+    assert "what was there before is whole: make room, or write elsewhere" in seen(process.stderr)[-1]
+    assert [path.name for path in runs.checkpoints_in(out)] == [runs.CHECKPOINT.format(step) for step in (1, 2)]
+    assert not list(out.glob("*.tmp"))  # nothing half, nothing that fills the disk
+    if file == "log":
+        assert not (out / "log.jsonl").read_text().endswith("\n")  # half a line
+    assert end(train.main, [*command, "--resume"], capsys)[0] == 0
+    assert [line["step"] for line in runs.read_log(out)] == [1, 2, 3, 4, 5]
+    place.flags += ["--out", place.at / "whole"]
+    assert end(train.main, train_command(place), capsys)[0] == 0
+    adapters = [folder / "adapter_model.safetensors" for folder in (out, place.at / "whole")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "adapter_model.safetensors", "adapter_config.json", "merged/model.safetensors"]
+)
+def test_no_file_of_a_run_appears_half(place, capsys, name):
+    real = model_module._to_disk
+
+    def refuse(path):
+        if path.name.startswith(Path(name).name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path)
+
+    place.patch.setattr(model_module, "_to_disk", refuse)
+    status, lines = end(train.main, [*train_command(place), "--merge", "--max-steps", "1"], capsys)
+    assert_refused(status, lines, f"out/{name} cannot be written (No space left on device)")
+    assert not (place.at / "out" / name).exists() and not list((place.at / "out").rglob("*.tmp"))
