@@ -324,7 +324,7 @@ FLAGS = [
 
 OUT = [
     ("another run", lambda place: write(place, "out/run.json", "{}"), "holds another run (run.json); choose another"),
-    ("another run's checkpoint", lambda place: write(place, "out/checkpoint-00000001.pt", ""), "choose another --out, --resume or"),
+    ("another's checkpoint", lambda place: write(place, f"out/{runs.CHECKPOINT.format(1)}", ""), "--resume or --over"),
     ("a file", lambda place: write(place, "out", ""), "out cannot be written (File exists)"),
     ("in a file", both(lambda place: write(place, "x", ""), flags("--out", "AT/x/out")), "cannot be written (Not a di"),
     ("read-only above", refuses("mkdir", errno.EROFS), "out cannot be written (Read-only file system)"),
@@ -596,17 +596,7 @@ def test_a_gradient_that_is_infinite_stops_the_run_too(place, capsys, monkeypatc
 
 
 def test_all_ranks_stop_where_one_of_them_has_no_number(place, poisoned):
-    flags = [
-        *SETTINGS,
-        "--micro-batch-size",
-        "2",
-        "--lora-dropout",
-        "0",
-        "--history",
-        "base",
-        "--checkpoint-every",
-        "1",
-    ]
+    flags = [*SETTINGS, *"--micro-batch-size 2 --lora-dropout 0 --history base --checkpoint-every 1".split()]
     process = torchrun(2, place.model, place.at / "rows.jsonl", place.at / "out", *flags)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode not in (0, None)
