@@ -96,6 +96,8 @@ def load_rows(source: str, limit: int | None = None) -> list[dict]:
     """The first `limit` rows (default: all) of a .json, .jsonl or .parquet file, or of a hub data set's train split."""
     path = Path(source)
     local = path.suffix in (".json", ".jsonl", ".parquet")
+    if path.is_file() and not local:
+        raise UserError(f"{source} is no .json, .jsonl or .parquet file")
     rows = itertools.chain.from_iterable(map(read_file, [path] if local else hub_files(source)))
     rows = list(itertools.islice(rows, limit))
     if not rows:
@@ -154,6 +156,8 @@ SCHEMAS = {
     ("instruction", "output"): lambda row: _exchange(row["instruction"], row.get("input"), row["output"]),
     ("instruction", "response"): lambda row: _exchange(row["instruction"], row.get("context"), row["response"]),
 }
+KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
+TREE = ("prompt",)  # OpenAssistant, a tree a row
 TREE_COLUMNS = {"message_id", "parent_id", "text", "role"}  # OpenAssistant, one message a row
 
 
@@ -197,29 +201,40 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
     """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
 
     Schemas: messages; prompt/completion; Alpaca; Dolly; ShareGPT; OpenAssistant (whole trees, or a message a row).
-    Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them.
+    Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them, or
+    another than the rows before it.
     """
     if all(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
         try:
             rows = [{"prompt": root} for root in _build_trees(rows)]
         except TypeError as reason:
             raise UserError(f"{source}: a message_id or parent_id is no text ({reason})") from None
-    found = []
+    found, first = [], None
     for number, row in enumerate(rows, 1):
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"a {type(row).__name__}, not an object with columns")
-            if isinstance(row.get("prompt"), dict):
-                found.extend(tree_conversations(row["prompt"]))
-                continue
-            schema = next((columns for columns in SCHEMAS if row.keys() >= set(columns)), None)
-            if schema is None:
-                known = "; ".join("/".join(columns) for columns in SCHEMAS)
-                raise UserError(f"columns {', '.join(sorted(row))} fit no schema ({known}; OpenAssistant's trees)")
-            found.append(SCHEMAS[schema](row))
-        except (UserError, AttributeError, TypeError, KeyError, RecursionError) as reason:
+            schema = find_schema(row)
+            if schema != (first := first or schema):
+                found_columns = f"columns {', '.join(sorted(row))}, row 1 has {'/'.join(first)}"
+                raise UserError(f"{found_columns}: a source is to hold one schema ({KNOWN})")
+            found += tree_conversations(row["prompt"]) if schema == TREE else [SCHEMAS[schema](row)]
+        except UserError as reason:
             raise UserError(f"{source}, row {number}: {reason}") from None
+        except (AttributeError, TypeError, KeyError) as reason:
+            what = f"{'/'.join(schema)} does not hold what this schema has there"
+            raise UserError(f"{source}, row {number}: {what} ({type(reason).__name__}: {reason})") from None
     return found
+
+
+def find_schema(row: dict) -> tuple[str, ...]:
+    """The columns that tell which schema a row is of; UserError with its columns if it is of none."""
+    if not isinstance(row, dict):
+        raise UserError(f"a {type(row).__name__}, not an object with columns")
+    if isinstance(row.get("prompt"), dict):
+        return TREE
+    for columns in SCHEMAS:
+        if row.keys() >= set(columns):
+            return columns
+    raise UserError(f"columns {', '.join(sorted(row))} fit no schema ({KNOWN})")
 
 
 def load_conversations(
@@ -309,6 +324,7 @@ class Tokenizer:
 
     eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
     bos: what tokenizer_config.json calls its beginning of text, if anything; many a tokenizer names one it never adds.
+    longest: the characters of its longest token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos: str, bos: str | None = None):
@@ -318,14 +334,18 @@ class Tokenizer:
         with_prefix, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
         starts = (i for i in range(len(with_prefix)) if with_prefix[i : i + len(plain)] == plain)
         self.prefix = with_prefix[: next(starts, 0)]
-        backend.encode_special_tokens = True  # "<|end_of_text|>" in a text is spelled out, never a control token
-        self.backend = backend
-        self.vocab_size = backend.get_vocab_size()
+        # "<|end_of_text|>" in a text is spelled out, never a control token, whatever the file itself calls special
+        backend.add_special_tokens([token for token in (eos, bos) if token and backend.token_to_id(token) is not None])
+        backend.encode_special_tokens = True
+        self.backend, vocabulary = backend, backend.get_vocab()
+        self.vocab_size, self.longest = max(vocabulary.values()) + 1, max(map(len, vocabulary))
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of `text`, without BOS or EOS, and the character at which each token starts."""
         with told(f"the tokenizer cannot encode {text[:60]!r}"):
             encoding = self.backend.encode(text, add_special_tokens=False)
+        if self.eos_id in encoding.ids:  # a vocabulary that is looked up word by word, as no Llama's or Qwen's is
+            raise UserError(f"this tokenizer reads {self.eos!r} in a text as its end-of-text token")
         return encoding.ids, [start for start, _ in encoding.offsets]
 
     def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
@@ -389,9 +409,10 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
     the assistant's tokens and their end token; a token that straddles the boundary belongs to the prompt.
     """
     ids, response = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
+    reach = 2 * max_length * tokenizer.longest  # characters, twice what the tokens that are kept can cover
 
     def append(text, answer_start):
-        stretch, starts = tokenizer.encode(text)
+        stretch, starts = tokenizer.encode(text[:reach])
         ids.extend(stretch)
         response.extend(start >= answer_start for start in starts)
 

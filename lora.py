@@ -14,7 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Linear, Transformer, UserError, is_count, is_number, read_json, save_model, write_json, write_whole
+from model import (
+    Linear,
+    Transformer,
+    UserError,
+    is_count,
+    is_number,
+    read_json,
+    save_model,
+    write_json,
+    write_whole,
+    writing,
+)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -215,7 +226,8 @@ PREFIX = "base_model.model."
 def save_adapter(model: Transformer, folder):
     """Write adapter_model.safetensors (float32) and adapter_config.json to `folder`; peft's PeftModel loads them."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     layers = lora_layers(model)
     first = next(iter(layers.values()))
     tensors = {}

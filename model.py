@@ -22,6 +22,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -92,18 +99,34 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
     a file that is there by then stays.
     """
     temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would leave the owner's rights alone
-    write(temporary)
-    temporary.chmod(mode)
-    _to_disk(temporary)  # first what is in the file, then that it bears its name
-    if others_write:
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-        temporary.unlink()
-    else:
-        temporary.replace(path)
-    _to_disk(path.parent)
+    with writing(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask gives; safetensors would give rights to the owner alone
+            write(temporary)
+            temporary.chmod(mode)
+            _to_disk(temporary)  # first what is in the file, then that it bears its name
+            if others_write:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
+            else:
+                temporary.replace(path)
+            _to_disk(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # half a file would keep a full disk full
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """A context in which the system's refusal to write (full disk, no permission) is a UserError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as reason:
+        why = getattr(reason, "strerror", None) or reason
+        raise UserError(
+            f"{path} cannot be written ({why}); what was there before is whole: make room, or write elsewhere"
+        ) from None
 
 
 def _to_disk(path: Path):
@@ -433,6 +456,17 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------------- loading and saving
 
 
+# What to do about an error of the hub's client: of the first kind that it is
+NEXT_STEPS = {
+    GatedRepoError: "ask for access on its page there, then set HF_TOKEN",
+    RepositoryNotFoundError: "check the name; what is private needs HF_TOKEN",
+    RevisionNotFoundError: "check the revision",
+    HFValidationError: "check the path",
+    LocalEntryNotFoundError: "check the connection and HF_ENDPOINT, or give a local folder",
+    Exception: "try again, or give a local folder",
+}
+
+
 def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
     """The local folder of a checkpoint: the path itself, or the hub's snapshot of the files that match `patterns`.
 
@@ -444,7 +478,9 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
     try:
         return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
-        raise UserError(f"{name} is neither a local folder nor available from the hub: {reason}") from reason
+        step = next(step for kind, step in NEXT_STEPS.items() if isinstance(reason, kind))
+        why = str(reason).strip().rstrip(".")
+        raise UserError(f"{name} is neither a local folder nor available from the hub: {why}; {step}") from reason
 
 
 def open_safetensors(path: Path):
@@ -455,15 +491,29 @@ def open_safetensors(path: Path):
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
 
 
+def lies_in(folder: Path, file: str) -> bool:
+    """Whether `file` lies in `folder` itself, links followed; in the hub's cache those of a snapshot lead to blobs/."""
+    target, folder = (folder / file).resolve(), folder.resolve()
+    blobs = (folder.parent.parent / "blobs").resolve() if folder.parent.name == "snapshots" else folder
+    return Path(file).name == file and target.parent in (folder, blobs)
+
+
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds each tensor, single file or sharded. UserError where index and shards differ."""
-    index = folder / "model.safetensors.index.json"
+    """Which safetensors file holds each tensor, single file or sharded. UserError where index and shards differ.
+
+    Pickled weights (.bin, .pt) are not read: whoever wrote them can have them run any program.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     listed = read_json(index).get("weight_map") if index.exists() else None
     if index.exists() and not (isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())):
         raise UserError(f"{index} has no weight_map that puts tensors in files")
+    if listed is None and not single.exists():
+        pickled = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
+        only = f", only {min(pickled)}: pickled weights can run any program when read" if pickled else ""
+        raise UserError(f"{folder} has no model.safetensors{only}; give a checkpoint in safetensors")
     found = {}
     for file in ["model.safetensors"] if listed is None else sorted(set(listed.values())):
-        if Path(file).name != file or not file.isprintable():  # NUL, half of a surrogate pair: no name of a file
+        if listed is not None and not (file.isprintable() and lies_in(folder, file)):  # NUL is in no file's name
             raise UserError(f"{index} names {file}, which is not a file of its own folder")
         found |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
     if listed is not None and found != listed:
@@ -568,7 +618,8 @@ def read_weights(model: Transformer):
 def save_model(model: Transformer, folder):
     """Write a checkpoint that load_model, transformers, vLLM and lm-eval load, the tokenizer's files beside it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     dtype_key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
     config = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
     write_json(folder / "config.json", config)

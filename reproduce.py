@@ -33,6 +33,7 @@ from model import (
     read_json,
     write_json,
     write_whole,
+    writing,
 )
 from train import WITH_REFERENCE
 
@@ -397,16 +398,17 @@ OURS = {
     *("--rating-field", "--revision", "--dtype", "--device", "--overwrite"),
 }
 # What may differ between one command and the next on the same folder: it adds cells, or says how to run them.
-FREE = {"table", "methods", "seeds", "tasks", "asked", "eval_limit", "benchmarks", "launcher", "out", "rho", "machine"}
+FREE = {
+    *("table", "methods", "seeds", "tasks", "asked", "eval_limit", "benchmarks", "launcher", "out", "rho", "machine"),
+    "debug",
+}
 
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     out = Path(args.out)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise UserError(f"--out {out} cannot be made: {reason.strerror}") from None
     shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
     shared["what follows --"] = shared.pop("--flags")
     settings = out / "settings.json"

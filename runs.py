@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -37,12 +38,14 @@ from model import (
     read_weights,
     write_json,
     write_whole,
+    writing,
 )
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
 CHECKPOINT = "checkpoint-{:08d}.safetensors"  # its number is that of the optimizer steps done
 SNAPSHOT = "step-{:08d}"  # a folder with the adapter as it was after so many
+FAILED = "failed-step-{:08d}.safetensors"  # the samples of a step that gave no number
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
 
@@ -54,16 +57,15 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder) + snapshots_in(folder)
+    old += folder.glob(FAILED.replace("{:08d}", "*"))
     if (folder / "run.json").exists():
         old += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
     if old and not (overwrite or resume):
-        raise UserError(f"{folder} holds another run ({old[0].name}); choose another --out or add --overwrite")
+        raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
     for path in old if overwrite else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise UserError(f"--out {folder} cannot be made: {reason.strerror}") from None
     return folder
 
 
@@ -91,7 +93,7 @@ def read_log(folder: Path) -> list[dict]:
 
 def append_line(path: Path, value: dict):
     """Add one line of JSON to a log that is always whole on disk."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -100,6 +102,9 @@ class Report:
 
     def __init__(self, path: Path | None):
         self.path, self.records = path, []
+        if path:
+            with writing(path):  # before the work, not after it
+                path.parent.mkdir(parents=True, exist_ok=True)
         if path and path.exists():
             held = read_json(path)
             self.records = held.get("runs", [held])
@@ -293,6 +298,28 @@ class Checkpoints:
         if stop and step < self.steps:
             raise Stopped(self.signal or signal.SIGTERM, f"stopped after step {step}; with --resume it goes on")
 
+    def check_numbers(self, step: int, loss: float, gradient: float, samples: dict[int, tuple[Tensor, Tensor]]):
+        """Stop the run after a step whose loss or gradient's norm is no finite number, before any of it is kept.
+
+        samples: those of the step, (ids, response) each, by their numbers from 0. They are written to the run's folder
+        for whoever looks for the reason. All ranks have the same numbers, so all stop.
+        """
+        if math.isfinite(loss) and math.isfinite(gradient):
+            return
+        numbers, where = sorted(samples), ""
+        if self.folder:
+            path = self.folder / FAILED.format(step)
+            content = {f"ids {i}": samples[i][0] for i in numbers} | {f"response {i}": samples[i][1] for i in numbers}
+            about = {"step": str(step), "loss": str(loss), "gradient norm": str(gradient)}
+            if first_rank():
+                write_whole(path, lambda file: save_file(content, file, metadata=about))
+            gather(None)  # a rank that ended now would have the others ended too
+            where = f", saved in {path}; the last checkpoint is untouched"
+        raise UserError(
+            f"step {step}: the loss is {loss}, the gradient's norm {gradient}. Its samples, counted from 0, are "
+            f"{', '.join(map(str, numbers))}{where}. Look at their text, and try a lower --lr or --dtype float32"
+        )
+
     def write(self, step: int):
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -312,8 +339,12 @@ class Checkpoints:
 
 
 def keep_lines(log: Path, count: int):
-    """Cut a log after its first `count` lines; a step that was logged after its last checkpoint is done again."""
-    write_lines(log, read_log(log.parent)[:count])
+    """Cut a log after its first `count` lines; a step that was logged after its last checkpoint is done again.
+
+    The last line may be half a line, where the disk was full.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    write_whole(log, lambda path: path.write_text("".join(lines), encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------------- ranks
@@ -462,6 +493,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=ShowDefaults, allow_abbrev=False)
+        say = "show the traceback of a mistake too, such as a flag or a file that cannot work"
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=say)  # for run_script
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -478,12 +511,18 @@ def cell(text: str) -> str:
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which."""
+    """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which.
+
+    With --debug its traceback comes first. Any other error is one of ours, and always has it.
+    """
     reuse_memory()
     status = 0
     try:
         main()
     except UserError as mistake:
+        if "--debug" in sys.argv:
+            mistake.__suppress_context__ = False  # what it was made from as well
+            traceback.print_exc()
         print(f"error: {one_line(str(mistake))}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as reason:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import lora
 import runs
-from model import Transformer, UserError, load_model, response_nll, response_places, to_device, write_json
+from model import Transformer, UserError, load_model, response_nll, response_places, to_device, write_json, writing
 from sstoken import (
     AttentionProbe,
     ema_update,
@@ -72,6 +72,8 @@ def response_losses(model: Transformer, examples: list[data.Example]) -> list[Te
         found |= zip(samples, nll.split([int(e.response.sum()) for e in batch]), strict=True) if batch else {}
     model.train(training)
     found = {i: nll for part in runs.gather(found) for i, nll in part.items()}
+    if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
+        raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
     return [found[i] for i in range(len(examples))]
 
 
@@ -275,15 +277,16 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         runs.sum_over_ranks([p.grad for p in adapters])  # nothing else of the model crosses between ranks
-        if args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(adapters, args.max_grad_norm)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(adapters, args.max_grad_norm or math.inf)
         optimizer.step()  # Alg. 1, line 10
         optimizer.zero_grad()
         history.update(step)  # Alg. 1, line 11
 
         members = [i for micro_batch in batch for i in micro_batch]
         seen += len(members)
-        total_loss, total_selected = torch.stack(runs.sum_over_ranks([loss_sum, selected_sum])).tolist()
+        sums = runs.sum_over_ranks([loss_sum, selected_sum])
+        total_loss, total_selected, norm = torch.stack([*sums, gradient_norm]).tolist()
+        checkpoints.check_numbers(step, total_loss, norm, {i: examples[i] for i in members})
         log(
             {
                 "step": step,
@@ -458,7 +461,7 @@ def check_reference(args: argparse.Namespace):
 
 # What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
 # ssToken's history comes from there, of which `settings` keeps account.
-FREE = {"out", "overwrite", "resume", "checkpoint_every", "snapshot_every", "merge", "eval_data", "cache"}
+FREE = {"out", "overwrite", "resume", "checkpoint_every", "snapshot_every", "merge", "eval_data", "cache", "debug"}
 
 
 def settings(args: argparse.Namespace, weights: str, examples: list[data.Example], frozen: Frozen) -> dict:
@@ -653,7 +656,8 @@ def main(argv: list[str] | None = None):
         total = len(plan_steps([len(sample.ids) for sample in samples], arguments, device))
         own = settings(arguments, weights, samples, frozen)
         checkpoints = runs.Checkpoints(place, total, args.checkpoint_every, own)  # refuses before anything is written
-        place.mkdir(exist_ok=True)
+        with writing(place):
+            place.mkdir(exist_ok=True)
         save_record()
         with tqdm(total=total, desc=place.name, unit="step", disable=not runs.first_rank()) as bar, checkpoints:
 

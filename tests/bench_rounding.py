@@ -2,10 +2,12 @@
 
     python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl [--samples 8]
     python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --kept [--samples 48]
+    python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --scores [--samples 48]
 
 First: token_nll against plain bfloat16 logits, both compared with float32 logits. All three see the same bfloat16
 hidden states; only the step from there to the loss differs. Second (--kept): history losses as --cache keeps them, in
-passes of their own, against those of the same micro-batch, in both dtypes.
+passes of their own, against those of the same micro-batch, in both dtypes. Third (--scores): a whole bfloat16 model's
+scores against those of the same model in float32.
 """
 
 import argparse
@@ -41,7 +43,11 @@ def main():
         parser.add_argument(flag, required=True)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--kept", action="store_true")
+    parser.add_argument("--scores", action="store_true")
     args = parser.parse_args()
+    if args.scores:
+        compare_scores(args)
+        return
     if args.kept:
         for dtype in (torch.float32, torch.bfloat16):
             compare_kept(args, dtype)
@@ -69,6 +75,27 @@ def main():
         print(
             f"{name}: mean error of REL {error:.4f} nats, {same / chosen:.1%} of the selected tokens agree at gamma 1"
         )
+
+
+def compare_scores(args):
+    """A bfloat16 model's scores against a float32 model's: the share of selected tokens that differ, at rho 0.6."""
+    examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), 512, args.samples)
+    found, gammas = {}, (0.0, 0.5, 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = lora.load_adapter(load_model(args.model, dtype), args.adapter)
+        probe, found[dtype] = AttentionProbe(model), []
+        for example in examples:
+            ids, response = data.collate([example])
+            nll = response_nll(model, ids, response)
+            attention = probe.scores(response)[response]
+            with lora.disabled(model):
+                rel = normalize(retrospective_excess_loss(nll, response_nll(model, ids, response)))
+            found[dtype].append([select(score(rel, attention, gamma), 0.6) for gamma in gammas])
+    chosen = sum(int(selected[0].sum()) for selected in found[torch.float32])
+    for number, gamma in enumerate(gammas):
+        pairs = zip(found[torch.float32], found[torch.bfloat16], strict=True)
+        differ = sum(int((exact[number] & ~rounded[number]).sum()) for exact, rounded in pairs)
+        print(f"gamma {gamma}: {differ / chosen:.2%} of {chosen} selected tokens are others in bfloat16")
 
 
 def compare_kept(args, dtype: torch.dtype):

@@ -2,11 +2,13 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_checkpoint
+from hypothesis import assume, given, settings, strategies
 from memory import peak_allocated
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -110,6 +112,22 @@ def test_eq_07_never_passes_one_by_rounding():
     assert result.max() == 1 and result.min() > 1 - 1e-6
 
 
+@pytest.mark.parametrize("scale", [0.1, 3, 100])
+def test_eq_07_of_bfloat16_lies_within_0_and_1(scale):
+    torch.manual_seed(0)
+    q, k = (scale * torch.randn(heads, 300, 16) for heads in (6, 2))
+    response = torch.arange(300) % 90 > 50
+    result = attention_score(q.bfloat16(), k.bfloat16(), response)
+    assert result.dtype == torch.float32 and result.min() >= 0 and result.max() <= 1
+    assert torch.equal(result, attention_score(q.bfloat16().float(), k.bfloat16().float(), response))
+
+
+def test_eq_07_of_identical_tokens_is_the_prompt_s_share_of_what_is_visible():
+    response = torch.arange(64) >= 20
+    q, k = torch.ones(4, 64, 8), torch.ones(2, 64, 8)
+    assert torch.allclose(attention_score(q, k, response), 20 / torch.arange(21.0, 65))
+
+
 def test_eq_07_hand_worked():
     # One head, d = 1, q = 0: every visible key gets the same weight, so the score is the prompt's share of them.
     response = torch.tensor([False, False, True, True, False, True])
@@ -156,6 +174,79 @@ def test_eq_11_ties_go_to_the_lowest_index_and_one_token_is_always_selected():
     for rho in (0, -0.1, 1.1):
         with pytest.raises(UserError, match="rho"):
             select(torch.zeros(3), rho)
+
+
+# ------------------------------------------------------------------- what holds for any numbers that Eqs. 3-11 get
+
+# Multiples of 1/64 that float32 adds and subtracts exactly, so that what ought to be equal is equal
+NUMBERS = strategies.integers(0, 2**12).map(lambda n: n / 64)
+RHOS = strategies.decimals("0.01", 1, places=2).map(float)
+GAMMAS = strategies.floats(0, 1)
+
+
+@strategies.composite
+def samples(draw):
+    """Losses of a sample's tokens, those of its history model, and the attention that they pay."""
+    n = draw(strategies.integers(1, 40))
+    losses, history = (torch.tensor(draw(strategies.lists(NUMBERS, min_size=n, max_size=n))) for _ in range(2))
+    attention = torch.tensor(draw(strategies.lists(strategies.integers(0, 2**16), min_size=n, max_size=n))) / 2**16
+    return losses, history, attention
+
+
+def select_by_algorithm_1(losses, history, attention, gamma, rho):
+    return select(score(normalize(retrospective_excess_loss(losses, history)), attention, gamma), rho)
+
+
+def holds_for_any(**arguments):
+    return lambda test: settings(deadline=None, derandomize=True, max_examples=200)(given(**arguments)(test))
+
+
+@holds_for_any(sample=samples(), gamma=GAMMAS, rho=RHOS, seed=strategies.integers(0, 2**32))
+def test_permuting_the_tokens_permutes_the_selection(sample, gamma, rho, seed):
+    losses, history, attention = sample
+    scores = score(normalize(history - losses), attention, gamma)
+    assume(len(scores.unique()) == len(scores))  # ties go to the first
+    order = torch.randperm(len(losses), generator=torch.Generator().manual_seed(seed))
+    permuted = select_by_algorithm_1(losses[order], history[order], attention[order], gamma, rho)
+    assert torch.equal(permuted, select_by_algorithm_1(*sample, gamma, rho)[order])
+
+
+@holds_for_any(sample=samples(), gamma=GAMMAS, rho=RHOS, constant=NUMBERS)
+def test_adding_a_constant_to_all_losses_changes_nothing(sample, gamma, rho, constant):
+    losses, history, attention = sample
+    expected = select_by_algorithm_1(*sample, gamma, rho)
+    assert torch.equal(select_by_algorithm_1(losses + constant, history + constant, attention, gamma, rho), expected)
+    # nor does one that is added to either model's, since Eq. 8 takes the least of them off
+    assert torch.equal(select_by_algorithm_1(losses + constant, history, attention, gamma, rho), expected)
+    assert torch.equal(select_by_algorithm_1(losses, history + constant, attention, gamma, rho), expected)
+
+
+@holds_for_any(sample=samples(), rho=RHOS)
+def test_gamma_0_is_attention_alone_and_gamma_1_is_rel_alone(sample, rho):
+    losses, history, attention = sample
+    count = math.ceil(Fraction(str(rho)) * len(losses))
+    for gamma, key in ((0.0, attention), (1.0, history - losses)):
+        best = sorted(range(len(losses)), key=lambda i: -float(key[i]))[:count]  # stable: the first of equals
+        assert select_by_algorithm_1(*sample, gamma, rho).nonzero().flatten().tolist() == sorted(best)
+
+
+@holds_for_any(sample=samples(), gamma=GAMMAS, rhos=strategies.tuples(RHOS, RHOS).map(sorted))
+def test_the_selection_grows_with_rho_to_the_whole(sample, gamma, rhos):
+    smaller, larger = (select_by_algorithm_1(*sample, gamma, rho) for rho in rhos)
+    assert not (smaller & ~larger).any() and 1 <= smaller.sum() <= larger.sum()
+    assert select_by_algorithm_1(*sample, gamma, 1.0).all()
+
+
+@holds_for_any(sample=samples(), gamma=GAMMAS)
+def test_a_score_lies_within_0_and_1(sample, gamma):
+    losses, history, attention = sample
+    scores = score(normalize(history - losses), attention, gamma)
+    assert scores.min() >= 0 and scores.max() <= 1 + 1e-6
+
+
+@holds_for_any(percent=strategies.integers(1, 100), n=strategies.integers(1, 500))
+def test_a_share_that_is_an_integer_up_to_rounding_is_that_integer(percent, n):
+    assert share_of(percent / 100, 100 * n) == percent * n
 
 
 # -------------------------------------------------------------------------------------------------- the probe

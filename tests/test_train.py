@@ -406,7 +406,7 @@ def test_a_step_asks_the_device_for_numbers_only_where_it_logs_them(llama, rows,
 
     monkeypatch.setattr(torch.Tensor, "tolist", answer)
     train(model, examples, args, lambda line: None)
-    assert asked == [2, 2, 2]  # loss and tokens selected, once in each of three steps
+    assert asked == [3, 3, 3]  # loss, tokens selected and the gradient's norm, once in each of three steps
     with pytest.raises(NotImplementedError):  # a mask on the device would have been such a question
         response_nll(model, torch.zeros(1, 4, dtype=torch.int64, device="meta"), torch.ones(1, 4, device="meta").bool())
 

@@ -1,0 +1,130 @@
+"""The embedded demo: that it is what demo/make.py makes, that anybody can load it, and that fine-tuning teaches it."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import evaluate
+import model as decoder
+import train
+from demo import make
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "demo"
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DEMO / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_it_is_small_and_transformers_loads_it():
+    files = {path.name for path in (DEMO / "model").iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert sum(path.stat().st_size for path in (DEMO / "model").iterdir()) < 4e6
+    peer = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    ours = decoder.load_model(DEMO / "model", torch.float32)
+    text = "Question: Please copy sun, map.\nAnswer:\n"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.lm_head(ours(ids)), peer(ids).logits, rtol=1e-4, atol=1e-4)
+    assert ids[0].tolist() == data.load_tokenizer(DEMO / "model").encode(text)[0]
+
+
+def test_make_writes_these_rows_and_this_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path), "--steps", "2", "--batch", "2"])
+    make.main()
+    for name in ("sft.jsonl", "instructions.test.jsonl", "model/tokenizer.json", "model/config.json"):
+        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
+
+
+def test_no_answer_is_both_trained_on_and_tested():
+    answers = {name: {re.sub(r"^.*(?:is|makes) |\..*$", "", row["output"]) for row in rows(name)}
+               for name in ("sft.jsonl", "instructions.test.jsonl")}  # fmt: skip
+    assert not answers["sft.jsonl"] & answers["instructions.test.jsonl"]
+    assert len(answers["instructions.test.jsonl"]) > 150
+
+
+def test_every_answer_is_right():
+    """Each row's content, worked out again from its instruction by other means."""
+    opposites = dict(pair.split() for pair in make.OPPOSITES.split(","))
+    facts = {
+        "opposites": opposites | {b: a for a, b in opposites.items()},
+        "children": dict(pair.split() for pair in make.YOUNG.split(",")),
+        "colours": dict(pair.split() for pair in make.COLOURS.split(",")),
+        "numbers": {str(n): str(n + 1) for n in range(100)},
+    }
+    for row in rows("sft.jsonl") + rows("instructions.test.jsonl"):
+        asked, fact = max(re.findall(r"\w+(?:, \w+)+", row["instruction"]), key=len), facts[row["task"]]
+        # "Hey, say hot, up ..." is one list too long: only what the table knows was asked for
+        content = ", ".join(fact[word] for word in asked.split(", ") if word in fact)
+        assert content in row["output"], row
+
+
+def test_the_model_has_never_read_what_it_will_be_taught():
+    rng = random.Random(1)
+    read, taught = [make.plain_text(rng) for _ in range(3000)], json.dumps(rows("sft.jsonl"))
+    for phrase in ("opposites", "of each", "their young", "when young", "into colours", "which colours", "up by one"):
+        assert phrase in taught and not any(phrase in text for text in read), phrase
+    assert not any("<|" in text for text in read)  # nor the template
+
+
+def test_train_with_no_arguments_learns_and_says_how_to_go_on(tmp_path):
+    """The first commands that anybody types, cut short to 60 steps."""
+    command = [sys.executable, str(ROOT / "train.py"), "--max-steps", "60"]
+    for _ in range(2):  # it can be run again at once
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"held-out response loss \w+ training: ([\d.]+)", done.stdout))
+    assert after < before / 2
+    last = done.stdout.splitlines()[-3:]
+    assert [line.split()[1] for line in last] == ["evaluate.py", "visualize.py", "train.py"]
+    for line in last[:2]:
+        again = subprocess.run([sys.executable, str(ROOT / line.split()[1]), *line.split()[2:]], cwd=tmp_path,
+                               capture_output=True, text=True)  # fmt: skip
+        assert again.returncode == 0, again.stderr
+    assert (tmp_path / "explorer.html").stat().st_size > 10_000
+
+
+def test_flags_count_in_the_demo_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.parse_arguments(["--method", "full", "--lr", "0.5"])
+    assert (args.lr, args.out, args.overwrite) == (0.5, "runs/demo-full", True)
+    assert Path(args.model).resolve() == DEMO / "model" and args.epochs == train.DEMO_SETTINGS["epochs"]
+    own = train.parse_arguments(["--out", "mine"])
+    assert (own.out, own.overwrite) == ("mine", False)
+    assert train.parse_arguments(["--model", "x"]).lr == 1e-4
+
+
+def test_instructions_are_asked_in_the_template(tmp_path):
+    tokenizer, path = data.load_tokenizer(DEMO / "model"), tmp_path / "instructions.test.jsonl"
+    turns = [("system", "Be brief."), ("user", " hot "), ("assistant", "cold"), ("user", "up"), ("assistant", "down ")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "wet", "completion": "dry"}))
+    asked = evaluate.prepare("instructions", evaluate.loader("instructions", tmp_path), tokenizer)
+    texts = [requests[0][0] for requests in asked.requests]
+    assert texts[0] == "<|system|>\nBe brief.\n<|user|>\nhot\n<|assistant|>\ncold<|end|>\n<|user|>\nup\n<|assistant|>\n"
+    example = data.encode(messages, tokenizer, 100)
+    last = int((~example.response).nonzero()[-1]) + 1  # what training saw before the last answer
+    assert evaluate.encode_texts(tokenizer, texts)[texts[0]] == example.ids[:last].tolist()
+    grade = evaluate.TASKS["instructions"]["metrics"]
+    assert grade(asked.rows[0], ["down"]) == {"exact_match": 1.0, "f1": 1.0}
+    assert grade(asked.rows[0], ["down down"]) == {"exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_instructions_need_a_folder_and_an_answer(tmp_path):
+    tokenizer = data.load_tokenizer(DEMO / "model")
+    with pytest.raises(decoder.UserError, match=r"instructions.test.jsonl by --data"):
+        evaluate.prepare("instructions", evaluate.loader("instructions", None), tokenizer)
+    row = {"messages": [{"role": "user", "content": "hot"}]}
+    (tmp_path / "instructions.test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(decoder.UserError, match="every row must end with the answer"):
+        evaluate.prepare("instructions", evaluate.loader("instructions", tmp_path), tokenizer)
