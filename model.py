@@ -92,10 +92,9 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
     a file that is there by then stays.
     """
     temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would leave the owner's rights alone
     write(temporary)
-    temporary.chmod(mode)
+    os.umask(umask := os.umask(0))
+    temporary.chmod(0o666 & ~umask)  # as any new file; safetensors' own are for their owner alone
     _to_disk(temporary)  # first what is in the file, then that it bears its name
     if others_write:
         with contextlib.suppress(FileExistsError):
