@@ -375,7 +375,7 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
         token.get("content") if isinstance(token, dict) else token
         for token in map(config.get, ("eos_token", "bos_token"))
     )
-    with told(f"{folder}: the tokenizer does not work"):
+    with told(f"{folder}: the tokenizer does not work"), quiet():
         if not isinstance(eos, str) or backend.token_to_id(eos) is None:
             raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
         if not isinstance(bos, str | None):

@@ -311,7 +311,7 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
             task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
-            digest(row, "".join(context for context, _ in requests[-1]))  # nor is half a surrogate pair a text
+            digest(row, "".join(context for context, _ in requests[-1]))  # nor is it text if half a character is in it
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
@@ -464,9 +464,9 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
-def weights_key(*folders: Path | None) -> list:
+def weights_key(model: Path, adapter: Path | None) -> list:
     """What tells one set of weights from another without reading it: its files' names, sizes and times."""
-    files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
+    files = [*sorted(model.glob("*.safetensors")), *([adapter / "adapter_model.safetensors"] if adapter else [])]
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 

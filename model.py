@@ -101,10 +101,9 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
     temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
     with writing(path):
         try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the umask gives; safetensors would give rights to the owner alone
             write(temporary)
-            temporary.chmod(mode)
+            os.umask(umask := os.umask(0))
+            temporary.chmod(0o666 & ~umask)  # as any new file; safetensors' own are for their owner alone
             _to_disk(temporary)  # first what is in the file, then that it bears its name
             if others_write:
                 with contextlib.suppress(FileExistsError):

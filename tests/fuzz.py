@@ -110,6 +110,7 @@ def check_tokenizer(folder: Path):
     theirs.encode_special_tokens = True
     assert ids == [theirs.encode(text, add_special_tokens=False).ids for text in TEXTS]
     assert written == [theirs.decode(some, skip_special_tokens=False) for some in ids]
+    assert len(set(theirs.get_vocab().values())) == theirs.get_vocab_size()  # or decoding is left to chance
     end = config["eos_token"]
     assert ours.eos_id == theirs.token_to_id(end["content"] if isinstance(end, dict) else end)
 
@@ -275,6 +276,8 @@ def hostile(originals: dict[str, bytes]) -> Iterator[tuple[str, str, bytes]]:
     yield "words without an unknown", name, json.dumps(parsed | {"model": model}).encode()
     model = {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]], "byte_fallback": False}
     yield "unigrams without an unknown", name, json.dumps(parsed | {"model": model}).encode()
+    model = parsed["model"] | {"vocab": parsed["model"]["vocab"] | {"a": 5, "b": 5}}
+    yield "two tokens of one id", name, json.dumps(parsed | {"model": model}).encode()
     name, text = "rows/rows.jsonl", originals["rows/rows.jsonl"]
     for what, line in {
         "not UTF-8": b'{"instruction": "a", "output": "\xff"}',
