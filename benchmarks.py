@@ -408,11 +408,26 @@ def braced_fractions(text: str) -> str:
 
 
 def instructions_rows(load: Callable, tokenizer) -> list[Row]:
-    """Rows of any schema that train.py reads, each as a prompt in its template and the answer that should follow."""
-    found = conversations(load("test"), "instructions")
-    if not all(messages and messages[-1]["role"] == "assistant" for messages in found):
-        raise UserError("every row must end with the answer that is asked for")
-    return [{"prompt": prompt_text(messages, tokenizer.eos), "answer": messages[-1]["content"]} for messages in found]
+    """Rows of any schema that train.py reads, each as a prompt in its template and what should follow.
+
+    A row may have a column "answer", the part of the output that counts; otherwise all of it does.
+    """
+    rows = load("test")
+    found = conversations(rows, "instructions")
+    if len(found) != len(rows) or not all(turns and turns[-1]["role"] == "assistant" for turns in found):
+        raise UserError("every row must be one conversation that ends with the answer that is asked for")
+    return [
+        {"prompt": prompt_text(turns, tokenizer.eos), "output": turns[-1]["content"], "answer": row.get("answer")}
+        for row, turns in zip(rows, found, strict=True)
+    ]
+
+
+def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
+    """Is what was written the row's output? Or does the row's answer stand in it, and not as part of a longer list?"""
+    written, answer = answers[0].strip(), row["answer"]
+    if answer is None:
+        return {"exact_match": float(written == row["output"].strip())}
+    return {"exact_match": float(bool(re.search(rf"(?<!\w)(?<!, ){re.escape(answer)}(?![\w,])", written)))}
 
 
 INSTRUCTIONS: Task = {
@@ -420,7 +435,7 @@ INSTRUCTIONS: Task = {
     "file": "instructions",
     "rows": instructions_rows,
     "requests": lambda row: [(row["prompt"], {"until": []})],
-    "metrics": lambda row, answers: overlap(answers[0], [row["answer"]], str),
+    "metrics": instructions_metrics,
 }
 
 

@@ -116,9 +116,10 @@ def check_tokenizer(folder: Path):
 
 
 def check_rows(folder: Path):
-    found, expected = data.load_conversations(str(folder / "rows.jsonl")), []
-    data.load_examples(str(folder / "rows.jsonl"), tokenizer, 64)
-    for line in re.split("\r\n|\r|\n", (folder / "rows.jsonl").read_bytes().decode("utf-8-sig")):
+    (path,), expected = folder.glob("*.jsonl"), []
+    found = data.load_conversations(str(path))
+    data.load_examples(str(path), tokenizer, 64)
+    for line in re.split("\r\n|\r|\n", path.read_bytes().decode("utf-8-sig")):
         row = json.loads(line) if line.strip() else None
         if row and "messages" in row:
             expected.append([(turn["role"], turn["content"]) for turn in row["messages"]])
@@ -157,6 +158,7 @@ TARGETS: dict[str, Callable[[Path], None]] = {
     "single/tokenizer.json": check_tokenizer,
     "single/tokenizer_config.json": check_tokenizer,
     "rows/rows.jsonl": check_rows,
+    "turns/turns.jsonl": check_rows,
     "adapter/adapter_config.json": check_adapter,
     "adapter/adapter_model.safetensors": check_adapter,
     "cache/key.safetensors": check_cache,

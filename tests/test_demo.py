@@ -47,32 +47,26 @@ def test_make_writes_these_rows_and_this_tokenizer(tmp_path, monkeypatch):
 
 
 def test_no_answer_is_both_trained_on_and_tested():
-    answers = {name: {re.sub(r"^.*(?:is|makes) |\..*$", "", row["output"]) for row in rows(name)}
-               for name in ("sft.jsonl", "instructions.test.jsonl")}  # fmt: skip
-    assert not answers["sft.jsonl"] & answers["instructions.test.jsonl"]
-    assert len(answers["instructions.test.jsonl"]) > 150
+    trained, tested = ({row["answer"] for row in rows(name)} for name in ("sft.jsonl", "instructions.test.jsonl"))
+    assert not trained & tested and len(tested) > 150
 
 
 def test_every_answer_is_right():
     """Each row's content, worked out again from its instruction by other means."""
-    opposites = dict(pair.split() for pair in make.OPPOSITES.split(","))
-    facts = {
-        "opposites": opposites | {b: a for a, b in opposites.items()},
-        "children": dict(pair.split() for pair in make.YOUNG.split(",")),
-        "colours": dict(pair.split() for pair in make.COLOURS.split(",")),
-        "numbers": {str(n): str(n + 1) for n in range(100)},
-    }
+    words = re.findall(r"\w+", make.OPPOSITES)
+    fact = dict(zip(words[::2], words[1::2], strict=True)) | dict(zip(words[1::2], words[::2], strict=True))
+    fact |= {str(n): str(n + 1) for n in range(60)}
     for row in rows("sft.jsonl") + rows("instructions.test.jsonl"):
-        asked, fact = max(re.findall(r"\w+(?:, \w+)+", row["instruction"]), key=len), facts[row["task"]]
-        # "Hey, say hot, up ..." is one list too long: only what the table knows was asked for
-        content = ", ".join(fact[word] for word in asked.split(", ") if word in fact)
-        assert content in row["output"], row
+        clause = re.sub(r"(?i)^hey, |^so, |, will you|up by one", "", row["instruction"])
+        asked = re.search(r"\w+(?:, \w+)+", clause)[0].split(", ")
+        assert row["answer"] == ", ".join(fact[word] for word in asked), row
+        assert evaluate.TASKS["instructions"]["metrics"](row, [row["output"]]) == {"exact_match": 1.0}
 
 
 def test_the_model_has_never_read_what_it_will_be_taught():
     rng = random.Random(1)
     read, taught = [make.plain_text(rng) for _ in range(3000)], json.dumps(rows("sft.jsonl"))
-    for phrase in ("opposites", "of each", "their young", "when young", "into colours", "which colours", "up by one"):
+    for phrase in ("opposites", "opposite of each", "to each", "after each", "up by one"):
         assert phrase in taught and not any(phrase in text for text in read), phrase
     assert not any("<|" in text for text in read)  # nor the template
 
@@ -108,7 +102,7 @@ def test_instructions_are_asked_in_the_template(tmp_path):
     tokenizer, path = data.load_tokenizer(DEMO / "model"), tmp_path / "instructions.test.jsonl"
     turns = [("system", "Be brief."), ("user", " hot "), ("assistant", "cold"), ("user", "up"), ("assistant", "down ")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "wet", "completion": "dry"}))
+    path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[1:3]}))
     asked = evaluate.prepare("instructions", evaluate.loader("instructions", tmp_path), tokenizer)
     texts = [requests[0][0] for requests in asked.requests]
     assert texts[0] == "<|system|>\nBe brief.\n<|user|>\nhot\n<|assistant|>\ncold<|end|>\n<|user|>\nup\n<|assistant|>\n"
@@ -116,8 +110,26 @@ def test_instructions_are_asked_in_the_template(tmp_path):
     last = int((~example.response).nonzero()[-1]) + 1  # what training saw before the last answer
     assert evaluate.encode_texts(tokenizer, texts)[texts[0]] == example.ids[:last].tolist()
     grade = evaluate.TASKS["instructions"]["metrics"]
-    assert grade(asked.rows[0], ["down"]) == {"exact_match": 1.0, "f1": 1.0}
-    assert grade(asked.rows[0], ["down down"]) == {"exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+    assert grade(asked.rows[0], [" down\n"]) == {"exact_match": 1.0}
+    assert grade(asked.rows[0], ["down down"]) == {"exact_match": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        ("That is cold, up.", 1.0),
+        ("cold, up", 1.0),
+        ("Sure thing! That makes cold, up. Anything else?", 1.0),
+        ("That is cold, up, wet.", 0.0),
+        ("That is wet, cold, up.", 0.0),
+        ("That is cold, upper.", 0.0),
+        ("That is icecold, up.", 0.0),
+        ("That is up, cold.", 0.0),
+    ],
+)
+def test_an_answer_is_right_within_any_phrase_but_not_within_a_longer_list(written, right):
+    row = {"prompt": "", "output": "whatever", "answer": "cold, up"}
+    assert evaluate.TASKS["instructions"]["metrics"](row, [written]) == {"exact_match": right}
 
 
 def test_instructions_need_a_folder_and_an_answer(tmp_path):
@@ -126,5 +138,5 @@ def test_instructions_need_a_folder_and_an_answer(tmp_path):
         evaluate.prepare("instructions", evaluate.loader("instructions", None), tokenizer)
     row = {"messages": [{"role": "user", "content": "hot"}]}
     (tmp_path / "instructions.test.jsonl").write_text(json.dumps(row))
-    with pytest.raises(decoder.UserError, match="every row must end with the answer"):
+    with pytest.raises(decoder.UserError, match="ends with the answer that is asked for"):
         evaluate.prepare("instructions", evaluate.loader("instructions", tmp_path), tokenizer)

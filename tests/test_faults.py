@@ -265,6 +265,8 @@ MODEL = [  # both scripts refuse these
     ("index has one too many", listed_twice, "puts extra in"),
     ("index leads up", listed(model__norm__weight="../../x"), f"names ../../x, {OUTSIDE}"),
     ("index leads to a root", listed(model__norm__weight="/etc/passwd"), f"names /etc/passwd, {OUTSIDE}"),
+    ("index names a shard by its whole path",
+        lambda p: listed(model__norm__weight=str(holding(p, NORM)))(p), OUTSIDE),
     ("index names the folder above", listed(model__norm__weight=".."), f"names .., {OUTSIDE}"),
     ("index names a link out", link_out, OUTSIDE),
     ("index names a link out of the hub's cache", link_out_of_the_cache, OUTSIDE),
@@ -319,11 +321,12 @@ FLAGS = [
     ("a flag that does not exist", flags("--roh", "0.5"), "unrecognized arguments: --roh"),
     ("a value of another kind", flags("--batch-size", "many"), "argument --batch-size: invalid int value: 'many'"),
     ("resume and overwrite", flags("--resume", "--overwrite"), "--resume goes"),
-    ("a reference of another base", flags("--method", "rho1", "--reference", "AT/adapter of wider"), "shape [4, 96]"),
+    ("a reference of another base", flags("--method", "rho1", "--reference", "AT/adapter of wider"),
+        "has shape [96, 4], not [48, 4]"),
 ]
 
 OUT = [
-    ("another run", lambda place: write(place, "out/run.json", "{}"), "holds another run (run.json); choose another"),
+    ("another run", lambda place: write(place, "out/run.json", "{}"), "holds another run (run.json): choose another"),
     ("another's checkpoint", lambda place: write(place, f"out/{runs.CHECKPOINT.format(1)}", ""), "--resume or --over"),
     ("a file", lambda place: write(place, "out", ""), "out cannot be written (File exists)"),
     ("in a file", both(lambda place: write(place, "x", ""), flags("--out", "AT/x/out")), "cannot be written (Not a di"),
@@ -334,8 +337,8 @@ OUT = [
 
 ADAPTER = [  # of evaluate.py
     ("missing", flags("--adapter", "AT/nothing"), "nothing has no adapter_config.json"),
-    ("of another base", flags("--adapter", "AT/adapter of wider"), "has shape [4, 96], not [4, 48]"),
-    ("of another rank", both(rank(8), flags("--adapter", "AT/adapter")), "has shape [4, 48], not [8, 48]"),
+    ("of another base", flags("--adapter", "AT/adapter of wider"), "has shape [96, 4], not [48, 4]"),
+    ("of another rank", both(rank(8), flags("--adapter", "AT/adapter")), "has shape [4, 96], not [8, 96]"),
     ("without weights", both(lambda place: (place.at / "adapter" / "adapter_model.safetensors").unlink(),
         flags("--adapter", "AT/adapter")), NOT_WHOLE),
     ("folder of the results missing", flags("--out", "AT/rows.jsonl/results.json"), "cannot be written (File exists)"),

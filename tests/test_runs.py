@@ -141,6 +141,19 @@ def test_a_tenth_of_the_run_lies_between_two_checkpoints(llama, rows, tmp_path):
     assert left_in(tmp_path / "run") == [runs.CHECKPOINT.format(step) for step in (27, 30)]
 
 
+@pytest.mark.parametrize("history", ["base", "ema", "checkpoint --history-every 4", "checkpoint --history-every 100"])
+def test_every_history_goes_on_from_a_checkpoint_bit_for_bit(llama, rows, tmp_path, history):
+    flags = ["--epochs", "4", "--checkpoint-every", "2", "--history", *history.split()]
+    main(llama, rows, tmp_path, *flags)
+    whole, lines = adapter(tmp_path), log(tmp_path)
+    names = load_file(runs.checkpoints_in(tmp_path)[0]).keys()
+    assert ("history.0.0" in names) == (history not in ("base", "checkpoint --history-every 100"))
+    runs.checkpoints_in(tmp_path)[-1].unlink()  # that of step 12
+    (tmp_path / "adapter_model.safetensors").unlink()
+    main(llama, rows, tmp_path, *flags, "--resume")
+    assert adapter(tmp_path) == whole and log(tmp_path) == lines
+
+
 def test_a_finished_run_stays_as_it_is_when_it_is_to_go_on(finished, llama, rows):
     before, lines = adapter(finished), (finished / "log.jsonl").read_text()
     record = json.loads((finished / "run.json").read_text())

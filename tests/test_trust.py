@@ -337,9 +337,10 @@ def make_targets(folder: Path):
     runs.kept_losses(folder / "cache", "key", lambda: torch.rand(100))
     rows = [{"instruction": text, "input": "\U0001f44d" * (i % 2), "output": text[::-1]} for i, text in enumerate(TEXT)]
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes, é."}] for text in TEXT]
-    rows += [{"messages": messages} for messages in turns]
-    (folder / "rows").mkdir()
-    (folder / "rows" / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    for name, several in {"rows": rows, "turns": [{"messages": messages} for messages in turns]}.items():
+        (folder / name).mkdir()
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in several)
+        (folder / name / f"{name}.jsonl").write_text(text)
     assert all((folder / name).exists() for name in TARGETS)
 
 

@@ -25,11 +25,8 @@ ROWS = [
     {"instruction": "Say <script>document.title = 'broken'</script> </script>", "output": "<b>bold</b> & </script>"},
     {"instruction": "Say good morning in Hebrew.", "output": HEBREW},
     {"instruction": "Draw.", "output": f"A family {FAMILY}, a \U0001f44d\U0001f3fd and\n\na line \x1b[31mred\x1b[0m."},
-    {"messages": [
-        {"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."},
-        {"role": "user", "content": "And three?"}, {"role": "assistant", "content": "Seven, of course, is what it is."},
-    ]},
-]  # fmt: skip
+]
+TURNS = [("user", "Two plus two?"), ("assistant", "Four."), ("user", "And three?"), ("assistant", "Seven, of course.")]
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +42,17 @@ def made(tmp_path_factory):
     """A page of a real run: base model, three snapshots, its end, a reference, two layers; and its flags."""
     folder = tmp_path_factory.mktemp("explorer")
     checkpoint = make_checkpoint(folder / "model", "llama", adds_bos=True)
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + write_rows(folder / "more.jsonl").read_text())
-    common = ["--model", str(checkpoint), "--data", str(rows), "--batch-size", "8", "--lora-rank", "4"]
+    write_rows(folder / "rows.jsonl")
+    text = "".join(json.dumps(row) + "\n" for row in ROWS) + (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(text)
+    turns = [{"role": role, "content": content} for role, content in TURNS]
+    (folder / "turns.jsonl").write_text(json.dumps({"messages": turns}))
+    rows = f"{folder / 'turns.jsonl'},{folder / 'rows.jsonl'}"
+    common = ["--model", str(checkpoint), "--data", rows, "--batch-size", "8", "--lora-rank", "4"]
     common += ["--dtype", "float32"]
     train.main([*common, "--lr", "0.02", "--out", str(folder / "run"), "--snapshot-every", "1"])
     train.main([*common, "--lr", "0.01", "--out", str(folder / "better"), "--method", "full"])
-    flags = ["--model", str(checkpoint), "--data", str(rows), "--adapter", str(folder / "run"), "--dtype", "float32"]
+    flags = ["--model", str(checkpoint), "--data", rows, "--adapter", str(folder / "run"), "--dtype", "float32"]
     flags += ["--reference", str(folder / "better"), "--layers", "deep,0"]
     visualize.main([*flags, "--out", str(folder / "page.html")])
     return folder, flags
@@ -153,7 +154,8 @@ def test_other_methods_on_the_page(explorer, made):
 
 def test_blue_and_orange_are_appendix_d_s(explorer, made):
     page = held(made[0])
-    for number in (0, 2):
+    seen = ""
+    for number in range(len(page["samples"])):
         go_to(explorer, number)
         sample = page["samples"][number]
         rel, att = sample["history"] - sample["losses"][4], sample["attention"][4][0].double() / 65535
@@ -166,13 +168,14 @@ def test_blue_and_orange_are_appendix_d_s(explorer, made):
             chosen = [i for i in range(first, first + size) if both[i]]
             expected += "-" if not chosen else "o" if not any(alone[i] for i in chosen) else "b"
         assert colours(explorer) == expected
-        assert number or "o" in expected
+        seen += expected
+    assert {"b", "o", "-"} == set(seen)
 
 
 def test_what_is_stored_is_what_transformers_computes(made):
     folder, _ = made
     tokenizer = data.load_tokenizer(folder / "model")
-    examples, _ = data.load_examples(str(folder / "rows.jsonl"), tokenizer, 2048)
+    examples, _ = data.load_examples(made[1][3], tokenizer, 2048)
     peer = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager")
     for example, sample in zip(examples, held(folder)["samples"], strict=True):
         out = peer(example.ids[None], output_attentions=True)
@@ -189,7 +192,7 @@ def test_what_is_stored_is_what_transformers_computes(made):
 
 def test_the_text_of_every_sample_is_there_in_full(explorer, made):
     tokenizer = AutoTokenizer.from_pretrained(made[0] / "model")
-    examples, _ = data.load_examples(str(made[0] / "rows.jsonl"), data.load_tokenizer(made[0] / "model"), 2048)
+    examples, _ = data.load_examples(made[1][3], data.load_tokenizer(made[0] / "model"), 2048)
     for number, example in enumerate(examples):
         go_to(explorer, number)
         text = tokenizer.decode(example.ids).replace("\x1b", "\u241b")
@@ -197,7 +200,7 @@ def test_the_text_of_every_sample_is_there_in_full(explorer, made):
 
 
 def test_bytes_of_one_character_are_shown_together(explorer):
-    go_to(explorer, 2)
+    go_to(explorer, 3)
     read = "all => all.map(t => [t.textContent.trim(), t.dataset.selected.length])"
     pieces = explorer.eval_on_selector_all(".t", read)
     assert not any("\ufffd" in text for text, _ in pieces)
@@ -208,6 +211,7 @@ def test_bytes_of_one_character_are_shown_together(explorer):
 
 
 def test_text_from_data_is_text(explorer):
+    go_to(explorer, 1)
     text = explorer.locator(".side .text").inner_text()
     assert "<script>document.title = 'broken'</script> </script>" in text and "<b>bold</b> & </script>" in text
     assert explorer.title() == "ssToken: which tokens are selected"
@@ -234,7 +238,7 @@ def test_without_javascript_the_text_is_highlighted(made, browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"file://{folder / 'page.html'}")
-    assert page.locator("#static .text").count() == len(ROWS) + 20
+    assert page.locator("#static .text").count() == 1 + len(ROWS) + 20
     assert not page.locator("#app").is_visible()
     number = 6
     shown = [
@@ -382,8 +386,8 @@ def test_text_prints_the_same_highlighting(made, monkeypatch):
     with redirect_stdout(out):
         visualize.main([*flags, "--text", "--limit", "3"])
     texts = out.getvalue().split("\n\n<|begin_of_text|>")
-    assert len(texts) == 3 and "\x1b" not in out.getvalue()  # neither colours, into a file, nor those of the data
-    assert "\u241b[31mred" in re.sub(r"[\]{}]|\[(?!31)", "", texts[2]).replace("\u241b31", "\u241b[31")
+    assert len(texts) == 4 and "\x1b" not in out.getvalue()  # neither colours, into a file, nor those of the data
+    assert "\u241b[31mred" in re.sub(r"[\]{}]|\[(?!31m)", "", texts[3])
 
 
 def test_colours_of_the_terminal():
