@@ -310,7 +310,7 @@ def train(
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
 DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
 DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}
-DEMO_SETTINGS = {"lr": 4e-3, "epochs": 3, "micro_batch_size": 24, "max_length": 128, "snapshot_every": 21}
+DEMO_SETTINGS = {"lr": 4e-3, "epochs": 4, "micro_batch_size": 24, "max_length": 128, "snapshot_every": 28}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
