@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None):
         for sample in samples:
             print(terminal_text(sample, choose(sample, -1, 0, args.gamma, args.rho), coloured), end="\n\n")
         return
-    name = Path(args.model).name if Path(args.model).exists() else args.model
+    name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     head = {"model": name, "data": ", ".join(Path(source).name for source in args.data.split(","))}
     head |= {"states": [label for label, _ in states], "layers": layers, "nats": NATS, "share": SHARE}
     head |= {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}

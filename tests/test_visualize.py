@@ -328,7 +328,7 @@ def test_charts_have_a_mark_for_every_token(explorer, made):
     assert picked == sum(selected(explorer))
     for chart in ("rel", "attention"):
         heights = explorer.eval_on_selector_all(f"#{chart} rect", "all => all.map(r => +r.getAttribute('height'))")
-        assert len(heights) > 1 and all(0 < height <= 78.001 for height in heights)
+        assert len(heights) > 1 and all(0 < height <= 178.001 for height in heights)
 
 
 @pytest.mark.parametrize("width", [320, 390, 800, 1300])
