@@ -382,7 +382,12 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
             raise UserError(f"{folder / 'tokenizer_config.json'}: bos_token {bos!r} is no text")
         if len(ids := backend.get_vocab().values()) != len(set(ids)):  # which is decoded would be left to chance
             raise UserError(f"{folder / 'tokenizer.json'}: two tokens have one id")
-        return Tokenizer(backend, eos, bos)
+        tokenizer = Tokenizer(backend, eos, bos)
+        try:
+            tokenizer.encode(eos)
+        except UserError as reason:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
+        return tokenizer
 
 
 class Example(NamedTuple):

@@ -88,8 +88,7 @@ def test_train_with_no_arguments_learns_and_says_how_to_go_on(tmp_path):
     assert (tmp_path / "explorer.html").stat().st_size > 10_000
 
 
-def test_flags_count_in_the_demo_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_flags_count_in_the_demo_too():
     args = train.parse_arguments(["--method", "full", "--lr", "0.5"])
     assert (args.lr, args.out, args.overwrite) == (0.5, "runs/demo-full", True)
     assert Path(args.model).resolve() == DEMO / "model" and args.epochs == train.DEMO_SETTINGS["epochs"]

@@ -483,7 +483,13 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"reference": None, "reference_data": None, "reference_top": None, "rating_field": "score"},
         **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
         **{"max_length": 2048, "out": None, "overwrite": False, "merge": False},
-        **{"checkpoint_every": None, "resume": False, "gradient_checkpointing": False, "shard": False},
+        **{
+            "checkpoint_every": None,
+            "snapshot_every": None,
+            "resume": False,
+            "gradient_checkpointing": False,
+            "shard": False,
+        },
         **{"batch_size": 48, "micro_batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.03, "max_grad_norm": 0.0},
         **{"epochs": 1, "max_steps": None, "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.1, "seed": 42},
         **{"dtype": "bfloat16", "device": "cpu"},
@@ -522,8 +528,10 @@ def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(l
     assert "loss " in result.stderr and "tokens/s" in result.stderr and "% selected" in result.stderr
     left = [runs.CHECKPOINT.format(step) for step in (10, 12)]
     assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES, *left}
-    last = result.stdout.strip().splitlines()[-1]
-    assert last.startswith("wrote ") and f"python evaluate.py --model {llama} --adapter {tmp_path / 'a'}" in last
+    wrote, *commands = result.stdout.splitlines()[-3:]
+    these = f"--model {llama} --adapter {tmp_path / 'a'}"
+    assert wrote.startswith("wrote ") and str(tmp_path / "a") in wrote
+    assert commands == [f"  python evaluate.py {these}", f"  python visualize.py {these} --data {rows}"]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (record["samples"], record["dropped"]) == (20, 1)
     assert record["arguments"]["rho"] == 0.6 and record["arguments"]["seed"] == 42 and record["versions"]["torch"]
