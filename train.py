@@ -324,7 +324,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layer", type=int, default=-1, help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
     add("--gain", choices=GAINS, default="log",
         help="log: REL, the gain in log-probability (Eq. 3). probability: an extension, not in the paper: the gain in "
-        "probability, which a token that stays improbable does not have (see results/noise/study.py)")
+        "probability, which a token that stays improbable does not have; what it changes: results/README.md")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",
         help="history model of Eq. 3. base: the model before training, no extra memory. ema: Eq. 4 on the merged "
         "weights, exactly; costs a float32 copy of every adapted matrix, and a second full-size product at each of "

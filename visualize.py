@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -331,11 +330,8 @@ def main(argv: list[str] | None = None):
     head |= {"states": [label for label, _ in states], "layers": layers, "nats": NATS, "share": SHARE}
     head |= {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}
     page, path = build_page(samples, head), Path(args.out or "explorer.html")
-    try:
-        write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    except OSError as reason:
-        raise UserError(f"--out {path} cannot be written: {reason.strerror}") from None
-    tokens = np.sum([len(sample.history) for sample in samples])
+    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    tokens = sum(len(sample.history) for sample in samples)
     print(f"wrote {path}: {len(samples)} samples, {tokens:,} response tokens, {len(page.encode()) / 1e6:.1f} MB")
 
 
