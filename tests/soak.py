@@ -49,11 +49,13 @@ def main():
         whole, killed = Path(place) / "whole", Path(place) / "killed"
         process, seen = start(whole, steps), {}
         while process.poll() is None:
-            if (done := steps_done(whole)) not in seen and FROM <= done < steps:
+            if FROM <= (done := steps_done(whole)) < steps:
                 try:
-                    seen[done] = resident_mb(process.pid), len(os.listdir(f"/proc/{process.pid}/fd"))
+                    now = resident_mb(process.pid), len(os.listdir(f"/proc/{process.pid}/fd"))
                 except (OSError, IndexError):  # it has just ended
                     break
+                then = seen.setdefault(done, now)
+                seen[done] = then[0], min(then[1], now[1])  # a file is open while a line of the log is written
             time.sleep(0.02)
         if process.wait() or steps_done(whole) != steps:
             sys.exit(f"the run ended with {process.returncode} after {steps_done(whole)} steps")
