@@ -202,7 +202,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def snapshots_in(folder: Path) -> list[Path]:
     """The snapshots of its adapter that a run's folder holds (train.py --snapshot-every), the first one first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "adapter_config.json").exists())
+    found = folder.glob(SNAPSHOT.replace("{:08d}", "*"))
+    return sorted(path for path in found if (path / "adapter_config.json").exists())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -451,10 +452,11 @@ def reuse_memory():
     """Have glibc keep the memory that large tensors leave and hand it to the next; does nothing elsewhere.
 
     By default each large tensor is mapped from the kernel, which clears its pages anew: on a CPU that costs up to a
-    third of a forward pass. And oneDNN, which multiplies in bfloat16, keeps what it has prepared for the last 1,024
-    shapes: with batches of all lengths that is hundreds of MiB, growing for as long as new shapes come. A few dozen do.
+    third of a forward pass. And torch and oneDNN, which multiplies bfloat16 for it, each keep what was prepared for
+    the last 1,024 shapes: with batches of all lengths that is hundreds of MiB. A layer's few dozen are enough.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's, oneDNN's: read at first use
+        os.environ.setdefault(cache, "64")
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes: what lies free at the end of the heap stays there

@@ -56,17 +56,25 @@ class Frozen(NamedTuple):
     reference: list[Tensor] | None = None
 
 
+def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
+    """The passes in which all that is kept is computed: sample indices, SCORING_BATCH at most in one.
+
+    They depend on `examples` alone, so the same weights always give the same bits.
+    """
+    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), SCORING_BATCH, seed=0)
+    return passes
+
+
 @torch.no_grad()
 def response_losses(model: Transformer, examples: list[data.Example]) -> list[Tensor]:
     """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
 
-    Order and shape of the passes depend on `examples` alone, so the same weights always give the same bits. All ranks
-    take part, and each returns all.
+    All ranks take part in `scoring_passes`, and each returns all.
     """
     training, device, found = model.training, model.lm_head.weight.device, {}
     model.eval()
-    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), SCORING_BATCH, seed=0)
-    for samples in tqdm(runs.share_passes(passes), "losses", leave=False, disable=not runs.first_rank()):
+    passes = runs.share_passes(scoring_passes(examples))
+    for samples in tqdm(passes, "losses", leave=False, disable=not runs.first_rank()):
         batch = [examples[i] for i in samples]
         nll = response_nll(model, *data.collate(batch, device)).cpu()
         found |= zip(samples, nll.split([int(e.response.sum()) for e in batch]), strict=True) if batch else {}

@@ -69,8 +69,7 @@ def signals(model: Transformer, examples: list[data.Example], layers: list[int])
     device, found = model.lm_head.weight.device, {}
     probes = [AttentionProbe(model, layer) for layer in layers]
     model.eval()
-    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), train.SCORING_BATCH, seed=0)
-    for members in passes:
+    for members in train.scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
         nll, places = response_nll(model, ids, response), response_places(response, device)
         attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])

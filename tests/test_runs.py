@@ -437,3 +437,20 @@ def test_shard_wants_torchrun(llama, rows, tmp_path):
     with pytest.raises(UserError, match="--shard .* torchrun"):
         main(llama, rows, tmp_path / "run", "--shard")
     assert not (tmp_path / "run").exists()
+
+
+SHAPES = """
+import torch, runs
+runs.reuse_memory()
+weight, resident = torch.randn(256, 256).bfloat16(), []
+for rows in range(1000, 0, -1):
+    torch.randn(rows, 256).bfloat16() @ weight
+    resident.append(int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]))
+print(resident[-1] - resident[99])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory as Linux tells it")
+def test_memory_does_not_grow_with_the_shapes_multiplied():
+    grown = subprocess.check_output([sys.executable, "-c", SHAPES], cwd=ROOT, text=True)  # caches are the process's own
+    assert int(grown) < 50 * 1024  # KiB; 380 to 600 MiB where one of the caches has its usual size

@@ -35,8 +35,9 @@ import data
 import lora
 import runs
 import train
-from model import UserError, load_model, read_json, response_nll, response_places, write_json, write_whole
-from sstoken import AttentionProbe, excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
+import visualize
+from model import UserError, load_model, read_json, write_json, write_whole
+from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -89,22 +90,6 @@ def auroc(clean: Tensor, noise: Tensor) -> float:
     ordered, asked = np.sort(noise.numpy()), clean.numpy()
     below = np.searchsorted(ordered, asked, "left") + np.searchsorted(ordered, asked, "right")
     return float(below.mean() / 2 / len(ordered))
-
-
-@torch.no_grad()
-def signals(model, examples: list[data.Example]) -> tuple[list[Tensor], list[Tensor]]:
-    """Loss and AttnScore of every response token, a (L_resp,) tensor a sample each, in `response_losses`' passes."""
-    model.eval()
-    probe, found, sizes = AttentionProbe(model), {}, [int(e.response.sum()) for e in examples]
-    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), train.SCORING_BATCH, seed=0)
-    for samples in passes:
-        ids, response = data.collate([examples[i] for i in samples])
-        nll = response_nll(model, ids, response)
-        attention = probe.scores(response).flatten()[response_places(response, "cpu")]
-        parts = [x.split([sizes[i] for i in samples]) for x in (nll, attention)]
-        found |= zip(samples, zip(*parts, strict=True), strict=True)
-    probe.remove()
-    return tuple(zip(*(found[i] for i in range(len(examples))), strict=True))
 
 
 def measure(nll: list, attention: list, history: list, reference: list, noise: list[Tensor]) -> dict[str, dict]:
@@ -173,8 +158,8 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
 
         def at_step(step, found=found):
             if noise and step in STEPS:
-                nll, attention = signals(model, examples)
-                found[step] = measure(nll, attention, history, reference, noise)
+                nll, attention = zip(*visualize.signals(model, examples, [-1]), strict=True)
+                found[step] = measure(nll, [layers[0] for layers in attention], history, reference, noise)
                 if step == STEPS[-1]:
                     drop = torch.cat(history) - torch.cat(nll)
                     found["fall"] = {
