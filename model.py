@@ -324,6 +324,52 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 FEW = 16  # queries of a head, for which reading the keys is most of the work
+SHORT = 512  # tokens up to which `_ShortAttention` keeps little beside a layer's other activations
+QUERY_BLOCK = 64  # queries of a head that it takes at a time
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Causal attention of short sequences on a CPU, in half the time that the fused kernel and its gradient take there.
+
+    A block of queries at a time meets the keys up to its own end; of L^2 scores, half are never computed. Scores and
+    softmax are float32 as in the fused kernel. Its backward pass computes them again, here they are kept, in q's dtype.
+    """
+
+    @staticmethod
+    def blocks(length):
+        return [slice(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        # Queries of all heads that share a key head go together: (B * H_kv, groups, L, d) beside (B * H_kv, L, d)
+        shape, groups, wide = q.shape, q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.reshape(-1, groups, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
+        scaled, keys, out = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide).mT, torch.empty_like(q)
+        later = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=wide).triu_(1)
+        kept = []
+        for block in _ShortAttention.blocks(q.shape[2]):
+            size = block.stop - block.start
+            scores = scaled[:, :, block].flatten(1, 2) @ keys[..., : block.stop]  # (B * H_kv, groups * size, stop)
+            scores.unflatten(1, (groups, size))[..., block] += later[:size, :size]
+            kept.append(scores.softmax(-1).to(q.dtype))
+            out[:, :, block] = (kept[-1] @ v[:, : block.stop]).unflatten(1, (groups, size))
+        ctx.save_for_backward(q, k, v, *kept)
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        shape, grad, wide = grad.shape, grad.reshape(q.shape), torch.promote_types(q.dtype, torch.float32)
+        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+        for block, attention in zip(_ShortAttention.blocks(q.shape[2]), kept, strict=True):
+            block_q, block_grad = (x[:, :, block].flatten(1, 2) for x in (q, grad))
+            grad_v[:, : block.stop] += attention.mT @ block_grad
+            grad_attention = block_grad @ v[:, : block.stop].mT
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_attention, attention, -1, q.dtype)
+            grad_scores *= q.shape[-1] ** -0.5
+            grad_q[:, :, block] = (grad_scores @ k[:, : block.stop]).unflatten(1, (q.shape[1], -1))
+            grad_k[:, : block.stop] += grad_scores.mT @ block_q
+        return grad_q.view(shape), *(x.to(q.dtype).unflatten(0, (shape[0], -1)) for x in (grad_k, grad_v))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -334,6 +380,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     if mask is None:
         # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
+        if q.device.type == "cpu" and q.shape[2] <= SHORT:
+            return _ShortAttention.apply(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     causal = q.shape[2] - mask.shape[2]
     if causal:  # without a mask tensor the kernel leaves out what nobody may see

@@ -452,9 +452,11 @@ def reuse_memory():
     """Have glibc keep the memory that large tensors leave and hand it to the next; does nothing elsewhere.
 
     By default each large tensor is mapped from the kernel, which clears its pages anew: on a CPU that costs up to a
-    third of a forward pass. And torch and oneDNN, which multiplies bfloat16 for it, each keep what was prepared for
-    the last 1,024 shapes: with batches of all lengths that is hundreds of MiB. A layer's few dozen are enough.
+    third of a forward pass. Those of 2 MiB and more ask for huge pages, where the kernel grants them to who asks. And
+    torch and oneDNN, which multiplies bfloat16 for it, each keep what was prepared for the last 1,024 shapes: with
+    batches of all lengths that is hundreds of MiB. A layer's few dozen are enough.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it allocates its first tensor
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's, oneDNN's: read at first use
         os.environ.setdefault(cache, "64")
     with contextlib.suppress(OSError, AttributeError):

@@ -59,7 +59,6 @@ def measure(args) -> dict:
     if args.side == "peer":
         train_peer(examples, run, lines.append)
     else:
-        runs.reuse_memory()  # as train.py does
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
         frozen = train.Frozen(train.response_losses(model, examples)) if args.side == "cached" else None
@@ -75,7 +74,6 @@ def profile_step(args):
     run = settings(args)
     run.max_steps = 1
     examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), args.max_length, args.samples)
-    runs.reuse_memory()
     torch.manual_seed(run.seed)
     model = lora.add_lora(load_model(args.model, getattr(torch, run.dtype)))
     with profile(activities=[ProfilerActivity.CPU]) as record:
@@ -84,10 +82,9 @@ def profile_step(args):
     whole = sum(event.self_cpu_time_total for event in events.values())
     own = lambda *names: sum(e.self_cpu_time_total for key, e in events.items() if key in names)
     of = lambda name: sum(e.cpu_time_total for key, e in events.items() if key in (name, f"{name}Backward"))
-    attention = [key for key in events if key.startswith("aten::_scaled_dot_product_flash")]
     parts = {
-        "matrix products": own("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
-        "attention": own(*attention),
+        "matrix products of the layers and the vocabulary": own("aten::mm", "aten::addmm", "aten::addmm_"),
+        "attention": of("_ShortAttention") + sum(e.self_cpu_time_total for key, e in events.items() if "flash" in key),
         "dropout": of("_Dropout"),
         "RMSNorm": of("_RMSNorm"),
         "SwiGLU": of("_SwiGLU"),
@@ -111,7 +108,6 @@ def scale(args):
     lengths, best = [int(n) for n in args.lengths.split(",")], best_matmul(torch.bfloat16)
     print("| parameters | tokens a sample | samples | tokens/s | GFLOP/s | of the best product | peak MiB |")
     print("|---|" + "---:|" * 6)
-    runs.reuse_memory()
     for wide in (False, True):
         config = read_config(Path(args.model))
         if wide:
@@ -140,7 +136,6 @@ def scale(args):
 def compare_compiled(args):
     """Print the seconds of a forward and backward pass of four samples, layers as they are and by torch.compile."""
     lengths, found = (200, 128, 256, 190), []
-    runs.reuse_memory()
     for compiled in (False, True):
         torch.manual_seed(0)
         model = lora.add_lora(load_model(args.model, torch.bfloat16)).train()
@@ -262,6 +257,8 @@ def main():
     parser.add_argument("--lengths", metavar="N,N,...")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    if args.side != "peer":
+        runs.reuse_memory()  # first of all, as train.py does
     if args.side:
         print(json.dumps(measure(args)))
         return

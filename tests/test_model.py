@@ -1,5 +1,6 @@
 """The decoder's own promises: what it refuses, how it loads, the loss per token, generation. Parity is elsewhere."""
 
+import functools
 import json
 import math
 import shutil
@@ -220,6 +221,7 @@ def test_a_gpu_reads_from_pinned_memory_while_the_host_goes_on():
 
 
 def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, monkeypatch):
+    monkeypatch.setattr(model_module, "SHORT", 0)  # as on a GPU, and as of long sequences
     model = load_model(checkpoint)
     ids, _ = random_batch([40, 23])
     calls, sdpa = [], F.scaled_dot_product_attention
@@ -228,6 +230,41 @@ def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, mon
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
         model(ids)
     assert len(calls) == 3 and all(c.get("attn_mask") is None and c["is_causal"] for c in calls)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("heads", [(6, 3), (4, 4), (3, 1)])
+def test_attention_of_short_sequences_and_its_gradient_equal_the_formula(length, heads, monkeypatch):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, length, n, 8, dtype=torch.float64).transpose(1, 2) for n in (heads[0], *2 * heads[1:])]
+    q, k, v = (x.clone().requires_grad_() for x in inputs)
+    k_of_each, v_of_each = (x.repeat_interleave(heads[0] // heads[1], dim=1) for x in (k, v))
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = (q @ k_of_each.mT / 8**0.5).masked_fill(later, -math.inf).softmax(-1) @ v_of_each
+    factor = torch.randn_like(expected)
+    of_formula = torch.autograd.grad((expected * factor).sum(), (q, k, v))
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # what is tested does not call it
+    found = attention(q, k, v)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad((found * factor).sum(), (q, k, v)), of_formula, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_attention_of_short_sequences_in_bfloat16_is_as_exact_as_the_fused_kernel():
+    torch.manual_seed(0)
+    inputs = [3 * torch.randn(2, n, 500, 64, dtype=torch.float64) for n in (6, 3, 3)]
+    factor, errors = torch.randn(2, 6, 500, 64), []
+    fused = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    for function, dtype in ((fused, torch.float64), (attention, torch.bfloat16), (fused, torch.bfloat16)):
+        rounded = [x.bfloat16().to(dtype).requires_grad_() for x in inputs]
+        out = function(*rounded)
+        found = (out, *torch.autograd.grad(out, rounded, factor.bfloat16().to(dtype)))
+        errors.append([x.double() for x in found])
+    exact, *others = errors
+    ours, theirs = ([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)] for found in others)
+    bounds = 1.3, 1.3, 0.8, 0.8  # the last two are sums over blocks, made in float32
+    assert all(a < bound * b for a, bound, b in zip(ours, bounds, theirs, strict=True)), (ours, theirs)
 
 
 def test_attention_with_a_mask_for_the_last_queries_only():

@@ -428,8 +428,9 @@ def test_gradient_checkpointing_changes_the_memory_and_no_bit_of_the_result(chec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_table_is_what_a_pass_really_keeps(checkpoint, dtype):
+def test_the_memory_table_is_what_a_pass_really_keeps(checkpoint, dtype, monkeypatch):
     """tests/bench_memory.py counts from shapes; here every tensor that autograd saves is counted, once."""
+    monkeypatch.setattr("model.SHORT", 0)  # the table is a GPU's
     rank, ids = 8, torch.arange(2, 302).view(3, 100)
     model = add_lora(load_model(checkpoint, dtype), rank=rank).train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -455,7 +456,8 @@ def test_the_memory_table_is_what_a_pass_really_keeps(checkpoint, dtype):
     assert frozen_parameters(model.config) == weights
 
 
-def test_training_really_takes_flash_attention(llama, rows):
+def test_training_really_takes_flash_attention(llama, rows, monkeypatch):
+    monkeypatch.setattr("model.SHORT", 0)  # as on a GPU, and as of long sequences
     model, examples, args = prepare(llama, rows, "--max-steps", "1", "--dtype", "bfloat16")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
         train(model, examples, args, lambda line: None)
