@@ -373,7 +373,9 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v by the fused kernels: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
+    """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
+
+    By the fused kernels, but short sequences on a CPU without a mask by `_ShortAttention`.
 
     mask: bool, (B, 1, n, S), true where one of the last n queries may look; the queries before those are causal, and
     without a mask all are.
