@@ -1,28 +1,22 @@
 """What a model is trained on: rows -> messages -> (ids, response mask) -> batches, and the paper's data pool.
 
-Four steps, one section each: read rows from a file or the hub, turn any known schema into messages, encode messages
-in the template of Appendix A.1 with a mask of the supervised tokens, group the samples into batches.
+Three steps, one section each: turn rows of any known schema into messages, encode messages in the template of Appendix
+A.1 with a mask of the supervised tokens, group the samples into batches. Files and the hub: support/sources.py.
 """
 
 import itertools
-import json
-import math
-import os
 import random
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
-from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-import tokenizers
 import torch
 from torch import Tensor
 
-from model import TOKENIZER_FILES, UserError, find_folder, read_json, to_device
+from support.files import UserError
+from support.sources import best_rated, build_trees, load_rows
+from support.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Tokenizer", "load_rows", "load_tokenizer"]  # what others expect here too
 
 # ------------------------------------------------------------------------------------------------------- sources
 
@@ -37,72 +31,6 @@ POOL = {
     "databricks/databricks-dolly-15k": 15_000,
     "WizardLMTeam/WizardLM_evol_instruct_V2_196k": 100_000,
 }
-
-
-def read_file(path: Path) -> Iterator[dict]:
-    """The rows of a .json, .jsonl or .parquet file, one by one. A UserError names the file and, in JSONL, the line."""
-    try:
-        if path.suffix == ".parquet":
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-            return
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".json" and file.read(1) == "[":
-                file.seek(0)
-                yield from json.load(file)
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except (ValueError, RecursionError) as reason:
-                        raise UserError(f"{path}, line {number}: not JSON ({reason})") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as reason:
-        raise UserError(f"{path} cannot be read: {reason}") from None
-
-
-def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
-    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies.
-
-    A split is known by its name: split.parquet, split-*.parquet or split/*.parquet, or the same as jsonl or json, in
-    the folder of its configuration where the data set has several.
-    """
-    problem = UserError(f"{name} has no parquet, jsonl or json file of a split named {split}")
-    folders = (f"{configuration}/",) if configuration else ("", "*/")
-    patterns = {
-        suffix: [f"{folder}{split}{rest}.{suffix}" for folder in folders for rest in ("", "-*", "/*")]
-        for suffix in ("parquet", "jsonl", "json")
-    }
-    for revision in (None, "refs/convert/parquet"):
-        try:
-            folder = find_folder(name, sum(patterns.values(), []), revision, repo_type="dataset")
-        except UserError as reason:  # offline, either of the two may be what the cache holds
-            problem = problem if revision else reason
-            continue
-        for suffix, forms in patterns.items():
-            paths = {str(path.relative_to(folder)): path for path in folder.rglob(f"*.{suffix}")}
-            names = [path for path in sorted(paths) if any(fnmatch(path, form) for form in forms)]
-            if len(folders := sorted({str(Path(path).parent) for path in names})) > 1:
-                raise UserError(f"{name} has several configurations, not one: {', '.join(folders)}")
-            if names:
-                return [paths[path] for path in names]
-    raise problem
-
-
-def load_rows(source: str, limit: int | None = None) -> list[dict]:
-    """The first `limit` rows (default: all) of a .json, .jsonl or .parquet file, or of a hub data set's train split."""
-    path = Path(source)
-    local = path.suffix in (".json", ".jsonl", ".parquet")
-    if path.is_file() and not local:
-        raise UserError(f"{source} is no .json, .jsonl or .parquet file")
-    rows = itertools.chain.from_iterable(map(read_file, [path] if local else hub_files(source)))
-    rows = list(itertools.islice(rows, limit))
-    if not rows:
-        raise UserError(f"{source} has no rows")
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ messages
@@ -188,15 +116,6 @@ def tree_conversations(root: dict) -> Iterator[list[Message]]:
     return (path for path in found if not any(other[: len(path)] == path and other != path for other in found))
 
 
-def _build_trees(rows: list[dict]) -> list[dict]:
-    replies = defaultdict(list)
-    for row in rows:
-        replies[row["parent_id"]].append(row)
-    for row in rows:
-        row["replies"] = replies[row["message_id"]]
-    return replies[None]
-
-
 def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]:
     """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
 
@@ -206,7 +125,7 @@ def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]
     """
     if all(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
         try:
-            rows = [{"prompt": root} for root in _build_trees(rows)]
+            rows = [{"prompt": root} for root in build_trees(rows)]
         except TypeError as reason:
             raise UserError(f"{source}: a message_id or parent_id is no text ({reason})") from None
     found, first = [], None
@@ -268,126 +187,7 @@ def load_conversations(
     return found
 
 
-def best_rated(rows: dict[str, list[dict]], top: int, field: str) -> dict[str, list[dict]]:
-    """Of the rows of several sources together, the `top` with the highest number in column `field`; ties: the first.
-
-    Raises UserError with source and row where a row has no number there, or where there are fewer rows.
-    """
-    ratings = []
-    for source in rows:
-        for number, row in enumerate(rows[source], 1):
-            rating = row.get(field) if isinstance(row, dict) else None
-            if isinstance(rating, bool) or not isinstance(rating, int | float) or math.isnan(rating):
-                raise UserError(f"{source}, row {number}: column {field} holds {rating!r}, not a rating")
-            ratings.append(rating)
-    if len(ratings) < top:
-        raise UserError(f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
-    best = set(sorted(range(len(ratings)), key=lambda i: -ratings[i])[:top])
-    places = itertools.count()
-    return {source: [row for row in rows[source] if next(places) in best] for source in rows}
-
-
 # ------------------------------------------------------------------------------------------------------ encoding
-
-
-@contextmanager
-def told(what: str):
-    """A context in which whatever the tokenizers library raises becomes a UserError: `what` and its reason.
-
-    Where its Rust code panics, that is a BaseException, which nothing else would catch.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except BaseException as reason:
-        if not isinstance(reason, Exception) and type(reason).__name__ != "PanicException":
-            raise  # Ctrl-C
-        raise UserError(f"{what}: {reason}") from None
-
-
-@contextmanager
-def quiet():
-    """A context in which a library's own words on stderr are lost, such as Rust's where it panics."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer.json, as SFT needs it: special tokens come in by their ids, never from spelled-out text.
-
-    eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
-    bos: what tokenizer_config.json calls its beginning of text, if anything; many a tokenizer names one it never adds.
-    longest: the characters of its longest token.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str, bos: str | None = None):
-        self.eos, self.eos_id, self.bos = eos, backend.token_to_id(eos), bos
-        backend.no_truncation()
-        backend.no_padding()
-        with_prefix, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
-        starts = (i for i in range(len(with_prefix)) if with_prefix[i : i + len(plain)] == plain)
-        self.prefix = with_prefix[: next(starts, 0)]
-        # "<|end_of_text|>" in a text is spelled out, never a control token, whatever the file itself calls special
-        backend.add_special_tokens([token for token in (eos, bos) if token and backend.token_to_id(token) is not None])
-        backend.encode_special_tokens = True
-        self.backend, vocabulary = backend, backend.get_vocab()
-        self.vocab_size, self.longest = max(vocabulary.values()) + 1, max(map(len, vocabulary))
-
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of `text`, without BOS or EOS, and the character at which each token starts."""
-        with told(f"the tokenizer cannot encode {text[:60]!r}"):
-            encoding = self.backend.encode(text, add_special_tokens=False)
-        if self.eos_id in encoding.ids:  # a vocabulary that is looked up word by word, as no Llama's or Qwen's is
-            raise UserError(f"this tokenizer reads {self.eos!r} in a text as its end-of-text token")
-        return encoding.ids, [start for start, _ in encoding.offsets]
-
-    def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
-        """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
-        self.backend.encode_special_tokens = False
-        try:
-            with told("the tokenizer cannot encode a benchmark's texts"):
-                return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
-        finally:
-            self.backend.encode_special_tokens = True
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`, control tokens included unless they are to be skipped."""
-        with told(f"the tokenizer cannot decode {ids[:10]}"):
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text."""
-    folder = find_folder(name_or_path, TOKENIZER_FILES, revision)
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json")
-    with told(f"{folder / 'tokenizer.json'} cannot be read"), quiet():
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = read_json(folder / "tokenizer_config.json")
-    eos, bos = (
-        token.get("content") if isinstance(token, dict) else token
-        for token in map(config.get, ("eos_token", "bos_token"))
-    )
-    with told(f"{folder}: the tokenizer does not work"), quiet():
-        if not isinstance(eos, str) or backend.token_to_id(eos) is None:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
-        if not isinstance(bos, str | None):
-            raise UserError(f"{folder / 'tokenizer_config.json'}: bos_token {bos!r} is no text")
-        if len(ids := backend.get_vocab().values()) != len(set(ids)):  # which is decoded would be left to chance
-            raise UserError(f"{folder / 'tokenizer.json'}: two tokens have one id")
-        tokenizer = Tokenizer(backend, eos, bos)
-        try:
-            tokenizer.encode(eos)
-        except UserError as reason:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
-        return tokenizer
 
 
 class Example(NamedTuple):
@@ -508,4 +308,4 @@ def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
         examples = [Example(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))]
     ids = torch.nn.utils.rnn.pad_sequence([example.ids for example in examples], batch_first=True)
     response = torch.nn.utils.rnn.pad_sequence([example.response for example in examples], batch_first=True)
-    return to_device(ids, device), response
+    return ids.to(device, non_blocking=True), response

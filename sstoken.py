@@ -4,6 +4,7 @@ All functions take one sample's response tokens as 1-D tensors of length L_resp,
 are per-token negative log-likelihoods in nats; everything that ranks tokens is float32.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from fractions import Fraction
@@ -11,7 +12,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from model import UserError, rope_table, to_device
+import lora
+from model import Transformer, response_nll, rope_table
+from support.files import UserError
 
 # --------------------------------------------------------------------------------- losses and loss differences
 
@@ -50,10 +53,54 @@ def ema_update(history: Iterable[Tensor], current: Iterable[Tensor], alpha: floa
         old.mul_(alpha).add_(new, alpha=1 - alpha)
 
 
+# How much a token has gained over the history model: Eq. 3, or the extension in its place
+GAINS = {"log": retrospective_excess_loss, "probability": probability_gain}
+
+
+class History:
+    """theta_his of Eq. 3: the base model, an average of past models (Eq. 4), or the model of some steps ago.
+
+    All three share the frozen base weights and differ in what is added to them: nothing, one averaged matrix a
+    layer, or an old adapter. Since theta^t = W + (alpha / rank) B A with W fixed, averaging the products B A averages
+    the merged weights exactly. At step 0 each of them is the base model.
+    """
+
+    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, kept: list[Tensor] | None = None):
+        """kept: the base model's losses, a tensor a sample, if they are known already."""
+        self.model, self.kind, self.ema_alpha, self.every = model, kind, ema_alpha, every
+        self.kept = kept if kind == "base" else None
+        self.factors = None  # nothing: the base model
+        if kind == "ema":
+            self.factors = [(torch.zeros_like(layer.product()),) for layer in self._layers()]
+
+    def _layers(self):
+        return lora.lora_layers(self.model).values()
+
+    @torch.no_grad()
+    def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = ()) -> Tensor:
+        """L_his of the response tokens of a batch: input_ids, response (B, L) -> (response.sum(),), as response_nll.
+
+        samples: the rows' numbers, by which kept losses are found.
+        """
+        if self.kept:
+            kept = torch.cat([torch.zeros(0), *(self.kept[i] for i in samples)])
+            return kept.to(input_ids.device, non_blocking=True)
+        with lora.replaced(self.model, self.factors):
+            return response_nll(self.model, input_ids, response)
+
+    def update(self, step: int):
+        """Alg. 1, line 11, after the optimizer's step number `step` (from 1)."""
+        if self.kind == "ema":
+            for (average,), layer in zip(self.factors, self._layers(), strict=True):
+                ema_update([average], [layer.product()], self.ema_alpha)
+        elif self.kind == "checkpoint" and step % self.every == 0:
+            self.factors = [(layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for layer in self._layers()]
+
+
 # ---------------------------------------------------------------------------------------------- attention score
 
 
-QUERY_CHUNK = 32  # queries at a time: the softmax of 24 heads over 2048 keys then takes 6 MB
+QUERY_CHUNK = {"cpu": 32, "cuda": 256}  # queries at a time: the softmax of 24 heads over 2048 keys takes 6 or 50 MB
 
 
 def _attention_to_prompt(q: Tensor, k: Tensor, positions: Tensor, prompt: Tensor) -> Tensor:
@@ -68,15 +115,24 @@ def _attention_to_prompt(q: Tensor, k: Tensor, positions: Tensor, prompt: Tensor
     return (attention @ prompt.float()).mean(dim=(0, 1)).clamp(max=1)
 
 
-def attention_score(q: Tensor, k: Tensor, response: Tensor) -> Tensor:
+def attention_score(q, k: Tensor, response: Tensor) -> Tensor:
     """AttnScore, Eqs. 5-7: the attention that each response token pays to the prompt, averaged over the heads.
 
     q (H, L_seq, d), k (H_kv, L_seq, d), both after rope; response (L_seq,) bool -> (L_resp,) float32 in [0, 1].
     The prompt of a token is every earlier token that is not supervised, so a later turn of a conversation counts
-    the user's turns, not its own earlier answers. The explicit softmax is computed for response queries only.
+    the user's turns, not its own earlier answers. The explicit softmax is computed for response queries only, some at
+    a time. q may be a function, positions (n,) -> (H, n, d), so that it need not exist as a whole.
     """
-    chunks, k = response.nonzero().squeeze(1).split(QUERY_CHUNK), k.float()
-    return torch.cat([_attention_to_prompt(q[:, chunk], k, chunk, ~response) for chunk in chunks])
+    queries = q if callable(q) else lambda positions: q[:, positions]
+    prompt, k = (~response).to(k.device, non_blocking=True), k.float()
+    chunks = query_chunks(response.nonzero().squeeze(1), k.device)
+    return torch.cat([_attention_to_prompt(queries(chunk), k, chunk, prompt) for chunk in chunks])
+
+
+def query_chunks(positions: Tensor, device, times: int = 1) -> tuple[Tensor, ...]:
+    """Positions (n,), perhaps on the host, in chunks on `device`, of `times` the size that QUERY_CHUNK gives."""
+    size = times * QUERY_CHUNK.get(torch.device(device).type, QUERY_CHUNK["cpu"])
+    return positions.to(device, non_blocking=True).split(size)
 
 
 class AttentionProbe:
@@ -115,7 +171,7 @@ class AttentionProbe:
         the right. Queries and keys are projected in chunks too, so memory grows with L, never with L * L. With
         `response` on the host, nothing waits for a GPU.
         """
-        device = self.hidden.device
+        device, attention = self.hidden.device, self.layer.self_attn
         out = torch.zeros(response.shape, device=device)
         training = self.layer.training
         self.layer.eval()
@@ -124,12 +180,10 @@ class AttentionProbe:
             if len(positions) == 0:
                 continue
             length = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
-            positions, prompt = to_device(positions, device), to_device(~supervised[:length], device)
-            keys = torch.arange(length, device=device).split(8 * QUERY_CHUNK)
-            k = torch.cat([self._project(self.layer.self_attn.keys, hidden, chunk) for chunk in keys], dim=1).float()
-            for chunk in positions.split(QUERY_CHUNK):
-                q = self._project(self.layer.self_attn.queries, hidden, chunk)
-                row[chunk] = _attention_to_prompt(q, k, chunk, prompt)
+            queries = functools.partial(self._project, attention.queries, hidden)
+            keys = query_chunks(torch.arange(length), device, times=8)
+            k = torch.cat([self._project(attention.keys, hidden, chunk) for chunk in keys], dim=1)
+            row[positions.to(device, non_blocking=True)] = attention_score(queries, k, supervised[:length])
         self.layer.train(training)
         return out
 
@@ -167,8 +221,7 @@ def select(score: Tensor, rho: float) -> Tensor:
         raise UserError(f"rho is {rho}, but a share of tokens lies in (0, 1]")
     best_first = torch.sort(score, descending=True, stable=True).indices
     selected = torch.zeros_like(score, dtype=torch.bool)
-    selected[best_first[: share_of(rho, len(score))]] = True
-    return selected
+    return selected.index_fill_(0, best_first[: share_of(rho, len(score))], True)  # nothing waits for a GPU
 
 
 def selected_loss(nll: Tensor, selected: Tensor) -> Tensor:

@@ -31,7 +31,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model import Config, Transformer, generate, read_config, save_model, write_json
+from model import Config, Transformer, read_config
+from support.checkpoint import save_model
+from support.decoding import generate
+from support.files import write_json
 
 # -------------------------------------------------------------------------------------------------- 1. the language
 

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks import AGIEVAL_SETS, MMLU_SUBJECTS, TYDIQA
+from paper.benchmarks import AGIEVAL_SETS, MMLU_SUBJECTS, TYDIQA
 
 WORDS = (
     "the quick brown fox, colours: [x]  and 45 dogs é 日本 <|end_of_text|> jump; two plus two is four \U0001f44d".split(

@@ -11,7 +11,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from benchmarks import GROUPS, TASKS
+from paper.benchmarks import GROUPS, TASKS
 
 SHOTS = {"mmlu": 5, "tydiqa": 1}  # the paper's; the others are asked without examples
 

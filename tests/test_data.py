@@ -16,18 +16,10 @@ from conftest import BOS, EOS, edit_json, make_tokenizer
 from hub import serve
 
 import data
-from data import (
-    Example,
-    collate,
-    conversations,
-    cut_batch,
-    encode,
-    load_conversations,
-    load_rows,
-    load_tokenizer,
-    plan_batches,
-)
-from model import UserError
+from data import Example, collate, conversations, cut_batch, encode, load_conversations, plan_batches
+from support.files import UserError
+from support.sources import load_rows
+from support.tokenizer import load_tokenizer
 
 
 def user(text):

@@ -1,6 +1,7 @@
 """The embedded demo: that it is what demo/make.py makes, that anybody can load it, and that fine-tuning teaches it."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -16,6 +17,8 @@ import evaluate
 import model as decoder
 import train
 from demo import make
+from paper import benchmarks
+from support import files, packing
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"
@@ -60,7 +63,7 @@ def test_every_answer_is_right():
         clause = re.sub(r"(?i)^hey, |^so, |, will you|up by one", "", row["instruction"])
         asked = re.search(r"\w+(?:, \w+)+", clause)[0].split(", ")
         assert row["answer"] == ", ".join(fact[word] for word in asked), row
-        assert evaluate.TASKS["instructions"]["metrics"](row, [row["output"]]) == {"exact_match": 1.0}
+        assert benchmarks.TASKS["instructions"]["metrics"](row, [row["output"]]) == {"exact_match": 1.0}
 
 
 def test_the_model_has_never_read_what_it_will_be_taught():
@@ -80,10 +83,13 @@ def test_train_with_no_arguments_learns_and_says_how_to_go_on(tmp_path):
     before, after = map(float, re.findall(r"held-out response loss \w+ training: ([\d.]+)", done.stdout))
     assert after < before / 2
     last = done.stdout.splitlines()[-3:]
-    assert [line.split()[1] for line in last] == ["evaluate.py", "visualize.py", "train.py"]
+    assert [line.split()[1] for line in last] == ["evaluate.py", "-m", "train.py"]
     for line in last[:2]:
-        again = subprocess.run([sys.executable, str(ROOT / line.split()[1]), *line.split()[2:]], cwd=tmp_path,
-                               capture_output=True, text=True)  # fmt: skip
+        script, *given = line.split()[1:]
+        script = script if script == "-m" else str(ROOT / script)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for the one that is a module
+        command = [sys.executable, script, *given]
+        again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
     assert (tmp_path / "explorer.html").stat().st_size > 10_000
 
@@ -102,13 +108,13 @@ def test_instructions_are_asked_in_the_template(tmp_path):
     turns = [("system", "Be brief."), ("user", " hot "), ("assistant", "cold"), ("user", "up"), ("assistant", "down ")]
     messages = [{"role": role, "content": content} for role, content in turns]
     path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[1:3]}))
-    asked = evaluate.prepare("instructions", evaluate.loader("instructions", tmp_path), tokenizer)
+    asked = evaluate.prepare("instructions", benchmarks.loader("instructions", tmp_path), tokenizer)
     texts = [requests[0][0] for requests in asked.requests]
     assert texts[0] == "<|system|>\nBe brief.\n<|user|>\nhot\n<|assistant|>\ncold<|end|>\n<|user|>\nup\n<|assistant|>\n"
     example = data.encode(messages, tokenizer, 100)
     last = int((~example.response).nonzero()[-1]) + 1  # what training saw before the last answer
-    assert evaluate.encode_texts(tokenizer, texts)[texts[0]] == example.ids[:last].tolist()
-    grade = evaluate.TASKS["instructions"]["metrics"]
+    assert packing.encode_texts(tokenizer, texts)[texts[0]] == example.ids[:last].tolist()
+    grade = benchmarks.TASKS["instructions"]["metrics"]
     assert grade(asked.rows[0], [" down\n"]) == {"exact_match": 1.0}
     assert grade(asked.rows[0], ["down down"]) == {"exact_match": 0.0}
 
@@ -128,14 +134,14 @@ def test_instructions_are_asked_in_the_template(tmp_path):
 )
 def test_an_answer_is_right_within_any_phrase_but_not_within_a_longer_list(written, right):
     row = {"prompt": "", "output": "whatever", "answer": "cold, up"}
-    assert evaluate.TASKS["instructions"]["metrics"](row, [written]) == {"exact_match": right}
+    assert benchmarks.TASKS["instructions"]["metrics"](row, [written]) == {"exact_match": right}
 
 
 def test_instructions_need_a_folder_and_an_answer(tmp_path):
     tokenizer = data.load_tokenizer(DEMO / "model")
-    with pytest.raises(decoder.UserError, match=r"instructions.test.jsonl by --data"):
-        evaluate.prepare("instructions", evaluate.loader("instructions", None), tokenizer)
+    with pytest.raises(files.UserError, match=r"instructions.test.jsonl by --data"):
+        evaluate.prepare("instructions", benchmarks.loader("instructions", None), tokenizer)
     row = {"messages": [{"role": "user", "content": "hot"}]}
     (tmp_path / "instructions.test.jsonl").write_text(json.dumps(row))
-    with pytest.raises(decoder.UserError, match="ends with the answer that is asked for"):
-        evaluate.prepare("instructions", evaluate.loader("instructions", tmp_path), tokenizer)
+    with pytest.raises(files.UserError, match="ends with the answer that is asked for"):
+        evaluate.prepare("instructions", benchmarks.loader("instructions", tmp_path), tokenizer)

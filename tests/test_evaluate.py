@@ -17,13 +17,17 @@ from conftest import make_checkpoint
 from hub import serve
 from test_lora import adapted
 
-import benchmarks
 import evaluate
-from benchmarks import TABLE, TASKS, overlap, squad_words
-from data import load_tokenizer
-from evaluate import Scored, loglikelihoods, pack, plant, summarize, table, task_names, tree_tensors
+from evaluate import loglikelihoods, summarize, table, token_scores
 from lora import save_adapter
-from model import UserError, generate, load_model, token_nll, token_scores
+from model import load_model, token_nll
+from paper import benchmarks
+from paper.benchmarks import TABLE, TASKS, overlap, squad_words, task_names
+from support import decoding, packing
+from support.decoding import generate
+from support.files import UserError
+from support.packing import Scored, pack, plant, tree_tensors
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,7 +107,7 @@ def test_shared_tokens_run_once_and_only_scored_ones_meet_the_vocabulary(llama, 
     monkeypatch.setattr(evaluate, "token_scores", lambda h, w, t: rows.append(len(t)) or scores(h, w, t))
     prefix = "The quick brown fox jumps over the lazy dog. " * 4
     pairs = [(f"{prefix}Question {n}?", end) for n in range(6) for end in (" two", " the dog", " is four")]
-    encoded = evaluate.encode_pairs(tokenizer, pairs, 512)
+    encoded = packing.encode_pairs(tokenizer, pairs, 512)
     loglikelihoods(model, tokenizer, pairs, 100_000)
     assert sum(rows) == sum(len(request.targets) for request in encoded)
     assert sum(tokens) < 0.25 * sum(len(request.inputs) for request in encoded)
@@ -155,7 +159,7 @@ def test_summary_and_groups_by_hand():
     for scores in results.values():
         scores |= {"exact_match_stderr": 0.3, "f1_stderr": None}
     results["tydiqa_goldp_ar"] |= {"f1": 0.9, "n": 1}
-    evaluate.add_groups(results)
+    benchmarks.add_groups(results)
     assert results["tydiqa"]["f1"] == pytest.approx(0.1) and results["tydiqa"]["n"] == 73
     assert results["tydiqa"]["exact_match_stderr"] == pytest.approx(0.1) and results["tydiqa"]["f1_stderr"] is None
     assert "mmlu" not in results and "agieval" not in results
@@ -212,7 +216,7 @@ def test_tydiqa_release_by_hand(llama):
 
 
 def test_the_readme_s_eleventh_benchmark_is_the_code():
-    readme, code = (ROOT / "README.md").read_text(), (ROOT / "benchmarks.py").read_text()
+    readme, code = (ROOT / "paper/README.md").read_text(), (ROOT / "paper/benchmarks.py").read_text()
     (block,) = re.findall(r"def tydiqa_release\(.*?\n\n(?=\S)", code, re.DOTALL)
     assert "\n".join("    " + line if line else "" for line in block.strip().splitlines()) in readme
 
@@ -299,7 +303,7 @@ def test_base_and_adapters_in_one_go_load_the_base_once(llama, questions, tmp_pa
         with torch.no_grad():
             [layer.lora_B.mul_(1 + 5 * n) for layer in evaluate.lora.lora_layers(model).values()]
         save_adapter(model, folder)
-    loads, real = [], evaluate.load_model
+    loads, real = [], load_model
     monkeypatch.setattr(evaluate, "load_model", lambda *a: loads.append(a) or real(*a))
     out = tmp_path / "out.json"
     command = ["--model", str(llama), "--data", str(questions), "--tasks", "truthfulqa_mc2", "--dtype", "float32"]
@@ -408,9 +412,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(questions, tmp_path):
 def test_answers_end_where_the_checkpoint_says(llama, tmp_path):
     model, tokenizer = load_model(llama), load_tokenizer(llama)
     model.folder = tmp_path
-    assert evaluate.generation_settings(model, tokenizer) == {"stop_ids": {1}, "repetition_penalty": 1}
+    assert decoding.generation_settings(model, tokenizer) == {"stop_ids": {1}, "repetition_penalty": 1}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "repetition_penalty": 1.3}')
-    assert evaluate.generation_settings(model, tokenizer) == {"stop_ids": {1, 5, 6}, "repetition_penalty": 1.3}
+    assert decoding.generation_settings(model, tokenizer) == {"stop_ids": {1, 5, 6}, "repetition_penalty": 1.3}
     (tmp_path / "generation_config.json").unlink()
     free = evaluate.generations(model, tokenizer, [("the quick", {"until": ["\x00"], "max_gen_toks": 9})])[0]
     first = tokenizer.encode_prompts([free])[0][0]

@@ -7,7 +7,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+PLACES = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("paper/*.py")]
+MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PLACES)
 
 
 def test_every_module_imports_with_requirements_txt_alone(tmp_path):
@@ -28,12 +29,12 @@ def test_every_module_imports_with_requirements_txt_alone(tmp_path):
         tmp_path / "pinned.txt",
     ]
     subprocess.run(install, check=True)
-    assert len(MODULES) >= 6
+    assert len(MODULES) >= 20
     code = f"import {', '.join(MODULES)}"
     isolated = {"cwd": ROOT, "env": {"PATH": "/usr/bin:/bin"}, "check": True}
     subprocess.run([python, "-c", code], **isolated)
-    for script in ("train.py", "evaluate.py", "reproduce.py"):
-        subprocess.run([python, script, "--help"], capture_output=True, **isolated)
+    for script in (["train.py"], ["evaluate.py"], ["-m", "paper.reproduce"], ["-m", "paper.visualize"]):
+        subprocess.run([python, *script, "--help"], capture_output=True, **isolated)
     listed = subprocess.run(
         [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
     )

@@ -13,7 +13,6 @@ from lora import (
     LoRALinear,
     add_lora,
     disabled,
-    dropout,
     load_adapter,
     lora_layers,
     merge,
@@ -21,7 +20,9 @@ from lora import (
     replaced,
     save_adapter,
 )
-from model import UserError, load_model
+from model import load_model
+from support.files import UserError
+from support.kernels import dropout
 
 IDS = torch.arange(2, 42).view(2, 20)
 

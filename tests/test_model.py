@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,20 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_sstoken import random_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model as model_module
-from model import (
-    RMSNorm,
-    Row,
-    UserError,
-    attention,
-    generate,
-    load_model,
-    read_config,
-    response_nll,
-    save_model,
-    to_device,
-    token_nll,
-)
+from model import RMSNorm, load_model, read_config, response_nll, token_nll
+from support import checkpoint, kernels
+from support.checkpoint import save_model
+from support.decoding import Row, generate
+from support.files import UserError
+from support.kernels import attention
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -117,7 +108,7 @@ def test_rows_read_in_blocks_give_the_same_tensor(llama):
     expected = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
     for block in (1, 48 * 7, 10**9):
         target = torch.empty_like(expected)
-        model_module.read_tensor_into(target, llama / "model.safetensors", "model.embed_tokens.weight", block)
+        checkpoint.read_tensor_into(target, llama / "model.safetensors", "model.embed_tokens.weight", block)
         assert torch.equal(target, expected)
 
 
@@ -181,7 +172,7 @@ def test_shards_and_index_must_agree(checkpoint, tmp_path):
 MEASURE_LOADING = """
 import sys, torch
 from model import load_model
-from runs import peak_memory_mb
+from support.machine import peak_memory_mb
 before = peak_memory_mb(torch.device("cpu"))
 model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
 weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
@@ -212,16 +203,8 @@ def test_saved_models_load_again(checkpoint, tmp_path):
 # ------------------------------------------------------------------------------------------------------ forward
 
 
-def test_a_gpu_reads_from_pinned_memory_while_the_host_goes_on():
-    calls = []
-    tensor = SimpleNamespace(is_cuda=False, pin_memory=lambda: calls.append("pinned") or tensor)
-    tensor.to = lambda device, non_blocking: calls.append((device, non_blocking)) or "copy"
-    assert to_device(tensor, "cuda:0") == to_device(tensor, "cpu") == "copy"
-    assert calls == ["pinned", ("cuda:0", True), ("cpu", True)]
-
-
 def test_training_attention_takes_no_mask_and_flash_can_serve_it(checkpoint, monkeypatch):
-    monkeypatch.setattr(model_module, "SHORT", 0)  # as on a GPU, and as of long sequences
+    monkeypatch.setattr(kernels, "SHORT", 0)  # as on a GPU, and as of long sequences
     model = load_model(checkpoint)
     ids, _ = random_batch([40, 23])
     calls, sdpa = [], F.scaled_dot_product_attention

@@ -18,12 +18,13 @@ from test_lora import adapted
 from test_sstoken import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks import TABLE, TASKS, final_answer, same_number
-from data import load_tokenizer
-from evaluate import add_groups, answer, loader, loglikelihoods, prepare, score, task_names
+from evaluate import answer, loglikelihoods, prepare, score
 from lora import load_adapter, lora_layers, merge, save_adapter
-from model import generate, load_model
+from model import load_model
+from paper.benchmarks import TABLE, TASKS, add_groups, final_answer, loader, same_number, task_names
 from sstoken import AttentionProbe
+from support.decoding import generate
+from support.tokenizer import load_tokenizer
 
 
 def theirs(folder, dtype=torch.float32, **settings):

@@ -13,7 +13,7 @@ from memory import peak_allocated
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora import add_lora, lora_layers
-from model import UserError, load_model
+from model import load_model
 from sstoken import (
     AttentionProbe,
     attention_score,
@@ -27,6 +27,7 @@ from sstoken import (
     sft_loss,
     share_of,
 )
+from support.files import UserError
 
 
 def random_losses(n=50, seed=0):

@@ -18,20 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import data
 import lora
-import runs
+import sstoken
 import train as train_module
 from lora import add_lora, lora_layers, save_adapter
-from model import UserError, load_model, response_nll
-from train import (
-    History,
-    learning_rate,
-    parse_arguments,
-    plan_steps,
-    response_losses,
-    sample_weights,
-    select_at_random,
-    train,
-)
+from model import load_model, response_nll
+from paper.baselines import response_losses, select_at_random
+from sstoken import History
+from support import command, runs
+from support.files import UserError
+from train import learning_rate, parse_arguments, plan_steps, sample_weights, train
 
 ROOT = train_module.__file__.removesuffix("train.py")
 
@@ -148,9 +143,9 @@ def test_at_the_first_step_rel_is_exactly_zero(checkpoint, rows, monkeypatch, dt
     model, examples, args = prepare(
         checkpoint, rows, "--dtype", dtype, "--lora-dropout", "0.1", "--max-steps", "1", active=False
     )
-    seen, real = [], train_module.GAINS["log"]
+    seen, real = [], sstoken.GAINS["log"]
     spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
-    monkeypatch.setitem(train_module.GAINS, "log", spy)
+    monkeypatch.setitem(sstoken.GAINS, "log", spy)
     train(model, examples, args, lambda line: None)
     assert seen and all(rel.eq(0).all() for rel in seen)
 
@@ -213,7 +208,7 @@ def test_what_has_no_weight_is_not_computed(llama, rows, monkeypatch, flags, his
     model, examples, args = prepare(llama, rows, "--micro-batch-size", "4", *flags)
     monkeypatch.setitem(data.PASS_COST, "cpu", 1000)  # so that micro-batches are full: 2, 2 and 1
     calls = {"nll": 0, "scores": 0}
-    for cls, name in ((History, "nll"), (train_module.AttentionProbe, "scores")):
+    for cls, name in ((History, "nll"), (sstoken.AttentionProbe, "scores")):
 
         def count(self, *given, real, name=name):
             calls[name] += 1
@@ -236,7 +231,7 @@ def test_full_and_rho_one_are_the_same_training(llama, rows):
 
 
 def test_attention_only_sets_gamma_to_zero_for_the_first_samples(llama, rows, monkeypatch):
-    gammas, real = [], train_module.score
+    gammas, real = [], sstoken.score
     monkeypatch.setattr(train_module, "score", lambda rel, att, gamma: gammas.append(gamma) or real(rel, att, gamma))
     model, examples, args = prepare(llama, rows, "--attention-only", "9")
     train(model, examples, args, lambda line: None)
@@ -319,7 +314,7 @@ def test_history_ema_is_eq_4_on_the_merged_weights(checkpoint, rows, monkeypatch
         checkpoint, rows, "--history", "ema", "--ema-alpha", "0.7", "--lr", "0.01", active=False
     )
     merged = lambda: {n: (x.weight + 4 * x.product()).double() for n, x in lora_layers(model).items()}
-    expected, histories, real = merged(), [], train_module.History
+    expected, histories, real = merged(), [], sstoken.History
     monkeypatch.setattr(train_module, "History", lambda *a: histories.append(real(*a)) or histories[0])
     seen = []
 
@@ -356,7 +351,7 @@ def test_no_history_is_kept_that_no_score_reads(llama, rows, monkeypatch):
     for flags in (["--gamma", "0"], ["--method", "full"], ["--rho", "1"], []):
         model, examples, args = prepare(llama, rows, "--history", "ema", "--max-steps", "1", *flags)
         train(model, examples, args, lambda line: None)
-    assert kinds == ["base", "base", "base", "ema"]
+    assert kinds == ["base", "base", "ema"]  # and none at all in full training
 
 
 def test_training_refreshes_the_history_as_often_as_asked(llama, rows, monkeypatch):
@@ -429,8 +424,8 @@ def test_gradient_checkpointing_changes_the_memory_and_no_bit_of_the_result(chec
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_table_is_what_a_pass_really_keeps(checkpoint, dtype, monkeypatch):
-    """tests/bench_memory.py counts from shapes; here every tensor that autograd saves is counted, once."""
-    monkeypatch.setattr("model.SHORT", 0)  # the table is a GPU's
+    """tests/bench/bench_memory.py counts from shapes; here every tensor that autograd saves is counted, once."""
+    monkeypatch.setattr("support.kernels.SHORT", 0)  # the table is a GPU's
     rank, ids = 8, torch.arange(2, 302).view(3, 100)
     model = add_lora(load_model(checkpoint, dtype), rank=rank).train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -457,7 +452,7 @@ def test_the_memory_table_is_what_a_pass_really_keeps(checkpoint, dtype, monkeyp
 
 
 def test_training_really_takes_flash_attention(llama, rows, monkeypatch):
-    monkeypatch.setattr("model.SHORT", 0)  # as on a GPU, and as of long sequences
+    monkeypatch.setattr("support.kernels.SHORT", 0)  # as on a GPU, and as of long sequences
     model, examples, args = prepare(llama, rows, "--max-steps", "1", "--dtype", "bfloat16")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where flash cannot take the call
         train(model, examples, args, lambda line: None)
@@ -533,7 +528,7 @@ def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(l
     wrote, *commands = result.stdout.splitlines()[-3:]
     these = f"--model {llama} --adapter {tmp_path / 'a'}"
     assert wrote.startswith("wrote ") and str(tmp_path / "a") in wrote
-    assert commands == [f"  python evaluate.py {these}", f"  python visualize.py {these} --data {rows}"]
+    assert commands == [f"  python evaluate.py {these}", f"  python -m paper.visualize {these} --data {rows}"]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (record["samples"], record["dropped"]) == (20, 1)
     assert record["arguments"]["rho"] == 0.6 and record["arguments"]["seed"] == 42 and record["versions"]["torch"]
@@ -581,7 +576,7 @@ MISTAKES = {
 def test_a_mistake_ends_with_status_2_and_one_line(llama, rows, tmp_path, capsys, message):
     argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), *MISTAKES[message]]
     with pytest.raises(SystemExit) as end:
-        runs.run_script(lambda: train_module.main(argv))
+        command.run_script(lambda: train_module.main(argv))
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) <= 3
     assert lines[-1].startswith("error:") and message in lines[-1]
@@ -599,7 +594,7 @@ def test_a_sample_longer_than_the_models_context_is_refused(llama, tmp_path):
 
 def test_an_error_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        runs.run_script(lambda: 1 / 0)
+        command.run_script(lambda: 1 / 0)
 
 
 def test_new_runs_get_folders_of_their_own_under_runs(tmp_path, monkeypatch):

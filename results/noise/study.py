@@ -33,11 +33,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import lora
-import runs
 import train
-import visualize
-from model import UserError, load_model, read_json, write_json, write_whole
+from model import load_model
+from paper import baselines, visualize
 from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
+from support import command
+from support.files import UserError, read_json, write_json, write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -132,8 +133,8 @@ def fit(model, examples, run: argparse.Namespace, base=None, at_step=lambda step
         at_step(line["step"])
         model.train()
 
-    train.new_adapters(model, run)
-    train.train(model, examples, run, log, frozen=train.Frozen(base))
+    lora.new_adapters(model, run)
+    train.train(model, examples, run, log, frozen=baselines.Frozen(base))
     return lines
 
 
@@ -146,11 +147,11 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
     if kind != "clean":
         examples, noise = plant_noise(examples, kind, tokenizer, seed)
     lora.remove_lora(model)
-    history = train.response_losses(model, examples)
-    before = torch.cat(train.response_losses(model, rows["held out"])).mean().item()
+    history = baselines.response_losses(model, examples)
+    before = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
     if noise:
         fit(model, rows["reference"], arguments(args, "full", lr, seed))
-        reference = train.response_losses(model, examples)
+        reference = baselines.response_losses(model, examples)
     for method, file in files.items():
         if file.exists():
             continue
@@ -174,7 +175,7 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
             {
                 **{"kind": kind, "method": method, "lr": lr, "seed": seed, "scores": found, "fall_of_loss": fall},
                 **{"held_out_before": before, "loss": [line["loss"] for line in lines]},
-                "held_out_after": torch.cat(train.response_losses(model, rows["held out"])).mean().item(),
+                "held_out_after": torch.cat(baselines.response_losses(model, rows["held out"])).mean().item(),
             },
         )
         print(file.name, json.dumps(found.get(STEPS[-1])), flush=True)
@@ -250,7 +251,7 @@ def figure(results: list[dict], what: str, label: str, chance: float, path: Path
 
 
 def main():
-    parser = runs.ArgumentParser(__doc__.split("\n")[0])
+    parser = command.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True)
     add("--data", required=True)
@@ -287,4 +288,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    command.run_script(main)

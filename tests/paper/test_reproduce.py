@@ -14,18 +14,21 @@ import pytest
 import scipy.stats
 import torch
 from benchmark_rows import write_benchmarks
+from matplotlib import pyplot
 from sklearn.metrics import roc_auc_score
 
 import data
 import evaluate
-import reproduce
 import train
-from benchmarks import TABLE
-from model import UserError
-from reproduce import Line, interval, markdown, paper_rho, t_quantile, table_rows
+from paper import reproduce
+from paper.benchmarks import TABLE
+from paper.reproduce import Line, interval, markdown, paper_rho, t_quantile, table_rows
+from support.files import UserError
 
-sys.path.insert(0, str(Path(reproduce.__file__).parent / "results" / "noise"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "results" / "noise"))
 import study
+
+ROOT = Path(__file__).parents[2]
 
 # ------------------------------------------------------------------------------------------------ rows, statistics
 
@@ -189,8 +192,8 @@ def test_a_cell_that_is_killed_is_an_error_that_says_so():
 
 
 def test_figure_3_has_gamma_over_full_and_rho_from_base_to_full(tmp_path, monkeypatch):
-    drawn, real = [], reproduce.pyplot.subplots
-    monkeypatch.setattr(reproduce.pyplot, "subplots", lambda **given: drawn.append(real(**given)) or drawn[-1])
+    drawn, real = [], pyplot.subplots
+    monkeypatch.setattr(pyplot, "subplots", lambda **given: drawn.append(real(**given)) or drawn[-1])
     line = lambda label, score: Line(label, [42, 43], [[score], [score + 1]], [{}, {}])
     ends = [line("BASE", 30.0), line("FULL", 40.0)]
     reproduce.plot_sweep(
@@ -218,10 +221,10 @@ def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchma
 
 
 def test_a_stopped_reproduction_goes_on_where_it_was(llama, rows, benchmarks, tmp_path):
-    script = [sys.executable, reproduce.__file__]
+    script = [sys.executable, "-m", "paper.reproduce"]
     flags = command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "full,random")
     flags += ["--epochs", "60", "--checkpoint-every", "2"]
-    process = subprocess.Popen([*script, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*script, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     log = tmp_path / "full-seed42" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.01)
@@ -231,7 +234,7 @@ def test_a_stopped_reproduction_goes_on_where_it_was(llama, rows, benchmarks, tm
     done = len(log.read_text().splitlines())
     assert 0 < done < 120
     first = log.read_text().splitlines()[0]
-    subprocess.run([*script, *flags], check=True, capture_output=True)
+    subprocess.run([*script, *flags], check=True, capture_output=True, cwd=ROOT)
     lines = log.read_text().splitlines()
     assert len(lines) == 120 and lines[0] == first  # its time of day too: that step was not done again
     assert list(json.loads((tmp_path / "table1.json").read_text())["rows"]) == ["FULL", "RANDOM"]

@@ -15,11 +15,12 @@ import torch
 from conftest import make_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
-import runs
 import train
-from model import UserError, load_model, write_whole
+from model import load_model
+from support import runs
+from support.files import UserError, write_whole
 
-ROOT = Path(train.__file__).parent
+ROOT = Path(__file__).parents[2]
 # with the state that is easiest to lose: dropout (0.1) draws random numbers, and the history is an average
 SETTINGS = (
     "--batch-size 8 --lora-rank 4 --dtype float32 --lr 0.01 --max-length 128 --history ema --ema-alpha 0.9".split()
@@ -365,7 +366,8 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(llama, rows, t
 FAILING = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-import runs, train
+import train
+from support import command
 folder, way = sys.argv[1:3]
 open(f"{folder}/{os.environ['RANK']}.pid", "w").write(str(os.getpid()))
 real, calls = train.select, []
@@ -375,7 +377,7 @@ def select(*given):
         raise RuntimeError("planted in rank 1")
     return real(*given)
 train.select = select
-runs.run_script(lambda: train.main(sys.argv[3:]))
+command.run_script(lambda: train.main(sys.argv[3:]))
 """
 
 
@@ -402,13 +404,14 @@ def test_a_rank_that_dies_takes_the_job_down_within_a_minute(llama, rows, tmp_pa
 SHARDED = """
 import json, os, sys
 sys.path.insert(0, os.getcwd())
-import torch, data, runs, train
+import torch, data, train
 from model import load_model, response_nll
+from support import ranks
 args = train.parse_arguments(sys.argv[1:])
-device = runs.start_ranks("cpu")
+device = ranks.start_ranks("cpu")
 examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), args.max_length)
 model, base = train.prepare(args, device, examples), load_model(args.model)
-assert len(set(runs.gather(torch.rand(1).item()))) == 2  # dropout of its own on each rank
+assert len(set(ranks.gather(torch.rand(1).item()))) == 2  # dropout of its own on each rank
 weights = {name: p for name, p in model.named_parameters() if not p.requires_grad}
 assert all(torch.equal(p.full_tensor(), base.get_parameter(name)) for name, p in weights.items())
 held = lambda: sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.model.layers.parameters())
@@ -416,8 +419,8 @@ adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 first = held() - adapters
 with torch.no_grad():
     response_nll(model, *data.collate(examples[:2]))
-found = runs.gather([first, held() - adapters])
-if runs.first_rank():
+found = ranks.gather([first, held() - adapters])
+if ranks.first_rank():
     print(json.dumps([*found, sum(p.numel() for p in base.model.layers.parameters()), len(base.model.layers)]))
 """
 
@@ -440,8 +443,9 @@ def test_shard_wants_torchrun(llama, rows, tmp_path):
 
 
 SHAPES = """
-import torch, runs
-runs.reuse_memory()
+import torch
+from support import machine
+machine.reuse_memory()
 weight, resident = torch.randn(256, 256).bfloat16(), []
 for rows in range(1000, 0, -1):
     torch.randn(rows, 256).bfloat16() @ weight

@@ -22,14 +22,18 @@ from fuzz import TARGETS
 
 import evaluate
 import lora
-import reproduce
-import runs
 import train
-from benchmarks import TABLE
-from model import UserError, load_model, save_model, write_json
+from model import load_model
+from paper import reproduce
+from paper.benchmarks import TABLE
+from support import command, files, losses, runs
+from support.checkpoint import save_model
+from support.files import UserError, write_json
 
-ROOT = Path(runs.__file__).parent
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("results/**/*.py")])
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(
+    path for part in (".", "support", "paper", "demo", "results/noise") for path in (ROOT / part).glob("*.py")
+)
 
 # ------------------------------------------------------------------------------------------- what the sources use
 
@@ -137,7 +141,7 @@ def watch(event, arguments):
         os.write(2, f"WATCHED {event} {arguments}\\n".encode())
 sys.addaudithook(watch)
 os.umask(int(sys.argv[1], 8))
-runs.run_script(lambda: train.main(sys.argv[2:]))
+command.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 
@@ -206,9 +210,9 @@ WRITERS = {
     "adapter": lambda folder, value, model: lora.save_adapter(model, folder),
     "merged model": lambda folder, value, model: save_model(model, folder),
     "checkpoint": write_checkpoint,
-    "losses": lambda folder, value, model: runs.kept_losses(folder, f"{value}", lambda: torch.full((500,), value)),
+    "losses": lambda folder, value, model: losses.kept_losses(folder, f"{value}", lambda: torch.full((500,), value)),
     "record": lambda folder, value, model: write_json(folder / "run.json", {"value": [value] * 40}),
-    "log": lambda folder, value, model: runs.write_lines(folder / "log.jsonl", [{"value": value}] * 40),
+    "log": lambda folder, value, model: files.write_lines(folder / "log.jsonl", [{"value": value}] * 40),
     "evaluation": write_report,
 }
 
@@ -250,8 +254,8 @@ def test_a_name_is_no_markup_in_a_table_and_no_command_of_a_terminal(tmp_path, c
     adapter = "runs/x|<b>[z](u)`y`_\x1b[2J\n|"
     line = evaluate.table([{"results": {}, "model": "m", "adapter": adapter}]).splitlines()[-1]
     assert r"| x\|\<b\>\[z\](u)\`y\`\_\\x1b\[2J \| | " in line and line.isprintable()
-    assert runs.cell("a_b-1.5B, -0.5+") == "a_b-1.5B, -0.5+"  # what is ordinary stays as it is
-    assert runs.cell("_a_ *b* ~c~ &amp; \\") == r"\_a\_ \*b\* \~c\~ \&amp; \\"
+    assert command.cell("a_b-1.5B, -0.5+") == "a_b-1.5B, -0.5+"  # what is ordinary stays as it is
+    assert command.cell("_a_ *b* ~c~ &amp; \\") == r"\_a\_ \*b\* \~c\~ \&amp; \\"
 
     line = reproduce.Line("BASE", [42], [[1.0] * (len(TABLE) + 1)], [])
     reproduce.report(argparse.Namespace(out=str(tmp_path), table=2, model="x/a|<b>"), [line], TABLE)
@@ -261,7 +265,7 @@ def test_a_name_is_no_markup_in_a_table_and_no_command_of_a_terminal(tmp_path, c
         raise UserError("tensor \x1b]0;title\x07 \u202e\ud800 é\nof a file")
 
     with pytest.raises(SystemExit):
-        runs.run_script(main)
+        command.run_script(main)
     assert capsys.readouterr().err == "error: tensor \\x1b]0;title\\x07 \\u202e\\ud800 é of a file\n"
 
 
@@ -280,7 +284,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
 import runs, train
-real = train.response_losses
+real = baselines.response_losses
 def response_losses(*given):
     found = real(*given)
     Path(sys.argv[1], f"{os.getpid()}.here").touch()  # both have found nothing, and write at the same time
@@ -288,8 +292,8 @@ def response_losses(*given):
     while len(list(Path(sys.argv[1]).glob("*.here"))) < 2 and time.time() < deadline:
         time.sleep(0.001)
     return found
-train.response_losses = response_losses
-runs.run_script(lambda: train.main(sys.argv[2:]))
+baselines.response_losses = response_losses
+command.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 
@@ -334,7 +338,7 @@ def make_targets(folder: Path):
     make_checkpoint(folder / "single", "llama", adds_bos=True)
     make_checkpoint(folder / "sharded", "qwen3", shard_size="300KB")
     lora.save_adapter(lora.add_lora(load_model(folder / "single"), rank=4), folder / "adapter")
-    runs.kept_losses(folder / "cache", "key", lambda: torch.rand(100))
+    losses.kept_losses(folder / "cache", "key", lambda: torch.rand(100))
     rows = [{"instruction": text, "input": "\U0001f44d" * (i % 2), "output": text[::-1]} for i, text in enumerate(TEXT)]
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes, é."}] for text in TEXT]
     for name, several in {"rows": rows, "turns": [{"messages": messages} for messages in turns]}.items():

@@ -1,6 +1,6 @@
 """A long run: 500 steps of the demo, memory and file handles on the way, then the same with three kills (kill -9).
 
-    python tests/soak.py [--steps 500]
+    python tests/bench/soak.py [--steps 500]
 
 Prints what it saw, and ends with status 1 where memory after step 50 and at the end differ by 2 % or more, the number
 of open files changes, or the run that was killed has another log or another adapter than the one that was not.
@@ -16,10 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import runs
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 
-ROOT = Path(__file__).parents[1]
+from support.command import ArgumentParser, run_script
+
+ROOT = Path(__file__).parents[2]
 
 FROM = 50  # the step after which memory is to stand still
 
@@ -41,7 +43,7 @@ def resident_mb(pid: int) -> float:
 
 
 def main():
-    parser = runs.ArgumentParser(__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=500)
     steps = parser.parse_args().steps
     wrong = []
@@ -84,4 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)

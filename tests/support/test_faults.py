@@ -25,14 +25,18 @@ from test_runs import torchrun
 import data
 import evaluate
 import lora
-import model as model_module
-import runs
 import train
-from model import UserError, load_model
+from model import load_model
 from sstoken import share_of
+from support import command, files, ranks, runs
+from support.files import UserError
 
-ROOT = Path(train.__file__).parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("paper/*.py")])
+    if "run_script(main)" in path.read_text(encoding="utf-8")
+]
 SETTINGS = "--batch-size 4 --lora-rank 4 --dtype float32 --device cpu".split()
 
 
@@ -41,7 +45,7 @@ def end(main, argv, capsys) -> tuple[int, list[str]]:
     capsys.readouterr()
     status = 0
     try:
-        runs.run_script(lambda: main([str(word) for word in argv]))
+        command.run_script(lambda: main([str(word) for word in argv]))
     except SystemExit as stop:
         status = stop.code
     return status, seen(capsys.readouterr().err)
@@ -527,7 +531,7 @@ def test_a_step_on_a_sample_at_the_edge_selects_its_share_and_has_a_loss(place, 
     (_, *examples), _ = data.load_examples(str(place.at / "rows.jsonl"), data.load_tokenizer(place.model), 512)
     more = ["--rho", "0.1", "--epochs", "2", "--batch-size", "1", "--dtype", dtype]
     assert end(train.main, [*train_command(place), *more], capsys)[0] == 0
-    lines = runs.read_log(place.at / "out")
+    lines = files.read_log(place.at / "out")
     assert len(lines) == 8 and {1} < {line["response_tokens"] for line in lines}
     for line in lines:
         assert 0 < line["loss"] < 100 and line["selected_tokens"] == share_of(0.1, line["response_tokens"])
@@ -564,7 +568,7 @@ def assert_stopped(place, error: str, number: int, step: int = 5):
     for i in numbers:
         assert torch.equal(batch[f"ids {i}"], examples[i].ids)
         assert torch.equal(batch[f"response {i}"], examples[i].response)
-    assert [line["step"] for line in runs.read_log(out)] == list(range(1, step))
+    assert [line["step"] for line in files.read_log(out)] == list(range(1, step))
     assert max(runs.checkpoints_in(out)).name == runs.CHECKPOINT.format(step - 1)
     assert not (out / "adapter_model.safetensors").exists() and not list(out.glob("*.tmp"))
 
@@ -584,14 +588,14 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_of_it_is_kept(pl
 
 @pytest.mark.parametrize("clip", ["0", "1"])
 def test_a_gradient_that_is_infinite_stops_the_run_too(place, capsys, monkeypatch, clip):
-    real = runs.sum_over_ranks
+    real = ranks.sum_over_ranks
 
     def overflow(given):
-        if len(given) > 2 and len(runs.read_log(place.at / "out")) == 4:
+        if len(given) > 2 and len(files.read_log(place.at / "out")) == 4:
             given[3][0, 0] = torch.inf
         return real(given)
 
-    monkeypatch.setattr(runs, "sum_over_ranks", overflow)
+    monkeypatch.setattr(ranks, "sum_over_ranks", overflow)
     flags("--checkpoint-every", "1", "--max-grad-norm", clip)(place)
     status, lines = end(train.main, train_command(place), capsys)
     assert status == 2 and "the gradient's norm inf" in lines[-1] and "loss is nan" not in lines[-1]
@@ -617,7 +621,8 @@ def test_frozen_losses_that_are_no_numbers_rank_nothing(place, poisoned, capsys)
 
 FULL_DISK = """
 import resource, sys
-import runs, train
+import train
+from support import command, runs
 
 def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # writing more fails, after what fits has been written
@@ -631,7 +636,7 @@ class Checkpoints(runs.Checkpoints):
             allow((self.folder / "log.jsonl").stat().st_size + 30)
 
 runs.Checkpoints = Checkpoints
-runs.run_script(lambda: train.main(sys.argv[2:]))
+command.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 
@@ -648,7 +653,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_from_its_last_checkpoint(place
     if file == "log":
         assert not (out / "log.jsonl").read_text().endswith("\n")  # half a line
     assert end(train.main, [*command, "--resume"], capsys)[0] == 0
-    assert [line["step"] for line in runs.read_log(out)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in files.read_log(out)] == [1, 2, 3, 4, 5]
     place.flags += ["--out", place.at / "whole"]
     assert end(train.main, train_command(place), capsys)[0] == 0
     adapters = [folder / "adapter_model.safetensors" for folder in (out, place.at / "whole")]
@@ -659,14 +664,14 @@ def test_a_full_disk_is_named_and_the_run_goes_on_from_its_last_checkpoint(place
     "name", ["run.json", "adapter_model.safetensors", "adapter_config.json", "merged/model.safetensors"]
 )
 def test_no_file_of_a_run_appears_half(place, capsys, name):
-    real = model_module._to_disk
+    real = files._to_disk
 
     def refuse(path):
         if path.name.startswith(Path(name).name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path)
 
-    place.patch.setattr(model_module, "_to_disk", refuse)
+    place.patch.setattr(files, "_to_disk", refuse)
     status, lines = end(train.main, [*train_command(place), "--merge", "--max-steps", "1"], capsys)
     assert_refused(status, lines, f"out/{name} cannot be written (No space left on device)")
     assert not (place.at / "out" / name).exists() and not list((place.at / "out").rglob("*.tmp"))

@@ -1,4 +1,6 @@
-"""Damaged and hostile files, each read under limits: python tests/fuzz.py FOLDER SEED CASES. A line of JSON for each.
+"""Damaged and hostile files, each read under limits; a line of JSON for each.
+
+    python tests/bench/fuzz.py FOLDER SEED CASES
 
 FOLDER holds what `make_targets` of test_trust.py wrote. A case changes one file of it, reads it as the scripts do, and
 compares what it got with another parse of the same bytes: the json and tokenizers libraries, and `tensors_in` below.
@@ -19,17 +21,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 
 import numpy as np
 import tokenizers
 import torch
 
 import data
-import evaluate
 import lora
-import runs
-from model import UserError, load_model
+from model import load_model
+from support import checkpoint, decoding, losses
+from support.files import UserError
 
 SECONDS = 20  # of one case, on a busy machine too
 MEMORY = 2**30  # bytes that all cases together may have asked for at any time
@@ -91,7 +94,7 @@ def check_model(folder: Path):
 
 def check_generation(folder: Path):
     base.folder = folder
-    found, said = evaluate.generation_settings(base, tokenizer), read_json(folder / "generation_config.json")
+    found, said = decoding.generation_settings(base, tokenizer), read_json(folder / "generation_config.json")
     stop = said.get("eos_token_id")
     assert all(type(token) is int for token in found["stop_ids"]) and 0 < found["repetition_penalty"] < math.inf
     assert found["stop_ids"] == {tokenizer.eos_id, *(stop if isinstance(stop, list) else [stop])} - {None}
@@ -138,14 +141,14 @@ def check_adapter(folder: Path):
             assert (layer.rank, layer.alpha) == (config["r"], config["lora_alpha"])
             assert layer.dropout == config.get("lora_dropout", 0.0)
             for part in ("lora_A", "lora_B"):
-                assert same_bits(getattr(layer, part), stored[f"{lora.PREFIX}{name}.{part}.weight"].float())
+                assert same_bits(getattr(layer, part), stored[f"{checkpoint.PREFIX}{name}.{part}.weight"].float())
         base(IDS)
     finally:
         lora.remove_lora(base)
 
 
 def check_cache(folder: Path):
-    nll, seconds = runs.kept_losses(folder, "key", lambda: (_ for _ in ()).throw(AssertionError("not found")))
+    nll, seconds = losses.kept_losses(folder, "key", lambda: (_ for _ in ()).throw(AssertionError("not found")))
     assert same_bits(nll, tensors_in(folder / "key.safetensors")["nll"]) and math.isfinite(seconds)
 
 

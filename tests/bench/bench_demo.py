@@ -1,6 +1,6 @@
 """The demo by several methods and seeds: exact match on its test prompts and held-out loss, as a table.
 
-python tests/bench_demo.py [--seeds 5] [--methods full,random,sstoken] [-- FLAGS OF train.py]
+python tests/bench/bench_demo.py [--seeds 5] [--methods full,random,sstoken] [-- FLAGS OF train.py]
 """
 
 import json
@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import runs
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 import train
+from support import command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *flags) -> str:
@@ -41,7 +42,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main():
-    parser = runs.ArgumentParser(__doc__.split("\n")[0])
+    parser = command.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", default="full,random,sstoken")
     argv = sys.argv[1:]
@@ -61,4 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    command.run_script(main)

@@ -1,6 +1,6 @@
 """What was selected: the token explorer, one HTML page that makes the case studies of Appendix D move.
 
-    python visualize.py --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
+    python -m paper.visualize --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
 
 The page holds, for every response token, the losses of the base model and of each adapter, its attention score at the
 chosen layers and, with a reference, that model's loss. The reader moves gamma and rho, and the page selects as
@@ -26,10 +26,11 @@ from torch import Tensor
 
 import data
 import lora
-import runs
-import train
-from model import Transformer, UserError, load_model, response_nll, response_places, write_whole
+from model import Transformer, load_model, response_nll, response_places
+from paper import baselines
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
+from support import checkpoint, command, machine, runs
+from support.files import UserError, write_whole
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
@@ -69,7 +70,7 @@ def signals(model: Transformer, examples: list[data.Example], layers: list[int])
     device, found = model.lm_head.weight.device, {}
     probes = [AttentionProbe(model, layer) for layer in layers]
     model.eval()
-    for members in train.scoring_passes(examples):
+    for members in baselines.scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
         nll, places = response_nll(model, ids, response), response_places(response, device)
         attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])
@@ -250,7 +251,7 @@ def layer_numbers(asked: str, count: int) -> list[int]:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked: a value that cannot work is a UserError that names its flag."""
-    parser = runs.ArgumentParser("Write the token explorer: one page that shows which tokens are selected, and why.")
+    parser = command.ArgumentParser("Write the token explorer: one page that shows which tokens are selected, and why.")
     # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
@@ -289,14 +290,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    device = runs.find_device(args.device)
+    device = machine.find_device(args.device)
     tokenizer = data.load_tokenizer(args.model, args.revision)
     if args.reference:
-        train.check_tokenizer(args, tokenizer)
+        baselines.check_tokenizer(args, tokenizer)
     examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.limit)
     states = find_states(args.adapter)
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
-    train.check_fits(model, args.model, examples)
+    checkpoint.check_fits(model, args.model, examples)
     layers = layer_numbers(args.layers, model.config.num_hidden_layers)
 
     found = []
@@ -307,12 +308,12 @@ def main(argv: list[str] | None = None):
         lora.remove_lora(model)
     reference = [None] * len(examples)
     if args.reference:
-        if train.is_adapter(args.reference):
+        if baselines.is_adapter(args.reference):
             lora.load_adapter(model, args.reference)
         else:
             model = load_model(args.reference, getattr(torch, args.dtype), device)
-            train.check_fits(model, args.reference, examples)
-        reference = [in_steps(nll, NATS) for nll in train.response_losses(model, examples)]
+            checkpoint.check_fits(model, args.reference, examples)
+        reference = [in_steps(nll, NATS) for nll in baselines.response_losses(model, examples)]
 
     samples = []
     for example, of_states, its_reference in zip(examples, zip(*found, strict=True), reference, strict=True):
@@ -335,4 +336,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    command.run_script(main)

@@ -1,6 +1,6 @@
 """The paper's tables and figures: methods x seeds, each trained, evaluated and averaged.
 
-    python reproduce.py --table 1 --model meta-llama/Llama-3.2-3B --out results/llama [-- flags of train.py]
+    python -m paper.reproduce --table 1 --model meta-llama/Llama-3.2-3B --out results/llama [-- flags of train.py]
 
 A cell is one method with one seed: a run of train.py in a folder of its own under --out, with evaluate.py's results
 beside it. A cell that is complete is not run again, so the same command goes on where it was stopped, and tables that
@@ -17,31 +17,18 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 
-import runs
-from benchmarks import GROUPS, TABLE
 from data import RELEASED_POOL
-from evaluate import task_names
-from model import (
-    CHECKPOINT_FILES,
-    TOKENIZER_FILES,
-    UserError,
-    find_folder,
-    read_config,
-    read_json,
-    write_json,
-    write_whole,
-    writing,
-)
-from train import WITH_REFERENCE
+from model import read_config
+from paper.baselines import WITH_REFERENCE
+from paper.benchmarks import GROUPS, TABLE, task_names
+from support import command, machine, runs
+from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, find_folder
+from support.files import UserError, read_json, write_json, write_whole, writing
 
-matplotlib.use("Agg")  # files, no window
-from matplotlib import pyplot
-
-ROOT = Path(__file__).parent
-PAPER = ROOT / "paper.json"
+ROOT = Path(__file__).parents[1]
+PAPER = Path(__file__).with_name("paper.json")
 
 # ------------------------------------------------------------------------------------------------- rows of a table
 
@@ -283,9 +270,28 @@ def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[s
 # --------------------------------------------------------------------------------------------------------- figures
 
 
+def new_figure(**settings):
+    """A figure and its axes; UserError where matplotlib, which nothing else needs, is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # files, no window
+    from matplotlib import pyplot
+
+    return pyplot.subplots(**settings, layout="constrained")
+
+
+def save_figure(figure, path: Path):
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def plot_time(lines: list[Line], path: Path):
     """Figure 2: the average score with its interval against the total time, the base model's score as a line."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = new_figure(figsize=(7, 4.5))
     for line in lines:
         score, error = line.column(-1)
         if not line.seconds:
@@ -297,8 +303,7 @@ def plot_time(lines: list[Line], path: Path):
     axes.set(xlabel="total time in minutes, reference model and loading counted: median, least, most")
     axes.set(ylabel="average score, percent")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def plot_sweep(lines: list[Line], name: str, path: Path):
@@ -309,7 +314,7 @@ def plot_sweep(lines: list[Line], name: str, path: Path):
             points[float(line.label.split(f"({name} ")[1].rstrip(")"))] = line.column(-1)
         elif name == "rho":
             points[{"BASE": 0.0, "FULL": 1.0}[line.label]] = line.column(-1)
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, axes = new_figure(figsize=(5, 3.5))
     x = sorted(points)
     errors = [points[value][1] or 0.0 for value in x]
     axes.errorbar(x, [points[value][0] for value in x], errors, marker="o", capsize=3, label="SSTOKEN")
@@ -318,8 +323,7 @@ def plot_sweep(lines: list[Line], name: str, path: Path):
             axes.axhline(line.column(-1)[0], color="gray", linestyle="--", linewidth=1, label="FULL")
     axes.set(xlabel=name, ylabel="average score, percent")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -329,7 +333,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `flags` is what follows a lone --, for train.py."""
     argv = sys.argv[1:] if argv is None else argv
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = runs.ArgumentParser("The paper's tables and figures: methods x seeds, trained and evaluated.")
+    parser = command.ArgumentParser("The paper's tables and figures: methods x seeds, trained and evaluated.")
     # fmt: off
     add = parser.add_argument_group("table (Sec. 4)").add_argument
     add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
@@ -456,12 +460,12 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
         place = lines.index(variants[-1]) + 1
         lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
     text = markdown(lines, names, paper, f"*the paper, {base}*")
-    head = f"Table {args.table}, {runs.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
+    head = f"Table {args.table}, {command.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
     write_whole(
         out / f"table{args.table}.md",
         lambda path: path.write_text(head + text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8"),
     )
-    record = {"arguments": vars(args), "versions": runs.versions(), "columns": names, "rows": {}}
+    record = {"arguments": vars(args), "versions": machine.versions(), "columns": names, "rows": {}}
     for line in lines:
         means = [line.column(i) for i in range(len(names))]
         record["rows"][line.label] = {
@@ -477,4 +481,4 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    command.run_script(main)

@@ -1,8 +1,8 @@
 """How much of REL survives rounding, and how many selections it changes.
 
-    python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl [--samples 8]
-    python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --kept [--samples 48]
-    python tests/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --scores [--samples 48]
+    python tests/bench/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl [--samples 8]
+    python tests/bench/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --kept [--samples 48]
+    python tests/bench/bench_rounding.py --model DIR --adapter DIR --data rows.jsonl --scores [--samples 48]
 
 First: token_nll against plain bfloat16 logits, both compared with float32 logits. All three see the same bfloat16
 hidden states; only the step from there to the loss differs. Second (--kept): history losses as --cache keeps them, in
@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 import data
 import lora
-import runs
-import train
 from model import load_model, response_nll, response_places, token_nll
+from paper import baselines
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
+from support import machine
 
 LOSSES = {
     "token_nll": lambda hidden, weight, targets: token_nll(hidden, weight, targets),
@@ -103,7 +104,7 @@ def compare_kept(args, dtype: torch.dtype):
     model = lora.load_adapter(load_model(args.model, dtype), args.adapter)
     examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), 512, args.samples)
     with lora.disabled(model):
-        kept = train.response_losses(model, examples)
+        kept = baselines.response_losses(model, examples)
     sizes = [int(e.response.sum()) for e in examples]
     errors, chosen, differ = [], 0, {0.5: 0, 1.0: 0}
     batches = data.plan_batches([len(e.ids) for e in examples], batch_size=8, micro_batch_size=4, seed=1)
@@ -131,5 +132,5 @@ def compare_kept(args, dtype: torch.dtype):
 
 
 if __name__ == "__main__":
-    runs.reuse_memory()
+    machine.reuse_memory()
     main()

@@ -1,6 +1,7 @@
 """Both evaluators on a folder of real rows: every request, answer and metric compared, and both times.
 
-    python tests/compare_evaluation.py --model DIR --data DIR [--tasks all] [--limit N] [--dtype float32] [--keep FILE]
+    python tests/bench/compare_evaluation.py --model DIR --data DIR [--tasks all] [--limit N] [--dtype float32]
+        [--keep FILE]
 
 DIR holds <file>.<split>.jsonl as evaluate.py --data reads it. First the harness, one benchmark after the other, then
 ours, on the same threads. --keep: a JSON file with the harness's side, which is slow: what it holds is not run again.
@@ -12,17 +13,20 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 
 import torch
 from harness import Harness, differences, metric_differences
 
 import evaluate
-import runs
-from benchmarks import TABLE
-from data import load_tokenizer
 from lora import load_adapter
-from model import load_model, write_json
+from model import load_model
+from paper import benchmarks
+from paper.benchmarks import TABLE
+from support import machine, packing
+from support.files import write_json
+from support.tokenizer import load_tokenizer
 
 FAMILIES = {"generation": ("triviaqa", "tydiqa"), "one-token choices": ("mmlu",)}  # the others: several tokens
 
@@ -33,7 +37,7 @@ def ours(model, tokenizer, questions: dict, batch_tokens: int) -> dict:
     answers = evaluate.answer(model, tokenizer, questions, batch_tokens)
     results = evaluate.score(questions, answers)
     seconds = time.perf_counter() - start
-    evaluate.add_groups(results)
+    benchmarks.add_groups(results)
     return {"results": results, "answers": answers, "seconds": seconds}
 
 
@@ -49,9 +53,9 @@ def tokens_to_process(model, tokenizer, questions: dict, answers: dict, batch_si
         pairs = [request for request in requests if isinstance(request[1], str)]
         texts = [answer[0] for answer in answers[task]] if not pairs else []
         if pairs:
-            scored = evaluate.encode_pairs(tokenizer, pairs, model.config.max_position_embeddings)
-            prefix = len(evaluate.shared_prefix(scored))
-            trees = evaluate.plant(scored, prefix, evaluate.price_ratio(model.config))
+            scored = packing.encode_pairs(tokenizer, pairs, model.config.max_position_embeddings)
+            prefix = len(packing.shared_prefix(scored))
+            trees = packing.plant(scored, prefix, packing.price_ratio(model.config))
             least += prefix + sum(len(tree.ids) for tree in trees)
             theirs += sum(len(inputs) for inputs in {tuple(s.inputs) for s in scored})
         lengths = []
@@ -89,7 +93,7 @@ def main():
                 write_json(args.keep, kept)
     del harness
 
-    runs.reuse_memory()  # as evaluate.py does
+    machine.reuse_memory()  # as evaluate.py does
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, getattr(torch, args.dtype))
     if args.adapter:
         load_adapter(model, args.adapter)
@@ -98,8 +102,8 @@ def main():
     print("|---|---|" + "---:|" * 9)
     for name in names:
         questions = {
-            task: evaluate.prepare(task, evaluate.loader(task, args.data), tokenizer, args.limit)
-            for task in evaluate.task_names(name)
+            task: evaluate.prepare(task, benchmarks.loader(task, args.data), tokenizer, args.limit)
+            for task in benchmarks.task_names(name)
         }
         theirs, mine = kept[name], ours(model, tokenizer, questions, args.batch_tokens)
         least, naive = tokens_to_process(model, tokenizer, questions, mine["answers"], args.batch_size)

@@ -17,10 +17,14 @@ from transformers import AutoModelForCausalLM
 
 import data
 import lora
-import runs
+import sstoken
 import train as train_module
-from model import UserError, load_model
-from train import learning_rate, parse_arguments, select_in_each_sample, select_in_the_pool
+from model import load_model
+from paper import baselines
+from paper.baselines import select_in_each_sample, select_in_the_pool
+from support import files, losses
+from support.files import UserError
+from train import learning_rate, parse_arguments
 
 SETTINGS = "--batch-size 20 --lora-rank 4 --lora-dropout 0 --dtype float32 --lr 0.01 --max-length 128".split()
 
@@ -28,7 +32,7 @@ SETTINGS = "--batch-size 20 --lora-rank 4 --lora-dropout 0 --dtype float32 --lr 
 def main(model, rows, out, *more) -> list[dict]:
     """A run in this process; returns its log."""
     train_module.main(["--model", str(model), "--data", str(rows), "--out", str(out), *SETTINGS, *map(str, more)])
-    return runs.read_log(Path(out))
+    return files.read_log(Path(out))
 
 
 def examples_of(model, rows) -> list[data.Example]:
@@ -188,15 +192,15 @@ def test_in_bfloat16_the_joined_adapter_is_the_model_that_was_trained(llama, row
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     examples = examples_of(llama, rows)
     model = load_model(llama, torch.bfloat16)
-    joined = torch.cat(train_module.response_losses(lora.load_adapter(model, tmp_path / "a"), examples)).mean().item()
+    joined = torch.cat(baselines.response_losses(lora.load_adapter(model, tmp_path / "a"), examples)).mean().item()
     before, after = record["held_out_loss_before"], record["held_out_loss_after"]
     assert joined == pytest.approx(after, abs=0.1 * (before - after)) and after < before - 0.01
     merged = load_model(tmp_path / "a" / "merged", torch.bfloat16)
 
-    lora.freeze_adapters(model)  # on top of the joined one: the same model, and mergeable
+    baselines.freeze_adapters(model)  # on top of the joined one: the same model, and mergeable
     for layer in lora.lora_layers(model).values():
         assert layer.earlier[0].shape[0] == layer.rank and layer.lora_B.eq(0).all()
-    again = torch.cat(train_module.response_losses(model, examples)).mean().item()
+    again = torch.cat(baselines.response_losses(model, examples)).mean().item()
     assert again == pytest.approx(joined, abs=1e-3)
     lora.merge(model)
     assert all(map(torch.equal, model.parameters(), merged.parameters()))
@@ -291,7 +295,7 @@ def test_kept_losses_serve_every_method_and_setting(llama, rows, reference, tmp_
     first = main(llama, rows, tmp_path / "a", "--method", "rho1", *flags)
     files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(files) == 2  # of the base model and of the reference
-    monkeypatch.setattr(train_module, "response_losses", lambda *given: pytest.fail("computed again"))
+    monkeypatch.setattr(baselines, "response_losses", lambda *given: pytest.fail("computed again"))
     again = main(llama, rows, tmp_path / "b", "--method", "rho1", "--micro-batch-size", "5", *flags)
     assert again[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)  # of the tokens selected
     main(llama, rows, tmp_path / "c", "--method", "tokencleaning", "--rho", "0.2", "--seed", "7", *flags)
@@ -317,16 +321,16 @@ def test_kept_losses_are_the_same_bits_whatever_the_run_s_settings(llama, rows, 
 
 def test_frozen_losses_are_those_of_each_sample_alone(checkpoint, rows):
     model, examples = load_model(checkpoint, torch.float32), examples_of(checkpoint, rows)
-    found = train_module.response_losses(model, examples)
+    found = baselines.response_losses(model, examples)
     exact = losses_by_transformers(in_float64(checkpoint), examples)
     assert max((a - b).abs().max().item() for a, b in zip(found, exact, strict=True)) < 1e-5
     assert [len(nll) for nll in found] == [int(e.response.sum()) for e in examples]
 
 
 def test_a_run_that_reads_its_history_is_the_one_that_computes_it(llama, rows, tmp_path, monkeypatch):
-    seen, real = [], train_module.GAINS["log"]
+    seen, real = [], sstoken.GAINS["log"]
     spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
-    monkeypatch.setitem(train_module.GAINS, "log", spy)
+    monkeypatch.setitem(sstoken.GAINS, "log", spy)
     flags = ["--epochs", "3", "--batch-size", "10", "--gamma", "0.8"]
     logs, rels = [], []
     for name, more in {"a": [], "b": ["--cache", tmp_path / "cache"]}.items():
@@ -349,7 +353,7 @@ def test_whatever_changes_a_loss_changes_its_key(llama, rows, reference, tmp_pat
     adapter = reference(llama)
 
     def key(model, adapter=None, examples=examples, dtype="float32", device="cpu"):
-        return runs.losses_key(model, adapter, examples, dtype, device)
+        return losses.losses_key(model, adapter, examples, dtype, device)
 
     keys = {"as it is": key(llama), "with an adapter": key(llama, adapter), "dtype": key(llama, dtype="bfloat16")}
     keys["device"] = key(llama, device="cuda")
@@ -387,7 +391,7 @@ def compute_at_once(cache, out, start, value):
         start.wait()  # so that each has found nothing before any writes
         return torch.full((2_000_000,), value)
 
-    nll, _ = runs.kept_losses(Path(cache), "key", compute)
+    nll, _ = losses.kept_losses(Path(cache), "key", compute)
     out.put((len(nll), nll.unique().tolist()))
 
 
@@ -411,7 +415,7 @@ def test_runs_that_compute_the_same_losses_at_once_go_on_with_one_of_them(tmp_pa
 
 def test_a_cache_that_cannot_be_used_is_named(llama, rows, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(train_module, "response_losses", lambda *given: pytest.fail("work that would be lost"))
+    monkeypatch.setattr(baselines, "response_losses", lambda *given: pytest.fail("work that would be lost"))
     with pytest.raises(UserError, match="--cache .*file cannot be used"):
         main(llama, rows, tmp_path / "a", "--cache", tmp_path / "file")
     monkeypatch.undo()

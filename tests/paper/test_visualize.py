@@ -14,10 +14,10 @@ from playwright.sync_api import sync_playwright
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-import model as decoder
 import sstoken
 import train
-import visualize
+from paper import visualize
+from support import files
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 HEBREW = "\u05d1\u05d5\u05e7\u05e8 \u05d8\u05d5\u05d1"  # good morning
@@ -416,5 +416,5 @@ def test_colours_of_the_terminal():
 )
 def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(decoder.UserError, match=re.escape(words)):
+    with pytest.raises(files.UserError, match=re.escape(words)):
         visualize.main([*made[1], *flags])

@@ -5,17 +5,21 @@ answered by (log P(continuation | context), whether it is the greedy one), or (c
 answered by the text that greedy decoding writes up to the first of these strings.
 """
 
+import functools
+import math
 import random
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from data import conversations, prompt_text
-from model import UserError
+from support.files import UserError
+from support.sources import hub_files, read_file
 
 Row = dict  # one question, in the schema of its hub data set
 Task = dict
@@ -501,3 +505,62 @@ TABLE = [
     ("AGIEval", "agieval", "acc"),
 ]
 OWN = ("own rows", "instructions", "exact_match")  # a column beside those
+
+
+def add_groups(results: dict[str, dict]):
+    """Add the groups of which every task has its result: weighted by rows (pooled standard error), or a plain mean."""
+    for group, (names, metrics, weighted) in GROUPS.items():
+        if any(name not in results for name in names):
+            continue
+        parts, score = [results[name] for name in names], {}
+        sizes = [part["n"] for part in parts]
+        weights = sizes if weighted else [1] * len(parts)
+        for metric in metrics:
+            errors = [part[metric + "_stderr"] for part in parts]
+            score[metric] = sum(part[metric] * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
+            if None in errors:
+                error = None
+            elif weighted:
+                total = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / (sum(sizes) - len(sizes))
+                error = math.sqrt(total / sum(sizes))
+            else:
+                error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+            score[metric + "_stderr"] = error
+        results[group] = score | {"n": sum(sizes)}
+
+
+# ------------------------------------------------------------------------------------------------- rows and names
+
+
+def loader(name: str, folder: Path | None) -> Callable:
+    """load(split) -> the rows of a task's split, from <file>.<split>.jsonl in a folder, or from the hub."""
+    return functools.partial(_load, TASKS[name]["file"], TASKS[name]["hub"], folder)
+
+
+@functools.cache
+def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
+    if not (folder or hub):
+        raise UserError(f"rows of your own are asked about: name the folder that holds {file}.{split}.jsonl by --data")
+    paths = [folder / f"{file}.{split}.jsonl"] if folder else hub_files(hub[0], split, hub[1])
+    rows = [row for path in paths for row in read_file(path)]
+    if not rows:
+        raise UserError(f"{paths[0]} has no rows")
+    return rows
+
+
+forget_rows = _load.cache_clear  # so that a command which is run again in one process reads its files again
+
+
+def task_names(asked: str) -> list[str]:
+    """The tasks that a comma-separated list of tasks and groups means; all: the ten benchmarks of Table 1."""
+    names = []
+    for name in asked.split(","):
+        name = name.strip()
+        for part in [task for _, task, _ in TABLE] if name == "all" else [name]:
+            if part not in TASKS and part not in GROUPS:
+                known = ["all", *(task for _, task, _ in TABLE), *(GROUPS.keys() - {t for _, t, _ in TABLE}), OWN[1]]
+                raise UserError(
+                    f"--tasks {part!r} is not one of {', '.join(known)}, or one of their parts, such as mmlu_anatomy"
+                )
+            names += GROUPS[part][0] if part in GROUPS else [part]
+    return list(dict.fromkeys(names))

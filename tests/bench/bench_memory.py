@@ -1,6 +1,7 @@
 """Where a training step's memory goes, line by line from the shapes of a model; a test holds it against a real pass.
 
-    python tests/bench_memory.py [--model DIR] [--length 2048] [--micro-batch-size 3] [--rank 64] [--checkpointing]
+    python tests/bench/bench_memory.py [--model DIR] [--length 2048] [--micro-batch-size 3] [--rank 64]
+        [--checkpointing]
 
 Without --model: the shapes of Llama-3.2-3B. Everything that grows with the tokens is bfloat16 but what is marked.
 """
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 from model import Config, read_config
 
 LLAMA_3B = SimpleNamespace(

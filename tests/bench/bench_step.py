@@ -1,9 +1,9 @@
 """Speed and memory of a training step, beside the same step built from transformers and peft.
 
-    python tests/bench_step.py --model DIR --data rows.jsonl [--samples 64] [--repeats 3] [-- flags of train.py]
-    python tests/bench_step.py --model DIR --data rows.jsonl --profile       where a step's time goes
-    python tests/bench_step.py --model DIR --data rows.jsonl --lengths 256,512,1024,2048       how its cost grows
-    python tests/bench_step.py --model DIR --data rows.jsonl --compile       what torch.compile does to it
+    python tests/bench/bench_step.py --model DIR --data rows.jsonl [--samples 64] [--repeats 3] [-- flags of train.py]
+    python tests/bench/bench_step.py --model DIR --data rows.jsonl --profile       where a step's time goes
+    python tests/bench/bench_step.py --model DIR --data rows.jsonl --lengths 256,512,1024,2048       how its cost grows
+    python tests/bench/bench_step.py --model DIR --data rows.jsonl --compile       what torch.compile does to it
 
 Each side runs in a process of its own, one after the other, `--repeats` times in turn: the peer, `--method full`,
 `--method sstoken`, and sstoken with the history's losses known, as from --cache; all train on the same global batches
@@ -29,15 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
 from memory import peak_allocated
 
 import data
 import lora
-import runs
 import train
 from model import Transformer, load_model, read_config, response_nll
+from paper import baselines
 from sstoken import share_of
+from support import machine
 
 SIDES = ("peer", "full", "sstoken", "cached")
 
@@ -61,10 +63,10 @@ def measure(args) -> dict:
     else:
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
-        frozen = train.Frozen(train.response_losses(model, examples)) if args.side == "cached" else None
+        frozen = baselines.Frozen(baselines.response_losses(model, examples)) if args.side == "cached" else None
         train.train(model, examples, run, lines.append, frozen=frozen)
     seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
-    peak = runs.peak_memory_mb(torch.device("cpu"))
+    peak = machine.peak_memory_mb(torch.device("cpu"))
     return {"seconds": seconds, "tokens": tokens, "loss": lines[-1]["loss"], "peak_memory_mb": peak}
 
 
@@ -258,7 +260,7 @@ def main():
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     if args.side != "peer":
-        runs.reuse_memory()  # first of all, as train.py does
+        machine.reuse_memory()  # first of all, as train.py does
     if args.side:
         print(json.dumps(measure(args)))
         return

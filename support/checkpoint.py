@@ -1,0 +1,356 @@
+"""Checkpoints and adapters as files: both config dialects, shards, the hub; what is refused, and why.
+
+A folder in Hugging Face layout holds config.json, the weights in safetensors and the tokenizer's files; an adapter's,
+in peft's, adapter_config.json and adapter_model.safetensors.
+"""
+
+import functools
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from support.files import UserError, is_count, is_number, read_json, write_json, write_whole, writing
+
+FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+CHECKPOINT_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"]
+# What to do about an error of the hub's client: of the first kind that it is
+NEXT_STEPS = {
+    GatedRepoError: "ask for access on its page there, then set HF_TOKEN",
+    RepositoryNotFoundError: "check the name; what is private needs HF_TOKEN",
+    RevisionNotFoundError: "check the revision",
+    HFValidationError: "check the path",
+    LocalEntryNotFoundError: "check the connection and HF_ENDPOINT, or give a local folder",
+    Exception: "try again, or give a local folder",
+}
+
+
+def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
+    """The local folder of a checkpoint: the path itself, or the hub's snapshot of the files that match `patterns`.
+
+    The hub is reached through huggingface_hub, so HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the cache apply as ever.
+    """
+    name = str(name_or_path)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
+    except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
+        step = next(step for kind, step in NEXT_STEPS.items() if isinstance(reason, kind))
+        why = str(reason).strip().rstrip(".")
+        raise UserError(f"{name} is neither a local folder nor available from the hub: {why}; {step}") from reason
+
+
+def read_architecture(folder: Path) -> dict:
+    """The fields of model.Config from `folder`/config.json, whichever of transformers' two dialects it is written in.
+
+    Whatever would change the result and is not implemented here is refused by name.
+    """
+    raw = read_json(folder / "config.json")
+
+    def refuse(what):
+        raise UserError(f"{folder / 'config.json'}: {what}")
+
+    family, architectures = raw.get("model_type"), raw.get("architectures") or [None]
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    known = [name for name, of in FAMILIES.items() if of == family]
+    if not known or architecture not in (None, *known):
+        refuse(f"architecture {architecture} of model_type {family} is not one of {FAMILIES}")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    optional = {"num_key_value_heads", "head_dim", "max_position_embeddings"}
+    for key in (*sizes, *(key for key in optional if raw.get(key) is not None)):
+        if not is_count(raw.get(key)):
+            refuse(f"{key} is {raw.get(key)!r}, not a whole number above 0")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if type(raw.get(key)) not in (bool, type(None)):
+            refuse(f"{key} is {raw[key]!r}, not true or false")
+    only = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
+    for key, implemented in only.items():
+        if raw.get(key, implemented) != implemented:
+            refuse(f"{key} {raw[key]!r} is not implemented")
+
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
+        kinds, full = raw.get("layer_types"), raw.get("max_window_layers", 28)
+        if isinstance(kinds, list) and kinds:
+            full = layers if all(kind == "full_attention" for kind in kinds[:layers]) else 0
+        if not isinstance(full, int) or full < layers:
+            refuse("use_sliding_window: sliding-window attention is not implemented")
+
+    def first(*values):
+        return next(value for value in values if value is not None)
+
+    rope = first(raw.get("rope_parameters"), raw.get("rope_scaling"), {})
+    if not isinstance(rope, dict):
+        refuse(f"rope parameters {rope!r} are no JSON object")
+    rope = dict(rope)
+    rope["rope_type"] = first(rope.get("rope_type"), rope.get("type"), "default")
+    rope["rope_theta"] = first(rope.get("rope_theta"), raw.get("rope_theta"), 10000.0)
+    per_layer = any(isinstance(value, dict) for value in rope.values())
+    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or per_layer:
+        refuse(f"rope parameters {rope} are not implemented, only rope_type default or llama3, one for all layers")
+    needed = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if key not in rope:
+                refuse(f"rope_type llama3 without {key}")
+            needed[key] = rope[key]
+    for key, value in needed.items():
+        if not is_number(value) or value <= 0:
+            refuse(f"{key} is {value!r}, not a number above 0")
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        refuse("low_freq_factor is not below high_freq_factor")
+
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    if dtype and dtype not in ("float64", "float32", "float16", "bfloat16"):
+        refuse(f"dtype {dtype!r} is no float that is implemented")
+    key_heads = raw.get("num_key_value_heads") or heads
+    head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
+    if heads % key_heads or head_dim % 2 or not head_dim:
+        refuse(f"{heads} heads over {key_heads} key heads, of {head_dim} dimensions each, do not come out even")
+    biased = bool(raw.get("attention_bias"))
+    return {key: raw[key] for key in sizes} | {
+        "num_key_value_heads": key_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": needed["rms_norm_eps"],
+        "max_position_embeddings": raw.get("max_position_embeddings") or 2048,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
+        "qkv_bias": biased or family == "qwen2",
+        "output_bias": biased and family != "qwen2",
+        "mlp_bias": bool(raw.get("mlp_bias")) and family == "llama",
+        "qk_norm": family == "qwen3",
+        "rope": rope,
+        "dtype": getattr(torch, dtype) if dtype else None,
+        "raw": raw,
+    }
+
+
+def open_safetensors(path: Path):
+    """safetensors.safe_open, with a UserError that names the file when it is missing or not whole."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as reason:
+        raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
+
+
+def lies_in(folder: Path, file: str) -> bool:
+    """Whether `file` lies in `folder` itself, links followed; in the hub's cache those of a snapshot lead to blobs/."""
+    target, folder = (folder / file).resolve(), folder.resolve()
+    blobs = (folder.parent.parent / "blobs").resolve() if folder.parent.name == "snapshots" else folder
+    return Path(file).name == file and target.parent in (folder, blobs)
+
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Which safetensors file holds each tensor, single file or sharded. UserError where index and shards differ.
+
+    Pickled weights (.bin, .pt) are not read: whoever wrote them can have them run any program.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    listed = read_json(index).get("weight_map") if index.exists() else None
+    if index.exists() and not (isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())):
+        raise UserError(f"{index} has no weight_map that puts tensors in files")
+    if listed is None and not single.exists():
+        pickled = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
+        only = f", only {min(pickled)}: pickled weights can run any program when read" if pickled else ""
+        raise UserError(f"{folder} has no model.safetensors{only}; give a checkpoint in safetensors")
+    found = {}
+    for file in ["model.safetensors"] if listed is None else sorted(set(listed.values())):
+        if listed is not None and not (file.isprintable() and lies_in(folder, file)):  # NUL is in no file's name
+            raise UserError(f"{index} names {file}, which is not a file of its own folder")
+        found |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
+    if listed is not None and found != listed:
+        name = min(set(found.items()) ^ set(listed.items()))[0]
+        raise UserError(f"{index} puts {name} in {listed.get(name)}, the shards in {found.get(name)}")
+    # Old checkpoints carry buffers of rope, which the config already determines.
+    return {name: folder / file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def find_weights(folder: Path, config) -> dict[str, Path]:
+    """`find_tensors` of the weights that `config` asks for: a tied head that is stored twice is read once."""
+    files = find_tensors(folder)
+    if config.tie_word_embeddings and HEAD in files and EMBEDDING in files:
+        if not torch.equal(*(open_safetensors(files[name]).get_tensor(name) for name in (EMBEDDING, HEAD))):
+            raise UserError(f"{files[HEAD]}: {HEAD} differs from {EMBEDDING}, but the config ties them")
+        del files[HEAD]
+    check_sizes(config, files, folder)
+    return files
+
+
+def stored_dtype(files: dict[str, Path]) -> torch.dtype:
+    """What the embedding is stored in."""
+    return open_safetensors(files[EMBEDDING]).get_slice(EMBEDDING)[:1].dtype
+
+
+def check_sizes(config, files: dict[str, Path], folder: Path):
+    """Raise UserError for a size that no stored tensor has, before anything is built by it."""
+    largest = 0
+    for path in set(files.values()):
+        with open_safetensors(path) as file:
+            names = file.keys()
+            shapes = [file.get_slice(name).get_shape() for name in names]
+            largest = max([largest, *(size for shape in shapes if 0 not in shape for size in shape)])
+    sizes = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
+    for key, size in sizes.items():
+        if size > largest:
+            raise UserError(f"{folder / 'config.json'}: {key} is {size}, but no tensor's shape has more than {largest}")
+    if config.num_hidden_layers > len(files):
+        layers = f"num_hidden_layers is {config.num_hidden_layers}"
+        raise UserError(f"{folder / 'config.json'}: {layers}, but there are {len(files)} tensors in all")
+
+
+def check_tensors(files: dict[str, Path], parameters: dict[str, Tensor], folder: Path):
+    """Raise UserError for the first tensor that is missing, left over, of another shape, or no float."""
+    for name in sorted(parameters.keys() | files.keys()):
+        if name not in files:
+            raise UserError(f"{folder} has no tensor {name}, which its config asks for")
+        if name not in parameters:
+            raise UserError(f"{files[name]}: tensor {name} has no place in this architecture")
+        stored, expected = open_safetensors(files[name]).get_slice(name), list(parameters[name].shape)
+        if stored.get_shape() != expected:
+            raise UserError(f"{files[name]}: {name} has shape {stored.get_shape()}, the config asks for {expected}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{files[name]}: {name} is stored as {stored.get_dtype()}, not as a float")
+
+
+def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, first: int = 0):
+    """Copy the rows from `first` on of tensor `name` of a safetensors file into `target`, as many as it has, converted.
+
+    Some rows (`block` elements) at a time, and the file is mapped anew for each: the pages of a mapping count as
+    memory until it closes.
+    """
+    rows = max(1, block // target[:1].numel()) if len(target) else 1
+    for start in range(0, len(target), rows):
+        with open_safetensors(path) as file:
+            end = min(start + rows, len(target))
+            target[start:end].copy_(file.get_slice(name)[first + start : first + end])
+
+
+@torch.no_grad()
+def read_weights(model: nn.Module):
+    """Fill the weights of `model` from its checkpoint; of a sharded one (FSDP2), the rows that this rank holds."""
+    files = find_tensors(model.folder)
+    for name, parameter in model.named_parameters():
+        if name not in files:  # an adapter's
+            continue
+        rows, first = parameter, 0
+        if hasattr(parameter, "to_local"):  # FSDP2 cuts dimension 0 as torch.chunk does
+            rows, mesh = parameter.to_local(), parameter.device_mesh
+            first = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
+        read_tensor_into(rows, files[name], name, first=first)
+
+
+def save_model(model: nn.Module, folder):
+    """Write a checkpoint that load_model, transformers, vLLM and lm-eval load, the tokenizer's files beside it."""
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    dtype_key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
+    config = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
+    # named_parameters lists a tied tensor once, under its first name: the embedding
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    for pattern in ["generation_config.json", *TOKENIZER_FILES]:
+        for file in model.folder.glob(pattern) if model.folder else ():
+            write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
+
+
+# ---- adapters, in peft's file format
+
+PREFIX = "base_model.model."
+# What peft can switch on that changes the result and is not implemented here
+UNSUPPORTED = [
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern"),
+    *(
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+]
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict):
+    """Write adapter_model.safetensors and adapter_config.json, each whole or not at all."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(folder / "adapter_config.json", config)
+
+
+def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, float, float, dict[str, tuple]]:
+    """An adapter's rank, alpha, dropout, and {layer: (A, B)}, from a folder that we or peft wrote.
+
+    linears: the base model's layers that can be adapted, by their dotted names.
+
+    Raises UserError, by name, for a missing or leftover tensor, a shape that does not fit this base model, and any
+    peft feature that would change the result and is not implemented.
+    """
+    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: peft_type {config.get('peft_type')}, bias {config.get('bias')} is not plain LoRA")
+    rank, alpha, rate = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if not is_count(rank):
+        raise UserError(f"{folder}: r is {rank!r}, not a whole number above 0")
+    if not is_number(alpha):
+        raise UserError(f"{folder}: lora_alpha is {alpha!r}, not a number")
+    if not is_number(rate) or not 0 <= rate < 1:
+        raise UserError(f"{folder}: lora_dropout is {rate!r}, not a number in [0, 1)")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise UserError(f"{folder}: {key} is not implemented")
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):  # the others change the base too
+        raise UserError(f"{folder}: init_lora_weights {config['init_lora_weights']!r} is not implemented")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as reason:
+        raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
+    parts = {name: name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
+    targets = sorted(set(parts.values()))
+    for name, target in parts.items():
+        if target not in linears:
+            raise UserError(f"{path}: {name} adapts no linear layer of this decoder")
+    expected = {}  # checked before anything is built by the config's rank
+    for target in targets:
+        expected[f"{PREFIX}{target}.lora_A.weight"] = [rank, linears[target].in_features]
+        expected[f"{PREFIX}{target}.lora_B.weight"] = [linears[target].out_features, rank]
+    for name, shape in expected.items():
+        stored = list(tensors[name].shape) if name in tensors else None
+        if stored != shape:
+            problem = "is missing" if stored is None else f"has shape {stored}, not {shape}"
+            raise UserError(f"{path}: {name} {problem}")
+        if tensors[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{path}: {name} is stored as {tensors[name].dtype}, not as a float")
+    if leftover := tensors.keys() - expected.keys():
+        raise UserError(f"{path}: tensor {min(leftover)} has no place in a plain LoRA adapter")
+    factors = {
+        target: tuple(tensors[f"{PREFIX}{target}.{part}.weight"] for part in ("lora_A", "lora_B")) for target in targets
+    }
+    return rank, alpha, rate, factors
+
+
+def check_fits(model: nn.Module, name: str, examples: list[tuple[Tensor, Tensor]]):
+    """UserError for samples, (ids, response) each, with tokens that the model does not have, or more than it reads."""
+    if (largest := max(int(ids.max()) for ids, _ in examples)) >= model.config.vocab_size:
+        raise UserError(f"{name}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
+    if (longest := max(len(ids) for ids, _ in examples)) > model.config.max_position_embeddings:
+        context = model.config.max_position_embeddings
+        raise UserError(f"{name} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")

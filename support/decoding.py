@@ -1,0 +1,242 @@
+"""Greedy decoding: a KV cache in blocks of rows, several tokens a step, prompts that begin alike read once."""
+
+import math
+from collections.abc import Callable, Container
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from support.files import UserError, is_number, read_json
+from support.kernels import attention
+
+GUESS = 8  # tokens of a guess, at most
+STEP_TOKENS = 96  # a step of decoding that computes fewer costs hardly more: most of it is reading weights and cache
+SIMILAR = 0.7  # prompts share a block if the shortest is at least this share of the longest: the rest is padding
+
+
+class SharedPrefix:
+    """Keys and values of one layer for tokens that stand before every row of a batch, (1, H_kv, P, d) each."""
+
+    k = v = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The first call keeps what it gets, the prefix's own; later ones put the prefix before (B, H_kv, L, d)."""
+        if self.k is None:
+            self.k, self.v = k, v
+        else:
+            rows = len(k), -1, -1, -1
+            k, v = torch.cat((self.k.expand(rows), k), dim=2), torch.cat((self.v.expand(rows), v), dim=2)
+        return attention(q, k, v, mask)
+
+
+class Row:
+    """A prompt, the `number`-th, and what is written after it: `ids` has both. A guess at the next tokens: `guess`.
+
+    What comes next may be what came next where the last tokens stood before, since text copies its prompt and repeats
+    itself ("prompt lookup decoding", Saxena 2023). The model checks all of a guess in one step; what it would not have
+    written is dropped, so the result does not depend on it.
+    """
+
+    def __init__(self, number: int, prompt: list[int]):
+        self.number, self.start, self.ended = number, len(prompt), False
+        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place behind where it was seen last
+        for token in prompt:
+            self.append(token)
+
+    def new(self) -> list[int]:
+        return self.ids[self.start :]
+
+    def ends(self) -> list[tuple[int, ...]]:
+        """The last tokens, as the n-grams that they are looked up by, the longest first."""
+        return [tuple(self.ids[-n:]) for n in (3, 2, 1) if n <= len(self.ids)]
+
+    def append(self, token: int):
+        self.after |= dict.fromkeys(self.ends(), len(self.ids))
+        self.ids.append(token)
+
+    def look_up(self, most: int):
+        """Set `guess`, at most `most` tokens; a repetition runs on into the guess itself."""
+        place = next((self.after[end] for end in self.ends() if end in self.after), None)
+        self.guess = []
+        while place is not None and len(self.guess) < most:
+            self.guess.append(self.ids[place] if place < len(self.ids) else self.guess[place - len(self.ids)])
+            place += 1
+
+
+class Block:
+    """Rows of similar length that are decoded side by side, and the cache of their keys and values.
+
+    keys, values: for each layer, (rows, H_kv, capacity, d), each row's from its first token to the one before its last.
+    """
+
+    def __init__(self, config, rows: list[Row], capacity: int, like: Tensor):
+        shape, layers = (len(rows), config.num_key_value_heads, capacity, config.head_dim), config.num_hidden_layers
+        self.keys, self.values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
+        self.rows, self.device = rows, like.device
+
+    def drop_ended(self):
+        going = [n for n, row in enumerate(self.rows) if not row.ended]
+        if len(going) == len(self.rows):
+            return
+        self.rows = [self.rows[n] for n in going]
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            self.keys[layer], self.values[layer] = k[going], v[going]
+
+    def extend(self, width: int) -> Tensor:
+        """The positions of each row's last token and those after it, (rows, width), to be computed next."""
+        last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.device)
+        self.positions = last + torch.arange(width, device=self.device)
+        places = torch.arange(int(last.max()) + width, device=self.device)
+        self.mask = (places <= self.positions[:, :, None])[:, None]  # (rows, 1, width, places)
+        return self.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of those tokens, (rows, heads, width, d), to all up to themselves; their k and v are stored."""
+        at, end = (torch.arange(len(k), device=k.device)[:, None], slice(None), self.positions), self.mask.shape[-1]
+        self.keys[layer][at], self.values[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
+        return attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], self.mask)
+
+
+class ReadPrompts(NamedTuple):
+    """The cache of one layer while prompts are read, padded on the right: they go to rows `first` on of a block."""
+
+    block: Block
+    layer: int
+    first: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        at = slice(self.first, self.first + len(k)), slice(None), slice(k.shape[2])
+        self.block.keys[self.layer][at], self.block.values[self.layer][at] = k, v
+        return attention(q, k, v)
+
+
+class Decode(NamedTuple):
+    """The cache of one layer while each row of all blocks goes on by a few tokens."""
+
+    blocks: list[Block]
+    layer: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:  # (rows of all blocks, heads, width, d)
+        sizes = [len(block.rows) for block in self.blocks]
+        parts = zip(self.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return torch.cat([block.attend(self.layer, q, k, v) for block, q, k, v in parts])
+
+
+def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """ids (B, longest), zeros after the end of each list, and where each one's last id stands, (B,)."""
+    last = torch.tensor([len(ids) - 1 for ids in lists], device=device)
+    longest = int(last.max()) + 1
+    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in lists], device=device), last
+
+
+def read_prompts(
+    model: nn.Module, rows: list[Row], max_new_tokens: int, batch_tokens: float
+) -> tuple[Block, list[Tensor]]:
+    """A block of rows, the longest first, and the hidden state of each one's last token, (1, D)."""
+    layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
+    block = Block(model.config, rows, room(len(rows[0].ids), max_new_tokens), weight)
+    size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
+    for first in range(0, len(rows), size):
+        ids, last = pad_right([row.ids for row in rows[first : first + size]], weight.device)
+        read = model(ids, cache=[ReadPrompts(block, layer, first) for layer in layers])
+        hidden += read[torch.arange(len(ids), device=weight.device), last].split(1)
+    return block, hidden
+
+
+def room(prompt_length: int, max_new_tokens: int) -> int:
+    """How many tokens a row's cache is to hold. A row without a guess gets padding where others have theirs."""
+    return prompt_length + max_new_tokens + GUESS
+
+
+def penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """The logits (V,), those above zero divided, those below multiplied, of the tokens in `seen`."""
+    seen = torch.tensor(seen, device=logits.device).unique()
+    return logits.index_copy(0, seen, torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty))
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: Container[int] = (),
+    stop: Callable[[list[int]], bool] = lambda ids: False,
+    batch_tokens: float = math.inf,
+    cache_tokens: float = math.inf,
+    ended: Callable[[int], None] = lambda i: None,
+    repetition_penalty: float = 1.0,
+) -> list[list[int]]:
+    """Greedy continuation of each prompt: at most `max_new_tokens` ids, up to the first stop id, which is left out.
+
+    stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
+    batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
+    all that they may become (at least one prompt in either case). The longest prompts come first; those of similar
+    length share a block, so little of it is padding; rows that have ended make place for the next. ended: is told each
+    prompt that is done. repetition_penalty: divides the logits above zero, and multiplies those below, of the tokens
+    that stand in a row already (Keskar et al., 2019).
+    """
+    produced = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
+    blocks: list[Block] = []
+    hidden: list[Tensor] = []  # of each row of all blocks, its last token's state and those of its guess, (n, D)
+    layers, device = range(model.config.num_hidden_layers), model.lm_head.weight.device
+
+    def size(i):
+        return room(len(prompts[i]), max_new_tokens)
+
+    while blocks or waiting:
+        free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
+        if free >= 0.25 * cache_tokens:  # so that prompts are read several at a time
+            while waiting and (not blocks or free >= size(waiting[-1])):
+                largest = size(waiting[-1])
+                alike = sum(size(i) >= SIMILAR * largest for i in waiting)
+                numbers = [waiting.pop() for _ in range(int(max(1, min(free / largest, alike))))]
+                rows = [Row(i, prompts[i]) for i in numbers]
+                block, read = read_prompts(model, rows, max_new_tokens, batch_tokens)
+                blocks, hidden, free = [*blocks, block], [*hidden, *read], free - len(rows) * largest
+
+        logits = model.lm_head(torch.cat(hidden))
+        likeliest, at = logits.argmax(dim=-1).tolist(), 0
+        for row in (row for block in blocks for row in block.rows):
+            for n, guessed in enumerate([*row.guess, None], start=at):
+                token = likeliest[n]
+                if repetition_penalty != 1:
+                    token = int(penalized(logits[n], row.ids, repetition_penalty).argmax())
+                row.ended = token in stop_ids
+                if not row.ended:
+                    row.append(token)
+                    row.ended = len(row.new()) == max_new_tokens or stop(row.new())
+                if row.ended or token != guessed:
+                    break
+            at += 1 + len(row.guess)
+            if row.ended:
+                produced[row.number] = row.new()
+                ended(row.number)
+        for block in blocks:
+            block.drop_ended()
+        blocks, hidden = [block for block in blocks if block.rows], []
+        rows = [row for block in blocks for row in block.rows]
+        for row in rows:
+            row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new()) - 1))
+        if rows:
+            ids, _ = pad_right([row.ids[-1:] + row.guess for row in rows], device)
+            positions = torch.cat([block.extend(ids.shape[1]) for block in blocks])
+            read = model(ids, positions, cache=[Decode(blocks, layer) for layer in layers])
+            hidden = [states[: 1 + len(row.guess)] for row, states in zip(rows, read, strict=True)]
+    return produced
+
+
+def generation_settings(model: nn.Module, tokenizer) -> dict:
+    """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
+
+    stop_ids: the tokenizer's end of text and those that the file names, or config.json where there is no such file.
+    """
+    path = model.folder / "generation_config.json"
+    settings = read_json(path) if path.exists() else model.config.raw
+    named, penalty = settings.get("eos_token_id"), settings.get("repetition_penalty")
+    penalty = 1.0 if penalty is None else penalty
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int for token in named) or not is_number(penalty) or penalty <= 0:
+        raise UserError(f"{model.folder}: eos_token_id {named} or repetition_penalty {penalty!r} of its configuration")
+    return {"stop_ids": {tokenizer.eos_id, *named}, "repetition_penalty": penalty}

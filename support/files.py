@@ -1,0 +1,112 @@
+"""Files that are whole or not there, JSON, and the one kind of error that is the user's."""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave (a file, a row, a flag, a tensor); its message says what and where."""
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError naming the file when it is missing or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise UserError(f"{path} cannot be read as JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def is_number(value) -> bool:
+    """Whether a value read from JSON is a number to compute with: no bool, NaN or infinity, nor beyond any float."""
+    return type(value) in (int, float) and -(2**63) < value < 2**63
+
+
+def is_count(value) -> bool:
+    """Whether it is a whole number above 0."""
+    return type(value) is int and value > 0
+
+
+def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
+    """Have `write` make a file whole or not at all: under a temporary name first, which then takes `path`'s place.
+
+    others_write: other processes may be writing it at the same time, so the temporary name is this process's own, and
+    a file that is there by then stays.
+    """
+    temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
+    with writing(path):
+        try:
+            write(temporary)
+            os.umask(umask := os.umask(0))
+            temporary.chmod(0o666 & ~umask)  # as any new file; safetensors' own are for their owner alone
+            _to_disk(temporary)  # first what is in the file, then that it bears its name
+            if others_write:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
+            else:
+                temporary.replace(path)
+            _to_disk(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # half a file would keep a full disk full
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """A context in which the system's refusal to write (full disk, no permission) is a UserError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as reason:
+        why = getattr(reason, "strerror", None) or reason
+        raise UserError(
+            f"{path} cannot be written ({why}); what was there before is whole: make room, or write elsewhere"
+        ) from None
+
+
+def _to_disk(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: Path, value):
+    """Write `value` as JSON, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log, one for each optimizer step that it holds; none before the first."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append_line(path: Path, value: dict):
+    """Add one line of JSON to a log that is always whole on disk."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, values: list[dict]):
+    """Write a log anew, whole or not at all."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def keep_lines(log: Path, count: int):
+    """Cut a log after its first `count` lines; a step that was logged after its last checkpoint is done again.
+
+    The last line may be half a line, where the disk was full.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+    write_whole(log, lambda path: path.write_text("".join(lines), encoding="utf-8"))

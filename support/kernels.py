@@ -1,0 +1,208 @@
+"""Operations that keep less or run faster than their formula: each says its formula, and a test holds it to that."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x.float() * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_normed = grad.float() * weight
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension: x (..., n), weight (n,) -> (..., n).
+
+    In float32 up to the weight, whatever the dtype of x, which is all that is kept for the backward pass beside a
+    number a row.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of equal shapes; its two arguments are kept for the backward pass, and not silu(gate)."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _Dropout(torch.autograd.Function):
+    """x with `dropped` of 65,536 elements, drawn at random, set to zero; the rest as they are."""
+
+    @staticmethod
+    def forward(ctx, x, dropped):
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # four numbers from each draw, -2^15 to 2^15 - 1
+        first_kept = dropped - 2**15
+        kept = bits.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).to(torch.int8)  # 1 where kept, else 0
+        ctx.save_for_backward(kept)
+        return _where(kept, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        return _where(kept, grad), None
+
+
+def _where(kept: Tensor, x: Tensor) -> Tensor:
+    """x where `kept` is 1, zero where it is 0: a product of bit patterns, which no infinity and no rounding enters."""
+    pattern = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.contiguous().view(pattern) * kept).view(x.dtype)
+
+
+def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
+    """x with a share `rate` of its elements set to zero, and the factor that gives it back its expectation.
+
+    All layers that read the same x get the same elements of it: q, k and v do, and gate and up. On a CPU the rate is
+    rounded to 1 / 65,536, the factor is that of the rounded rate.
+    """
+    if x.device.type != "cpu":
+        if not hasattr(x, "dropped"):
+            x.dropped = F.dropout(x, rate)
+        return x.dropped, 1.0
+    dropped = min(round(rate * 2**16), 2**16 - 1)
+    if not hasattr(x, "dropped"):
+        x.dropped = _Dropout.apply(x, dropped)  # F.dropout draws a number an element, which takes ten times as long
+    return x.dropped, 2**16 / (2**16 - dropped)
+
+
+FEW = 16  # queries of a head, for which reading the keys is most of the work
+SHORT = 512  # tokens up to which `short_attention` keeps little beside a layer's other activations
+QUERY_BLOCK = 64  # queries of a head that it takes at a time
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def blocks(length):
+        return [slice(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        # Queries of all heads that share a key head go together: (B * H_kv, groups, L, d) beside (B * H_kv, L, d)
+        shape, groups, wide = q.shape, q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.reshape(-1, groups, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
+        scaled, keys, out = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide).mT, torch.empty_like(q)
+        later = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=wide).triu_(1)
+        kept = []
+        for block in _ShortAttention.blocks(q.shape[2]):
+            size = block.stop - block.start
+            scores = scaled[:, :, block].flatten(1, 2) @ keys[..., : block.stop]  # (B * H_kv, groups * size, stop)
+            scores.unflatten(1, (groups, size))[..., block] += later[:size, :size]
+            kept.append(scores.softmax(-1).to(q.dtype))
+            out[:, :, block] = (kept[-1] @ v[:, : block.stop]).unflatten(1, (groups, size))
+        ctx.save_for_backward(q, k, v, *kept)
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *kept = ctx.saved_tensors
+        shape, grad, wide = grad.shape, grad.reshape(q.shape), torch.promote_types(q.dtype, torch.float32)
+        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+        for block, attention in zip(_ShortAttention.blocks(q.shape[2]), kept, strict=True):
+            block_q, block_grad = (x[:, :, block].flatten(1, 2) for x in (q, grad))
+            grad_v[:, : block.stop] += attention.mT @ block_grad
+            grad_attention = block_grad @ v[:, : block.stop].mT
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_attention, attention, -1, q.dtype)
+            grad_scores *= q.shape[-1] ** -0.5
+            grad_q[:, :, block] = (grad_scores @ k[:, : block.stop]).unflatten(1, (q.shape[1], -1))
+            grad_k[:, : block.stop] += grad_scores.mT @ block_q
+        return grad_q.view(shape), *(x.to(q.dtype).unflatten(0, (shape[0], -1)) for x in (grad_k, grad_v))
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, causal: q (B, H, L, d), k and v (B, H_kv, L, d) -> (B, H, L, d), on a CPU.
+
+    In half the time that the fused kernel and its gradient take there for short sequences. A block of queries at a
+    time meets the keys up to its own end; of L^2 scores, half are never computed. Scores and softmax are float32 as in
+    the fused kernel. Its backward pass computes them again, here they are kept, in q's dtype.
+    """
+    return _ShortAttention.apply(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
+
+    By the fused kernels, but short sequences on a CPU without a mask by `short_attention`.
+
+    mask: bool, (B, 1, n, S), true where one of the last n queries may look; the queries before those are causal, and
+    without a mask all are.
+    """
+    if mask is None:
+        # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
+        if q.device.type == "cpu" and q.shape[2] <= SHORT:
+            return short_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    causal = q.shape[2] - mask.shape[2]
+    if causal:  # without a mask tensor the kernel leaves out what nobody may see
+        parts = attention(*(x[:, :, :causal] for x in (q, k, v))), attention(q[:, :, causal:], k, v, mask)
+        return torch.cat(parts, dim=2)
+    if q.shape[2] <= FEW:  # the queries of all heads that share a key head become its queries: the keys are read once
+        shared = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+        mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
+        return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, logits_of, with_gradient):
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if with_gradient else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            target = targets[rows].unsqueeze(1)
+            logits, target_logit = logits_of(hidden[rows], weight, targets[rows])
+            largest = logits.amax(dim=1, keepdim=True)
+            total = (logits.sub_(largest).exp_()).sum(dim=1, keepdim=True)
+            nll[rows] = (total.log() + largest - target_logit).squeeze(1)
+            if with_gradient:  # d nll / d hidden = (softmax - onehot(target)) W
+                probability = logits.div_(total)
+                probability.scatter_add_(1, target, torch.full_like(total, -1.0))
+                gradient[rows] = probability.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad_nll):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_nll.unsqueeze(1)).to(gradient.dtype), None, None, None, None, None
+
+
+def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, logits_of: Callable) -> Tensor:
+    """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
+
+    logits_of: (hidden, weight, targets) -> logits (n, V) and the targets' own (n, 1), float32, of `chunk` rows at a
+    time; no more exist at once. One pass that also keeps each loss's gradient for its hidden state, (softmax -
+    onehot(target)) weight, so backward is one multiplication. There is no gradient for `weight`.
+    """
+    wanted = torch.is_grad_enabled() and hidden.requires_grad
+    return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted)
+
+
+def logits_at_once(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits that are computed together: 2^23 numbers, 32 MB; on a GPU 2^26, where reading the head costs."""
+    return max(1, 2 ** (26 if device.type == "cuda" else 23) // vocabulary)

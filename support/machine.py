@@ -1,0 +1,83 @@
+"""The machine: device, cores, memory, and what else the numbers of a run depend on."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+from support.files import UserError
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that torch calls `name`; auto: a GPU if there is one, else the CPU. UserError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as reason:
+        raise UserError(f"--device {name} cannot be used: {str(reason).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing")
+    return device
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on: Python, the packages, the machine."""
+    found = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    } | found
+
+
+def reuse_memory():
+    """Have glibc keep the memory that large tensors leave and hand it to the next; does nothing elsewhere.
+
+    By default each large tensor is mapped from the kernel, which clears its pages anew: on a CPU that costs up to a
+    third of a forward pass. Those of 2 MiB and more ask for huge pages, where the kernel grants them to who asks. And
+    torch and oneDNN, which multiplies bfloat16 for it, each keep what was prepared for the last 1,024 shapes: with
+    batches of all lengths that is hundreds of MiB. A layer's few dozen are enough.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it allocates its first tensor
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's, oneDNN's: read at first use
+        os.environ.setdefault(cache, "64")
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes: what lies free at the end of the heap stays there
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: the largest that glibc takes
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory held so far, MiB: the GPU's where one computes, else the process's resident maximum."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss starts from the parent's size
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS, in bytes
+
+
+def compute_exactly(device: torch.device):
+    """No TF32: a score is not to change with the GPU. One seed, one adapter, on a GPU too: only kernels that repeat.
+
+    That is flash attention in bfloat16, whose gradient is deterministic on request; cuDNN's, which torch would take on
+    newer GPUs, is not.
+    """
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False

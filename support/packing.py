@@ -1,0 +1,148 @@
+"""Many requests as few sequences: those that begin alike are one tree, in which every token they share stands once."""
+
+from os.path import commonprefix
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from support.decoding import pad_right
+from support.files import UserError
+
+
+class Scored(NamedTuple):
+    """A request in tokens: what goes into the model, and what its last len(targets) positions are to predict."""
+
+    inputs: list[int]
+    targets: list[int]
+
+
+def encode_texts(tokenizer, texts: list[str]) -> dict[str, list[int]]:
+    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it already."""
+    bos, ids = tokenizer.bos or tokenizer.eos, {}
+    for spelled in (False, True):
+        some = [text for text in dict.fromkeys(texts) if text.startswith(bos) == spelled]
+        ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=not spelled), strict=True)
+    return ids
+
+
+def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int) -> list[Scored]:
+    """(context, continuation) in tokens, cut on the left to what the model reads.
+
+    Spaces at the end of a context belong to the continuation. Both are encoded together and split where the context,
+    encoded alone, ends: so a token across the boundary falls to the side where its position puts it.
+    """
+    pairs = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
+    ids = encode_texts(tokenizer, [text for context, rest in pairs for text in (context, context + rest)])
+    (first,) = tokenizer.encode_prompts([tokenizer.bos or tokenizer.eos], with_prefix=False)
+    found = []
+    for context, rest in pairs:
+        before = ids[context]
+        targets = ids[context + rest][len(before) :]
+        if not 0 < len(targets) <= context_length:
+            raise UserError(f"a continuation of {len(targets)} tokens cannot be scored: {rest!r}")
+        whole = ((before or first) + targets)[-context_length - 1 :]
+        found.append(Scored(whole[:-1], targets))
+    return found
+
+
+def shared_prefix(requests: list[Scored]) -> list[int]:
+    """The tokens that all requests begin with, before any position that is scored."""
+    common = commonprefix([request.inputs for request in requests])
+    return common[: min(len(request.inputs) - len(request.targets) for request in requests)]
+
+
+class Tree:
+    """Requests that begin alike as one sequence, in which every token they share stands once.
+
+    A token attends to its ancestors, the tokens before it in its own request, and stands where it stands there.
+    """
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.parents: list[int] = []  # of each token: where the one before it is in this sequence; -1: nowhere
+        self.depths: list[int] = []
+        self.path: list[int] = []  # the tokens of the request that came last
+        self.scored: dict[int, list[int]] = {}  # request -> the places that predict its targets
+
+    def trunk(self) -> int:
+        """How many tokens come before the first that does not follow the one before it."""
+        return next((place for place, parent in enumerate(self.parents) if parent != place - 1), len(self.ids))
+
+    def common(self, inputs: list[int]) -> int:
+        """How many tokens a request shares with the one before it."""
+        return len(commonprefix([[self.ids[place] for place in self.path], inputs]))
+
+    def add(self, i: int, inputs: list[int], targets: int):
+        """Grow the branch of request i, whose last `targets` inputs are to predict something."""
+        shared = self.common(inputs)
+        self.path = self.path[:shared]
+        for token in inputs[shared:]:
+            self.parents.append(self.path[-1] if self.path else -1)
+            self.depths.append(len(self.path))
+            self.path.append(len(self.ids))
+            self.ids.append(token)
+        self.scored[i] = self.path[len(self.path) - targets :]
+
+
+def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
+    """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
+
+    A request joins the tree before it where that costs less than a tree of its own: a tree of n tokens costs
+    n * (ratio + n), since every token goes through the weights and is compared with all others, and `ratio` is the
+    price of the first over that of one comparison.
+    """
+
+    def price(n):
+        return n * (ratio + n)
+
+    trees = []
+    for i, (inputs, targets) in enumerate(requests):
+        own = inputs[prefix:]
+        if trees:
+            tree = trees[-1]
+            joined = len(tree.ids) + len(own) - tree.common(own)
+        if not trees or price(joined) > price(len(tree.ids)) + price(len(own)):
+            trees.append(Tree())
+        trees[-1].add(i, own, len(targets))
+    return trees
+
+
+def price_ratio(config) -> float:
+    """What a token's way through a layer's weights costs, in comparisons with one other token (multiply-adds)."""
+    heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    weights = config.hidden_size * (2 * heads + 2 * key_heads + 3 * config.intermediate_size)
+    return weights / (2 * heads)
+
+
+def pack(trees: list[Tree], batch_tokens: int) -> list[list[Tree]]:
+    """Trees of similar length in batches of at most `batch_tokens` tokens, padding included; the longest come first."""
+    batches = []
+    for tree in sorted(trees, key=lambda tree: -len(tree.ids)):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(tree)
+    return batches
+
+
+def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids and positions (B, L), and the mask (B, 1, n, prefix + L): who the last n tokens may look at.
+
+    Those before, of trees that no prefix stands before, are in all trunks and so causal. Padding is on the right.
+    """
+    longest = len(batch[0].ids)
+    causal = 0 if prefix else min(longest - 1, *(tree.trunk() for tree in batch))
+    mask = np.zeros((len(batch), 1, longest - causal, prefix + longest), dtype=bool)
+    mask[..., :prefix] = True
+    own = mask[:, 0, :, prefix:]
+    own[:, range(longest - causal), range(causal, longest)] = True
+    for ancestors, tree in zip(own, batch, strict=True):
+        for place in range(causal, len(tree.ids)):
+            parent = tree.parents[place]
+            if parent >= causal:
+                ancestors[place - causal] |= ancestors[parent - causal]
+            else:
+                ancestors[place - causal, : parent + 1] = True
+    ids, _ = pad_right([tree.ids for tree in batch], device)
+    depths, _ = pad_right([tree.depths for tree in batch], device)
+    return ids, prefix + depths, torch.from_numpy(mask).to(device)

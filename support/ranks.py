@@ -1,0 +1,103 @@
+"""The processes of one job, as torchrun starts them: who does what, sums over all, weights cut into one part each."""
+
+import os
+
+import torch
+from torch import Tensor, distributed, nn
+
+from support.checkpoint import read_weights
+from support.machine import cores, find_device
+
+
+def start_ranks(device: str) -> torch.device:
+    """Join the other ranks if torchrun started this process. Returns the device of this one, as `find_device`."""
+    if "LOCAL_RANK" not in os.environ:
+        return find_device(device)
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        torch.cuda.set_device(local)
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, whatever the machine has
+        torch.set_num_threads(max(1, cores() // here))
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    return find_device(f"cuda:{local}" if on_gpu else device)
+
+
+def started_by_torchrun() -> bool:
+    return distributed.is_initialized()
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def first_rank() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def share(items: list) -> list:
+    """What this rank is to do of a list that all ranks hold."""
+    return items[rank() :: ranks()]
+
+
+def share_passes(micro_batches: list[list[int]]) -> list[list[int]]:
+    """The micro-batches of this rank: as many on each, since sharded weights need all ranks; some may be empty."""
+    return share(micro_batches + [[] for _ in range(-len(micro_batches) % ranks())])
+
+
+def gather(value) -> list:
+    """The values of all ranks, in their order, on each of them."""
+    values = [value]
+    if distributed.is_initialized():
+        values = [None] * ranks()
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Add up each of `tensors`, all of one dtype, over the ranks, in place and in one message; returns them."""
+    if distributed.is_initialized():
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(message)
+        for tensor, summed in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+    return tensors
+
+
+def shard(model: nn.Module, probed: nn.Module, device: torch.device):
+    """Cut the frozen weights of `model`, on the meta device, into one part a rank (FSDP2), and read this rank's part.
+
+    A layer's weights are gathered when it computes and dropped after; adapters stay whole on every rank. What is used
+    outside of its module's own forward pass is gathered in it and stays until the backward pass comes by: the `probed`
+    layer for the attention score, embedding and head (the root's) for the loss. Adapters are to be drawn after it.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = distributed.init_device_mesh(device.type, (ranks(),))
+    adapters = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not probed, ignored_params=adapters)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=adapters)
+    model.to_empty(device=device)
+    model.tie_weights()
+    read_weights(model)
+
+
+def add_flags(parser):
+    """What a model that is larger than one device's memory needs."""
+    add = parser.group("machine")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only each layer's input for the backward pass: the same result, less memory, about a third slower",
+    )
+    add(
+        "--shard",
+        action="store_true",
+        help="under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device",
+    )

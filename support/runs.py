@@ -1,0 +1,397 @@
+"""What a run keeps: its folder, checkpoints, how it goes on after a stop; the reports of evaluations.
+
+A run's folder holds adapter_model.safetensors and adapter_config.json (peft's format), run.json (every argument,
+versions, seed), log.jsonl (a line an optimizer step), its last two checkpoints and, where asked for, merged/ (a whole
+model) and snapshots of its adapter, step-.../. Runs inside a run have folders of their own: reference/, part-1/, ...
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from support.checkpoint import open_safetensors
+from support.files import UserError, append_line, keep_lines, read_json, read_log, write_json, write_whole, writing
+from support.machine import peak_memory_mb, versions
+from support.ranks import first_rank, gather, rank, ranks, sum_over_ranks
+
+FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
+INNER = ("reference", "part-*")  # runs that belong to a run
+CHECKPOINT = "checkpoint-{:08d}.safetensors"  # its number is that of the optimizer steps done
+SNAPSHOT = "step-{:08d}"  # a folder with the adapter as it was after so many
+FAILED = "failed-step-{:08d}.safetensors"  # the samples of a step that gave no number
+
+
+def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool = False) -> Path:
+    """The folder of a new run: `out`, or a fresh one under runs/ that is called after `name` and the time.
+
+    Raises UserError when `out` holds a run already, unless with `overwrite`, which deletes that run's files, or
+    `resume`, which leaves them.
+    """
+    folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder) + snapshots_in(folder)
+    old += folder.glob(FAILED.replace("{:08d}", "*"))
+    if (folder / "run.json").exists():
+        old += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
+    if old and not (overwrite or resume):
+        raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
+    for path in old if overwrite else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_arguments(folder: Path, arguments: dict, free: set[str]):
+    """UserError if the run that `folder` holds was started with other arguments than these, the `free` ones aside."""
+    if not (folder / "run.json").exists():
+        return
+    held = read_json(folder / "run.json").get("arguments", {})
+    for name in sorted((held.keys() | arguments.keys()) - free):
+        if held.get(name) != arguments.get(name):
+            flag, then, now = f"--{name.replace('_', '-')}", held.get(name), arguments.get(name)
+            raise UserError(f"{folder} holds a run of another configuration: {flag} was {then}, now it is {now}")
+
+
+def open_folder(out: str | None, name: str, overwrite: bool, resume: bool) -> Path:
+    """The folder of a run, which the first rank makes and all use; arguments as `new_folder`'s."""
+    return gather(new_folder(out, name, overwrite, resume) if first_rank() else None)[0]
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that a run's folder holds, the newest last."""
+    return sorted(folder.glob(CHECKPOINT.replace("{:08d}", "*")))
+
+
+def snapshots_in(folder: Path) -> list[Path]:
+    """The snapshots of its adapter that a run's folder holds (train.py --snapshot-every), the first one first."""
+    found = folder.glob(SNAPSHOT.replace("{:08d}", "*"))
+    return sorted(path for path in found if (path / "adapter_config.json").exists())
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """What tells these tensors from others without reading all of them: a digest of shapes and of first elements."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        start = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().flatten()[:4096]
+        digest.update(repr(tensor.shape).encode() + start.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
+
+
+class StepRecord:
+    """What the log says of one optimizer step: sums that stay on the device until they are read, at once."""
+
+    def __init__(self, number: int, batch: list[list[int]], examples: list, device: torch.device):
+        self.start, self.number, self.device = time.perf_counter(), number, device
+        self.samples = {i: examples[i] for micro_batch in batch for i in micro_batch}
+        self.loss, self.selected = torch.zeros(2, device=device)
+
+    def add(self, loss: Tensor, selected: list[Tensor]):
+        """A micro-batch's part of the loss, and which tokens of its samples were selected."""
+        self.loss += loss.detach()
+        for mask in selected:
+            self.selected += mask.sum()
+
+    def line(self, lr: float, gradient_norm: Tensor) -> tuple[dict, float]:
+        """The step's line of the log, over all ranks, and the gradient's norm. The step's one read from the device."""
+        sums = sum_over_ranks([self.loss, self.selected])
+        loss, selected, norm = torch.stack([*sums, gradient_norm]).tolist()
+        line = {
+            "step": self.number,
+            "loss": loss,
+            "lr": lr,
+            "tokens": sum(len(ids) for ids, _ in self.samples.values()),
+            "response_tokens": sum(int(response.sum()) for _, response in self.samples.values()),
+            "selected_tokens": int(selected),
+            "seconds": round(time.perf_counter() - self.start, 3),
+            "peak_memory_mb": round(peak_memory_mb(self.device), 1),
+        }
+        return line, norm
+
+
+class Stopped(Exception):
+    """A signal has ended the run early, and it can go on: (the signal's number, what to tell the user)."""
+
+
+class Checkpoints:
+    """The state of a run after some of its steps, written to its folder as a whole, so that the run can go on from it.
+
+    steps: of the whole run; every: how many lie between two checkpoints, by default a tenth; the last step leaves one
+    too. settings: what a run that goes on must share with the one that wrote the checkpoint. The last two are kept.
+    Each is a safetensors file, in whose header step and settings stand as text: nothing is ever unpickled.
+    Without a folder nothing is written. While it is entered (`with`), SIGTERM and Ctrl-C are noted, and after the step
+    in which they came a checkpoint is written and the script ends.
+    """
+
+    def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
+        """Reads the newest checkpoint in `folder`; a UserError says in what its settings differ, if they do."""
+        self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
+        self.done, self.signal = 0, 0
+        self.settings = gather(settings)[0]  # the first rank's; a shard's content would differ
+        self.newest = max(checkpoints_in(folder), default=None) if folder else None
+        if self.newest:
+            head = open_safetensors(self.newest).metadata() or {}
+            try:
+                self.done, held = int(head["step"]), json.loads(head["settings"])
+            except (KeyError, ValueError):
+                raise UserError(f"{self.newest} is no checkpoint of train.py: remove it, or add --overwrite") from None
+            for name in sorted(held.keys() | self.settings.keys()):
+                then, now = held.get(name), self.settings.get(name)
+                if then != now:
+                    raise UserError(f"{self.newest} is of another configuration: {name} was {then}, now it is {now}")
+
+    def __enter__(self):
+        def note(number, frame):
+            if self.signal and number == signal.SIGINT and ranks() == 1:  # torchrun sends it twice
+                raise KeyboardInterrupt
+            self.signal = number
+            if first_rank():
+                print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
+
+        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def restore(self, adapters: list[nn.Parameter], optimizer, history, device) -> int:
+        """Put everything back that the newest checkpoint holds; returns the steps done, 0 where there is none.
+
+        From then on these same objects are what is written. The log loses the lines of later steps.
+        """
+        self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
+        done = self.done
+        if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
+            keep_lines(log, done)
+        if not done:
+            return 0
+        held = {name: tensor.clone() for name, tensor in load_file(self.newest).items()}  # not a mapping of the file
+        with torch.no_grad():
+            for i, parameter in enumerate(adapters):
+                parameter.copy_(held[f"adapter.{i}"])
+        moments = {i: {name: held[f"optimizer.{i}.{name}"] for name in ADAMW} for i in range(len(adapters))}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})  # the rest comes from the settings
+        if history and "history.0.0" in held:
+            names = [[f"history.{i}.{j}" for j in range(2)] for i in range(len(adapters) // 2)]
+            history.factors = [tuple(held[name].to(device) for name in of_layer if name in held) for of_layer in names]
+        torch.set_rng_state(held[f"random.{rank()}.cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(held[f"random.{rank()}.cuda"], device)
+        return done
+
+    def after(self, step: int):
+        """Write a checkpoint if one is due after this step; end the script if a signal asked for it."""
+        if not self.folder:
+            return
+        stop = int(sum_over_ranks([torch.tensor(float(self.signal), device=self.device)])[0])
+        if stop or step % self.every == 0 or step == self.steps:
+            self.write(step)
+        if stop and step < self.steps:
+            raise Stopped(self.signal or signal.SIGTERM, f"stopped after step {step}; with --resume it goes on")
+
+    def check_numbers(self, step: int, loss: float, gradient: float, samples: dict[int, tuple[Tensor, Tensor]]):
+        """Stop the run after a step whose loss or gradient's norm is no finite number, before any of it is kept.
+
+        samples: those of the step, (ids, response) each, by their numbers from 0. They are written to the run's folder
+        for whoever looks for the reason. All ranks have the same numbers, so all stop.
+        """
+        if math.isfinite(loss) and math.isfinite(gradient):
+            return
+        numbers, where = sorted(samples), ""
+        if self.folder:
+            path = self.folder / FAILED.format(step)
+            content = {f"ids {i}": samples[i][0] for i in numbers} | {f"response {i}": samples[i][1] for i in numbers}
+            about = {"step": str(step), "loss": str(loss), "gradient norm": str(gradient)}
+            if first_rank():
+                write_whole(path, lambda file: save_file(content, file, metadata=about))
+            gather(None)  # a rank that ended now would have the others ended too
+            where = f", saved in {path}; the last checkpoint is untouched"
+        raise UserError(
+            f"step {step}: the loss is {loss}, the gradient's norm {gradient}. Its samples, counted from 0, are "
+            f"{', '.join(map(str, numbers))}{where}. Look at their text, and try a lower --lr or --dtype float32"
+        )
+
+    def write(self, step: int):
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {f"adapter.{i}": parameter.detach() for i, parameter in enumerate(self.adapters)}
+        for i, states in enumerate(gather(random)):
+            tensors |= {f"random.{i}.{kind}": state for kind, state in states.items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": moments[name] for name in ADAMW}
+        for i, factors in enumerate((self.history and self.history.factors) or []):
+            tensors |= {f"history.{i}.{j}": factor for j, factor in enumerate(factors)}
+        head = {"step": str(step), "settings": json.dumps(self.settings)}
+        if first_rank():
+            write_whole(self.folder / CHECKPOINT.format(step), lambda path: save_file(tensors, path, metadata=head))
+            for old in checkpoints_in(self.folder)[:-2]:
+                old.unlink()
+
+
+class Run:
+    """A run's folder, and run.json there: every argument, versions, what it was trained on, seconds."""
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module, examples: list, dropped: int):
+        """Opens the folder that `args` names, or a new one; examples: (ids, response) each."""
+        self.first, self.weights = first_rank(), fingerprint(p for p in model.parameters() if not p.requires_grad)
+        if args.resume:
+            check_arguments(Path(args.out), vars(args), FREE)
+        name = f"{Path(args.model).name}-{args.method}"
+        self.folder = open_folder(args.out, name, args.overwrite, args.resume)
+        content = {"--model": self.weights, "--data": fingerprint_of(examples)}
+        self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
+        self.record |= {"samples": len(examples), "dropped": dropped}
+
+    def say(self, *words):
+        if self.first:
+            print(*words, flush=True)
+
+    def save(self):
+        if self.first:
+            write_json(self.folder / "run.json", self.record)
+
+    def written(self) -> list[str]:
+        return [file for file in FILES if (self.folder / file).exists()]
+
+    @contextlib.contextmanager
+    def training(self, args, samples: list, content: dict, folder: Path, steps: int, save_adapter: Callable):
+        """One training of the run, into `folder`: yields what logs a step's line, and the checkpoints to go on from.
+
+        content: what the arguments do not say of what the adapter depends on. save_adapter: folder -> the adapter is
+        there; asked for snapshots, and when the training has ended well.
+        """
+        content = {"the content of --model": self.weights, "the content of --data": fingerprint_of(samples)} | content
+        # refuses another configuration's checkpoint before anything is written
+        checkpoints = Checkpoints(folder, steps, args.checkpoint_every, settings(vars(args), content))
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        self.save()
+        with tqdm(total=steps, desc=folder.name, unit="step", disable=not self.first) as bar, checkpoints:
+
+            def log(line):
+                if self.first:
+                    append_line(folder / "log.jsonl", line)
+                    if args.snapshot_every and line["step"] % args.snapshot_every == 0:
+                        save_adapter(folder / SNAPSHOT.format(line["step"]))
+                share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
+                bar.update(line["step"] - bar.n)
+
+            yield log, checkpoints
+        if self.first:
+            save_adapter(folder)
+
+    def finish(self, seconds: dict[str, float]):
+        """Add to the record the `seconds` of each part, and those of the trainings, before a stop and after it."""
+        for what, folder in {"reference": self.folder / "reference", "training": self.folder}.items():
+            seconds[what] = sum(line["seconds"] for line in read_log(folder)) if self.first else 0
+        self.record["seconds"] = {what: round(taken, 3) for what, taken in seconds.items()}
+        self.save()
+
+
+def fingerprint_of(examples: list) -> str:
+    return fingerprint(tensor for example in examples for tensor in example)
+
+
+class Report:
+    """An evaluation's records, one for each (model, adapter, dtype), in one file that each save rewrites whole."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.records = path, []
+        if path:
+            with writing(path):  # before the work, not after it
+                path.parent.mkdir(parents=True, exist_ok=True)
+        if path and path.exists():
+            held = read_json(path)
+            self.records = held.get("runs", [held])
+            if not all(isinstance(record, dict) and "results" in record for record in self.records):
+                raise UserError(f"--out {path} exists and holds no evaluation")
+
+    def record(self, key: str, head: dict) -> dict:
+        """The record of the same model, adapter and dtype: as held if its key is the same, else a new one."""
+        for record in self.records:
+            if all(record[field] == head[field] for field in ("model", "adapter", "dtype")):
+                if record["key"] != key:  # the weights have changed since
+                    record.update(key=key, results={}, timing={}, keys={}, seconds=0.0)
+                record.update(head)
+                return record
+        self.records.append({**head, "key": key, "results": {}, "seconds": 0.0, "timing": {}, "keys": {}})
+        return self.records[-1]
+
+    def save(self):
+        if self.path:
+            write_json(self.path, self.records[0] if len(self.records) == 1 else {"runs": self.records})
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
+
+
+def weights_key(model: Path, adapter: Path | None) -> list:
+    """What tells one set of weights from another without reading it: its files' names, sizes and times."""
+    files = [*sorted(model.glob("*.safetensors")), *([adapter / "adapter_model.safetensors"] if adapter else [])]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+# What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
+# ssToken's history comes from there, of which `settings` is told.
+FREE = {"out", "overwrite", "resume", "checkpoint_every", "snapshot_every", "merge", "eval_data", "cache", "debug"}
+
+
+def settings(arguments: dict, content: dict) -> dict:
+    """All that the adapter depends on, by the names that a user knows: for checkpoints, which hold for nothing else.
+
+    content: what stands behind the arguments, such as the digest of a file that one of them names.
+    """
+    flags = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in FREE}
+    return flags | {"--device": torch.device(arguments["device"]).type, "the number of ranks": ranks()} | content
+
+
+def add_flags(parser):
+    """The flags of a run's folder, and of how it goes on after a stop."""
+    add = parser.group("folder of the run")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add(
+        "--checkpoint-every",
+        type=int,
+        bound="at least 1",
+        metavar="N",
+        help="steps between two checkpoints, of which OUT keeps the last two; default: a tenth of the run",
+    )
+    add(
+        "--snapshot-every",
+        type=int,
+        bound="at least 1",
+        metavar="N",
+        help="keep the adapter as it is after every N steps, in OUT/step-...: paper.visualize shows them one by one",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out, with the same adapter in the end as a run that never stopped; "
+        "where there is none, start",
+    )
+    add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
+    add(
+        "--cache",
+        metavar="DIR",
+        help="keep the per-token losses of frozen models there, and take from there what earlier runs on the same "
+        "weights and rows have kept; several runs may share it",
+    )

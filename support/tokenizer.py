@@ -1,0 +1,109 @@
+"""A checkpoint's tokenizer, guarded: whatever its file or a text makes its library do, a UserError says so."""
+
+import os
+from contextlib import contextmanager
+
+import tokenizers
+
+from support.checkpoint import TOKENIZER_FILES, find_folder
+from support.files import UserError, read_json
+
+
+@contextmanager
+def told(what: str):
+    """A context in which whatever the tokenizers library raises becomes a UserError: `what` and its reason.
+
+    Where its Rust code panics, that is a BaseException, which nothing else would catch.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as reason:
+        if not isinstance(reason, Exception) and type(reason).__name__ != "PanicException":
+            raise  # Ctrl-C
+        raise UserError(f"{what}: {reason}") from None
+
+
+@contextmanager
+def quiet():
+    """A context in which a library's own words on stderr are lost, such as Rust's where it panics."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json, as SFT needs it: special tokens come in by their ids, never from spelled-out text.
+
+    eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
+    bos: what tokenizer_config.json calls its beginning of text, if anything; many a tokenizer names one it never adds.
+    longest: the characters of its longest token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str, bos: str | None = None):
+        self.eos, self.eos_id, self.bos = eos, backend.token_to_id(eos), bos
+        backend.no_truncation()
+        backend.no_padding()
+        with_prefix, plain = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+        starts = (i for i in range(len(with_prefix)) if with_prefix[i : i + len(plain)] == plain)
+        self.prefix = with_prefix[: next(starts, 0)]
+        # "<|end_of_text|>" in a text is spelled out, never a control token, whatever the file itself calls special
+        backend.add_special_tokens([token for token in (eos, bos) if token and backend.token_to_id(token) is not None])
+        backend.encode_special_tokens = True
+        self.backend, vocabulary = backend, backend.get_vocab()
+        self.vocab_size, self.longest = max(vocabulary.values()) + 1, max(map(len, vocabulary))
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `text`, without BOS or EOS, and the character at which each token starts."""
+        with told(f"the tokenizer cannot encode {text[:60]!r}"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        if self.eos_id in encoding.ids:  # a vocabulary that is looked up word by word, as no Llama's or Qwen's is
+            raise UserError(f"this tokenizer reads {self.eos!r} in a text as its end-of-text token")
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
+        """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
+        self.backend.encode_special_tokens = False
+        try:
+            with told("the tokenizer cannot encode a benchmark's texts"):
+                return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
+        finally:
+            self.backend.encode_special_tokens = True
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`, control tokens included unless they are to be skipped."""
+        with told(f"the tokenizer cannot decode {ids[:10]}"):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text."""
+    folder = find_folder(name_or_path, TOKENIZER_FILES, revision)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json")
+    with told(f"{folder / 'tokenizer.json'} cannot be read"), quiet():
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = read_json(folder / "tokenizer_config.json")
+    eos, bos = (
+        token.get("content") if isinstance(token, dict) else token
+        for token in map(config.get, ("eos_token", "bos_token"))
+    )
+    with told(f"{folder}: the tokenizer does not work"), quiet():
+        if not isinstance(eos, str) or backend.token_to_id(eos) is None:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
+        if not isinstance(bos, str | None):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: bos_token {bos!r} is no text")
+        if len(ids := backend.get_vocab().values()) != len(set(ids)):  # which is decoded would be left to chance
+            raise UserError(f"{folder / 'tokenizer.json'}: two tokens have one id")
+        tokenizer = Tokenizer(backend, eos, bos)
+        try:
+            tokenizer.encode(eos)
+        except UserError as reason:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
+        return tokenizer

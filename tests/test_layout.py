@@ -1,0 +1,126 @@
+"""The house: what stands at the top, how long the six files are, who imports whom."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parents[1]
+SIX = ("model", "lora", "sstoken", "data", "train", "evaluate")
+TOP = {
+    *("README.md", "requirements.txt", "LICENSE", "pyproject.toml", *(f"{name}.py" for name in SIX)),
+    *("support", "paper", "tests", "demo", "results"),
+}
+MADE = {"runs", "models", "__pycache__", "explorer.html"}  # by the commands of the README, and ignored by git
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("paper/*.py")]
+    if path.name != "__init__.py"
+}
+# Who may import whom: only what stands further left, or in the same place
+ORDER = [
+    {name for name in MODULES if name.startswith("support.")},
+    {"model"},
+    {"lora"},
+    {"data", "sstoken"},
+    {"paper.baselines", "paper.benchmarks"},
+    {"train", "evaluate"},
+    {"paper.visualize", "paper.reproduce"},
+]
+
+
+def lines(name: str) -> list[str]:
+    return MODULES[name].read_text(encoding="utf-8").splitlines()
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(name: str) -> set[str]:
+    """The project's modules that a module imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & MODULES.keys()
+
+
+def functions(name: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(tree(name)) if isinstance(node, ast.FunctionDef)}
+
+
+def length(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def test_the_top_holds_what_a_reader_looks_for_and_nothing_else():
+    assert {path.name for path in ROOT.iterdir() if path.name[0] != "."} - MADE == TOP
+
+
+def test_the_six_can_be_read_in_an_evening():
+    sizes = {name: len(lines(name)) for name in SIX}
+    assert max(sizes.values()) <= 400, sizes
+    assert sum(sizes.values()) <= 1800, sizes
+    text = [line for name in SIX for line in lines(name) if line.strip()]
+    assert max(map(len, text)) <= 120
+    assert sum(map(len, text)) / len(text) <= 60.84, "packed denser than they were when they were twice as long"
+
+
+def test_imports_point_one_way_and_never_in_a_circle():
+    place = {name: i for i, names in enumerate(ORDER) for name in names}
+    assert place.keys() == MODULES.keys(), "a module without a place"
+    found = {name: imports(name) for name in MODULES}
+    wrong = [f"{name} imports {other}" for name in found for other in found[name] if place[other] > place[name]]
+    assert not wrong
+    list(TopologicalSorter(found).static_order())  # raises CycleError
+    assert found["model"] and found["train"] >= {"model", "lora", "data", "sstoken"}  # so that it sees imports at all
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_no_gradient_is_written_by_hand_in_the_six(name):
+    bases = [
+        ast.unparse(base) for node in ast.walk(tree(name)) if isinstance(node, ast.ClassDef) for base in node.bases
+    ]
+    assert not [base for base in bases if base.split(".")[-1] == "Function"]
+
+
+def test_the_model_file_starts_with_its_subject():
+    classes = [node for node in tree("model").body if isinstance(node, ast.ClassDef)]
+    assert classes[0].name == "Config" and classes[0].lineno <= 25
+    assert classes[1].lineno <= 50
+
+
+def test_algorithm_1_fits_on_a_screen():
+    loop = next(
+        n for n in ast.walk(functions("train")["train"]) if isinstance(n, ast.For) and "step" in ast.unparse(n.target)
+    )
+    assert length(loop) <= 50
+    named = " ".join(re.findall(r"# .*Alg\. 1, lines? ([\d, to and]+)", "\n".join(lines("train"))))
+    assert set(map(int, re.findall(r"\d+", named))) >= {2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13}
+    assert not [node for node in ast.walk(loop) if isinstance(node, ast.If)], "a branch in the loop"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "main" in functions(name)])
+def test_a_script_s_main_is_a_page(name):
+    assert length(functions(name)["main"]) <= 60
+
+
+def test_requirements_name_nothing_new():
+    named = set(re.findall(r"^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    known = {"torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow", "tqdm", "matplotlib"}
+    assert named <= known
+
+
+def test_the_first_group_of_help_has_the_ten_flags_that_a_first_reader_needs():
+    parser = train.make_parser()
+    first = [action.option_strings[0] for action in parser.groups["to begin with"]._group_actions]
+    assert len(first) == 10 and {"--model", "--data", "--rho", "--gamma", "--method", "--out"} <= set(first)
+    text = parser.format_help()
+    assert text.index("to begin with") < 320 and max(map(text.index, first)) < text.index("--layer")
