@@ -254,7 +254,7 @@ class Run:
         if args.resume:
             check_arguments(Path(args.out), vars(args), FREE)
         name = f"{Path(args.model).name}-{args.method}"
-        self.folder = open_folder(args.out, name, args.overwrite, args.resume)
+        self.folder, self.trained = open_folder(args.out, name, args.overwrite, args.resume), set()
         content = {"--model": self.weights, "--data": fingerprint_of(examples)}
         self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
         self.record |= {"samples": len(examples), "dropped": dropped}
@@ -282,6 +282,7 @@ class Run:
         checkpoints = Checkpoints(folder, steps, args.checkpoint_every, settings(vars(args), content))
         with writing(folder):
             folder.mkdir(exist_ok=True)
+        self.trained.add(folder)
         self.save()
         with tqdm(total=steps, desc=folder.name, unit="step", disable=not self.first) as bar, checkpoints:
 
@@ -300,8 +301,9 @@ class Run:
 
     def finish(self, seconds: dict[str, float]):
         """Add to the record the `seconds` of each part, and those of the trainings, before a stop and after it."""
-        for what, folder in {"reference": self.folder / "reference", "training": self.folder}.items():
-            seconds[what] = sum(line["seconds"] for line in read_log(folder)) if self.first else 0
+        inner = self.folder / "reference"
+        logs = {"reference": read_log(inner) if inner in self.trained else [], "training": read_log(self.folder)}
+        seconds |= {what: sum(line["seconds"] for line in lines) for what, lines in logs.items()}
         self.record["seconds"] = {what: round(taken, 3) for what, taken in seconds.items()}
         self.save()
 

@@ -133,7 +133,8 @@ def test_the_check_of_the_sources_lets_pass_what_only_looks_alike():
 WATCHED = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-import runs, train
+import train
+from support import command
 def watch(event, arguments):
     if event in ("pickle.find_class", "subprocess.Popen", "webbrowser.open") or event.split(".")[0] == "socket" or (
         event.startswith("os.") and event[3:] in ("system", "exec", "posix_spawn", "spawn", "fork", "forkpty")
@@ -283,7 +284,9 @@ AT_ONCE = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-import runs, train
+import train
+from paper import baselines
+from support import command
 real = baselines.response_losses
 def response_losses(*given):
     found = real(*given)
@@ -351,7 +354,7 @@ def make_targets(folder: Path):
 def test_damaged_files_load_as_what_they_say_or_are_refused(tmp_path, capsys):
     make_targets(tmp_path)
     seed, cases = 0, 300
-    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), str(tmp_path), str(seed), str(cases)]
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "fuzz.py"), str(tmp_path), str(seed), str(cases)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     *lines, last = result.stdout.splitlines()
