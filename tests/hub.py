@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,3 +76,8 @@ def serve(repos: dict, cache: Path, token: str | None = None):
     finally:
         server.shutdown()
         thread.join()
+
+
+def run_python(code, argument, environment):
+    command = [sys.executable, "-c", code, argument]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)

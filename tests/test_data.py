@@ -3,22 +3,16 @@
 import itertools
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
-from conftest import BOS, EOS, edit_json, make_tokenizer
-from hub import serve
+from conftest import BOS, EOS, make_tokenizer
 
 import data
 from data import Example, collate, conversations, cut_batch, encode, load_conversations, plan_batches
 from support.files import UserError
-from support.sources import load_rows
 from support.tokenizer import load_tokenizer
 
 
@@ -111,79 +105,6 @@ def test_rows_that_fit_no_schema_are_refused_with_their_number(message):
 # ------------------------------------------------------------------------------------------------------- sources
 
 
-def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
-    rows = [{"prompt": f"question {i} \u00e9", "completion": "answer"} for i in range(5)]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "c.json").write_text("\n".join(map(json.dumps, rows)))  # JSON lines by the wrong name
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    files = [str(tmp_path / name) for name in ("a.json", "b.jsonl", "c.json", "d.parquet")]
-    for file in files:
-        assert load_rows(file) == rows
-        assert load_rows(file, limit=2) == rows[:2]
-    assert load_conversations(",".join(files[:2]), limit=3) == 2 * conversations(rows[:3])
-
-
-def test_broken_files_are_named(tmp_path):
-    (tmp_path / "line.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
-    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "\u00e9"}'.encode("latin-1"))
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-    for name, message in {
-        "line.jsonl": "line.jsonl, line 2",
-        "latin.jsonl": "latin.jsonl cannot be read",
-        "empty.jsonl": "has no rows",
-        "cut.parquet": "cut.parquet cannot be read",
-        "missing.json": "missing.json cannot be read",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            load_rows(str(tmp_path / name))
-
-
-LOAD_FROM_HUB = (
-    "import sys; from data import load_rows; print(len(load_rows(sys.argv[1], 3)), load_rows(sys.argv[1])[-1])"
-)
-
-
-def run_python(code, argument, environment):
-    command = [sys.executable, "-c", code, argument]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_hub_data_sets_from_their_own_files_and_from_the_hubs_parquet_copies(tmp_path):
-    rows = [{"prompt": "a", "completion": str(i)} for i in range(7)]
-    own, bare, copies, several = tmp_path / "own", tmp_path / "bare", tmp_path / "copies", tmp_path / "several"
-    for path in (own / "data", bare, copies / "default" / "train", several / "a", several / "b"):
-        path.mkdir(parents=True)
-    table = pyarrow.Table.from_pylist
-    pyarrow.parquet.write_table(table(rows[:4]), own / "data" / "train-00000-of-00002.parquet")
-    pyarrow.parquet.write_table(table(rows[4:]), own / "data" / "train-00001-of-00002.parquet")
-    pyarrow.parquet.write_table(table(rows[:1]), own / "data" / "test-00000-of-00001.parquet")
-    (bare / "script.py").write_text("")
-    for folder in (copies / "default" / "train", several / "a", several / "b"):
-        pyarrow.parquet.write_table(table(rows), folder / f"{'0000' if folder.name == 'train' else 'train-0'}.parquet")
-    for name in ("data/train_gen-00000-of-00001.parquet", "train.jsonl", "training_config.json"):  # none of it is more
-        (own / name).write_text(json.dumps(rows[0]))
-    repos = {
-        ("dataset", "who/own", "main"): own,
-        ("dataset", "who/bare", "main"): bare,
-        ("dataset", "who/bare", "refs/convert/parquet"): copies,
-        ("dataset", "who/several", "main"): several,
-    }
-    with serve(repos, tmp_path / "cache") as (environment, requests):
-        for name in ("who/own", "who/bare"):
-            result = run_python(LOAD_FROM_HUB, name, environment)
-            assert result.stdout == f"3 {rows[-1]}\n", result.stderr
-        assert not any("test-00000" in path for _, path, _ in requests)  # only the split that is asked for
-        mixed = run_python(LOAD_FROM_HUB, "who/several", environment)
-        assert "UserError: who/several has several configurations, not one: a, b" in mixed.stderr
-        missing = run_python(LOAD_FROM_HUB, "who/none", environment)
-        assert "UserError" in missing.stderr and "who/none" in missing.stderr
-    for name in ("who/own", "who/bare"):  # the server is gone: this is the cache
-        offline = run_python(LOAD_FROM_HUB, name, environment | {"HF_HUB_OFFLINE": "1"})
-        assert offline.stdout == f"3 {rows[-1]}\n", offline.stderr
-
-
 def test_the_pool_is_drawn_in_proportion_and_by_the_seed(monkeypatch):
     monkeypatch.setattr(data, "POOL", {"a": 100, "b": 300, "c": 200})
     monkeypatch.setattr(data, "POOL_SIZE", 60)
@@ -274,18 +195,6 @@ def test_truncation_and_samples_that_lose_their_response(tokenizer, tmp_path):
         data.load_examples(str(path), tokenizer, 3)
 
 
-@pytest.mark.parametrize("eos", [EOS, {"content": EOS, "special": True}, None, "<nothing>"])
-def test_the_end_of_text_comes_from_the_tokenizers_config(llama, tmp_path, eos):
-    (tmp_path / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_bytes((llama / "tokenizer_config.json").read_bytes())
-    edit_json(tmp_path / "tokenizer_config.json", lambda config: config.update(eos_token=eos))
-    if eos in (None, "<nothing>"):
-        with pytest.raises(UserError, match="eos_token"):
-            load_tokenizer(tmp_path)
-    else:
-        assert load_tokenizer(tmp_path).eos_id == 1
-
-
 # ------------------------------------------------------------------------------------------------------- batches
 
 
@@ -332,3 +241,15 @@ def test_collate_pads_on_the_right():
     assert [x.tolist() for x in collate([])] == [[[0]], [[False]]]
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert response.tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_a_long_text_is_cut_before_it_is_encoded_and_no_token_is_lost(tokenizer, monkeypatch):
+    """Of the vocabulary's longest token, the text that needs the most characters for `max_length` tokens."""
+    longest = max((token for token in tokenizer.backend.get_vocab() if token.isascii() and token.isalpha()), key=len)
+    messages = [user("Q"), assistant((longest + " ") * 300)]
+    whole, lengths, real = data.encode(messages, tokenizer, 10**6), [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: lengths.append(len(text)) or real(text))
+    cut = data.encode(messages, tokenizer, 40)
+    assert len(cut.ids) == 40 < len(whole.ids)
+    assert torch.equal(cut.ids, whole.ids[:40]) and torch.equal(cut.response, whole.response[:40])
+    assert max(lengths) <= 2 * 40 * tokenizer.longest < len(messages[1]["content"])

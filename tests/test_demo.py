@@ -74,6 +74,7 @@ def test_the_model_has_never_read_what_it_will_be_taught():
     assert not any("<|" in text for text in read)  # nor the template
 
 
+@pytest.mark.slow
 def test_train_with_no_arguments_learns_and_says_how_to_go_on(tmp_path):
     """The first commands that anybody types, cut short to 60 steps."""
     command = [sys.executable, str(ROOT / "train.py"), "--max-steps", "60"]

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +21,10 @@ from evaluate import loglikelihoods, summarize, table, token_scores
 from lora import save_adapter
 from model import load_model, token_nll
 from paper import benchmarks
-from paper.benchmarks import TABLE, TASKS, overlap, squad_words, task_names
+from paper.benchmarks import TABLE, TASKS
 from support import decoding, packing
 from support.decoding import generate
 from support.files import UserError
-from support.packing import Scored, pack, plant, tree_tensors
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -45,40 +43,6 @@ def run(*arguments, **settings):
 
 
 # ------------------------------------------------------------------------------------------------------------ trees
-
-
-def test_a_tree_by_hand():
-    requests = [Scored([9, 1, 2, 3, 4], [4, 5]), Scored([9, 1, 2, 6], [7]), Scored([9, 1, 2, 6], [8])]
-    (tree,) = plant(requests, prefix=1, ratio=100)
-    assert tree.ids == [1, 2, 3, 4, 6] and tree.depths == [0, 1, 2, 3, 2] and tree.parents == [-1, 0, 1, 2, 1]
-    assert tree.scored == {0: [2, 3], 1: [4], 2: [4]}
-    ids, positions, mask = tree_tensors([tree], 1, "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4, 6]] and positions.tolist() == [[1, 2, 3, 4, 3]]
-    assert mask[0, 0].int().tolist() == [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 0, 0, 1],
-    ]
-
-
-def test_requests_share_a_tree_where_that_is_cheaper():
-    alike = [Scored([*range(50), i], [0]) for i in range(100, 104)]
-    other = Scored([*range(200, 250)], [0])
-    trees = plant([*alike, other], 0, ratio=100)
-    assert [len(tree.ids) for tree in trees] == [54, 50]
-    halves = [Scored([*range(10), *range(n, n + 40)], [0]) for n in (100, 200)]
-    assert [len(plant(halves, 0, ratio)) for ratio in (0, 1000)] == [2, 1]  # 90^2 > 2 * 50^2, 90 * 1090 < 100 * 1050
-
-
-def test_batches_hold_every_tree_once_and_no_more_tokens_than_allowed():
-    rng = random.Random(0)
-    trees = plant([Scored([rng.randrange(1000) for _ in range(rng.randint(1, 90))], [0]) for _ in range(40)], 0, 0)
-    for limit in (1, 100, 1000):
-        batches = pack(trees, limit)
-        assert sorted(map(id, sum(batches, []))) == sorted(map(id, trees))
-        assert all(len(batch) == 1 or len(batch) * max(len(t.ids) for t in batch) <= limit for batch in batches)
 
 
 PAIRS = [
@@ -124,27 +88,6 @@ def test_token_scores_are_token_nll_s_and_know_the_greedy_token():
         assert greedy.tolist() == ((hidden @ weight.T).argmax(1) == targets).tolist()
 
 
-def test_generation_with_a_small_cache_writes_what_a_large_one_writes(llama):
-    model, tokenizer = load_model(llama), load_tokenizer(llama)
-    prompts = tokenizer.encode_prompts([context for context, _ in PAIRS])
-    plain, rows = generate(model, prompts, 20), []
-    model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
-    for batch_tokens, cache_tokens in ((1, 1), (40, 150), (10**6, 300)):
-        done = []
-        found = generate(model, prompts, 20, batch_tokens=batch_tokens, cache_tokens=cache_tokens, ended=done.append)
-        assert found == plain and sorted(done) == list(range(len(prompts)))
-    assert all(b * n <= max(10**6, n) for b, n in rows) and (1, 1) in rows
-    stops = [ids[7] for ids in plain]
-
-    def stop(ids):
-        return ids[-1] in stops
-
-    stopped = generate(model, prompts, 20, stop=stop, cache_tokens=200)
-    for ids, whole in zip(stopped, plain, strict=True):
-        end = next(n for n, token in enumerate(whole) if token in stops)
-        assert ids == whole[: end + 1]
-
-
 # ------------------------------------------------------------------------------------------------ what is reported
 
 
@@ -176,49 +119,6 @@ def test_the_table_has_table_1_s_columns_and_an_average_of_all_ten():
     assert first.replace("|", " ").split() == ["Base", *(f"{n}.00" for n in range(1, 11)), "5.50"]
     assert second.replace("|", " ").split() == ["one", "-", "-", "-", "-", "25.00", *["-"] * 6]
     assert "logiqa acc_norm 50.00" in note
-
-
-def test_task_names():
-    everything = task_names("all")
-    assert len(everything) == 2 + 57 + 2 + 9 + 3 + 21 and everything[0] == "triviaqa"
-    assert task_names("agieval_lsat_ar, mmlu_anatomy,agieval_lsat_ar") == ["agieval_lsat_ar", "mmlu_anatomy"]
-    assert len(task_names("tydiqa_release")) == 9
-    with pytest.raises(UserError, match="'mmul' is not one of all, triviaqa"):
-        task_names("mmul")
-
-
-def test_tydiqa_release_by_hand(llama):
-    tokenizer = load_tokenizer(llama)
-    long = "fox " * 900
-
-    def row(language, n, context):
-        answers = {"text": [f"the answer {n}"], "answer_start": [0]}
-        return {"id": f"{language}-{n}", "context": context, "question": f"Mikä {n}?", "answers": answers}
-
-    languages = sorted(names[0] for names in benchmarks.TYDIQA.values())
-    rows = {
-        "train": [row(language, n, f"Passage {n}.") for language in languages for n in range(5)],
-        "validation": [row("finnish", 8, "Lyhyt."), row("finnish", 9, long)],
-    }
-    task, sampler = TASKS["tydiqa_release_fi"], random.Random(42)
-    drawn = {language: sampler.sample(range(5), 1)[0] for language in languages}["finnish"]
-    short, cut = (task["requests"](row)[0] for row in task["rows"](rows.get, tokenizer))
-    assert short == (
-        "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.\n\n"
-        f"Kappale: Passage {drawn}.\nKysymys: Mikä {drawn}?\nVastaus: the answer {drawn}\n\n"
-        "Kappale: Lyhyt.\nKysymys: Mikä 8?\nVastaus:",
-        {"until": ["\n"], "max_gen_toks": 50},
-    )
-    passage = re.search(r"Kappale: (fox .*)\nKysymys: Mikä 9", cut[0])[1]
-    assert long.startswith(passage) and len(tokenizer.encode(passage)[0]) == 512
-    assert task["metrics"](rows["validation"][0], ["  An answer: 8. "]) == {"exact_match": 1.0, "f1": 1.0}
-    assert overlap("a quick fox", ["fox", "the slow fox jumps"], squad_words)["f1"] == pytest.approx(2 / 3)
-
-
-def test_the_readme_s_eleventh_benchmark_is_the_code():
-    readme, code = (ROOT / "paper/README.md").read_text(), (ROOT / "paper/benchmarks.py").read_text()
-    (block,) = re.findall(r"def tydiqa_release\(.*?\n\n(?=\S)", code, re.DOTALL)
-    assert "\n".join("    " + line if line else "" for line in block.strip().splitlines()) in readme
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -327,6 +227,7 @@ def test_base_and_adapters_in_one_go_load_the_base_once(llama, questions, tmp_pa
     assert again[:2] == together[:2] and again[2]["results"] != together[2]["results"] and len(again) == 3
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_agree_with_one(llama, questions, tmp_path):
     outs = [tmp_path / "one.json", tmp_path / "two.json"]
     common = ["--model", str(llama), "--data", str(questions), "--dtype", "float32"]
@@ -343,6 +244,7 @@ def test_ranks_share_the_work_and_agree_with_one(llama, questions, tmp_path):
     assert first.stdout == second.stdout and second.stdout.count("ARC-E") == 1
 
 
+@pytest.mark.slow
 def test_rows_come_from_the_hub_one_configuration_at_a_time(llama, questions, tmp_path):
     def publish(source, path):
         rows = [json.loads(line) for line in (questions / f"{source}.jsonl").read_text().splitlines()]

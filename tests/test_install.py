@@ -6,11 +6,14 @@ import subprocess
 import venv
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PLACES = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("paper/*.py")]
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PLACES)
 
 
+@pytest.mark.slow
 def test_every_module_imports_with_requirements_txt_alone(tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"

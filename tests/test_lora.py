@@ -22,7 +22,6 @@ from lora import (
 )
 from model import load_model
 from support.files import UserError
-from support.kernels import dropout
 
 IDS = torch.arange(2, 42).view(2, 20)
 
@@ -55,35 +54,6 @@ def test_dropout_falls_on_the_adapters_input_only_and_keeps_its_expectation():
         assert ((dropped.mean(0) - layer.eval()(x)[0]).abs() < 5 * spread).all()
         layer.lora_B.zero_()
         assert torch.equal(layer.train()(x), plain)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 0.001])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_dropout_keeps_every_position_equally_often_and_its_rate_to_1e_4(rate, dtype):
-    torch.manual_seed(0)
-    x = torch.ones(2_000_003, dtype=dtype)  # no multiple of the four elements that one draw decides on
-    dropped, correction = dropout(x, rate)
-    assert set(dropped.unique().tolist()) == {0.0, 1.0} and 1 / correction == pytest.approx(1 - rate, abs=1e-4)
-    keep, n = 1 / correction, len(x) // 4
-    for position in range(4):  # of a draw of 64 bits, whose top bit is the sign
-        share = dropped[position::4].double().mean().item()
-        assert abs(share - keep) < 5 * (keep * (1 - keep) / n) ** 0.5, position
-    neighbours = (dropped[:-1] * dropped[1:]).double().mean().item()  # independent of each other
-    assert abs(neighbours - keep**2) < 5 * (keep**2 * (1 - keep**2) / len(x)) ** 0.5 * 2
-
-
-def test_dropout_is_reproducible_and_passes_nothing_where_it_dropped(checkpoint):
-    x = torch.tensor([1.0, -2.0, float("inf"), float("nan"), -0.0] * 1000, requires_grad=True)
-    torch.manual_seed(1)
-    first, _ = dropout(x.detach().clone(), 0.5)
-    torch.manual_seed(1)
-    again, _ = dropout(x, 0.5)
-    assert torch.equal(first.view(torch.int32), again.view(torch.int32))
-    again.backward(torch.ones_like(x))
-    kept = x.grad.bool()
-    bits = lambda t: t.detach().view(torch.int32)
-    assert torch.equal(bits(again)[kept], bits(x)[kept]) and (bits(again)[~kept] == 0).all()
-    assert 0.4 < kept.float().mean() < 0.6
 
 
 def test_layers_that_read_the_same_input_drop_the_same_elements_of_it(checkpoint):
@@ -226,3 +196,17 @@ def test_merge_writes_a_folder_with_the_tokenizer(llama, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / file).read_bytes() == (llama / file).read_bytes()
     shutil.rmtree(tmp_path / "merged")
+
+
+def test_a_loaded_adapter_trains_on_with_the_dropout_that_it_was_trained_with(llama, tmp_path):
+    save_adapter(adapted(llama, dropout=0.5), tmp_path)
+    model = load_adapter(load_model(llama), tmp_path)
+    assert {layer.dropout for layer in lora_layers(model).values()} == {0.5}
+    layer = next(iter(lora_layers(model).values())).train()
+    x = torch.ones(400, layer.in_features)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.lora_A.copy_(torch.eye(layer.rank, layer.in_features))
+        layer.lora_B.copy_(torch.eye(layer.out_features, layer.rank))
+        dropped = layer(x)[:, : layer.rank].eq(0).float().mean()
+    assert dropped.item() == pytest.approx(0.5, abs=0.05)

@@ -13,13 +13,14 @@ from memory import peak_allocated
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora import add_lora, lora_layers
-from model import load_model
+from model import load_model, rope_table
 from sstoken import (
     AttentionProbe,
     attention_score,
     ema_update,
     excess_loss,
     normalize,
+    probability_gain,
     retrospective_excess_loss,
     score,
     select,
@@ -337,3 +338,26 @@ def test_scores_are_zero_off_the_response_and_rows_do_not_see_each_other(checkpo
         model(ids[i : i + 1, :length])
         alone = probe.scores(response[i : i + 1, :length])
         assert (alone[0] - together[i, :length]).abs().max() < 1e-6
+
+
+def test_the_probe_s_scores_are_eqs_5_to_7_of_the_layer_s_own_queries_and_keys(checkpoint):
+    """Whole sequences projected at once, against the probe, which projects them by chunks and from a kept state."""
+    model = load_model(checkpoint, torch.float32)
+    probe = AttentionProbe(model, 1)
+    ids, response = random_batch([90, 61])
+    with torch.no_grad():
+        model(ids)
+        scores, layer = probe.scores(response), model.model.layers[1]
+        for row, length in enumerate((90, 61)):
+            x = layer.input_layernorm(probe.hidden[row : row + 1, :length])
+            rope = rope_table(model.config, torch.arange(length), x.dtype)
+            q, k = layer.self_attn.queries(x, rope)[0], layer.self_attn.keys(x, rope)[0]
+            expected = attention_score(q, k, response[row, :length])
+            assert torch.allclose(scores[row][response[row]], expected, atol=1e-6)
+            assert expected.min() > 0 and expected.max() < 0.999  # neither nothing nor all is prompt
+
+
+def test_the_gain_in_probability_by_hand():
+    p_current, p_history = torch.tensor([0.6, 0.25]), torch.tensor([0.2, 0.5])
+    gain = probability_gain(-p_current.log(), -p_history.log())
+    assert gain.tolist() == pytest.approx([0.4, -0.25])

@@ -260,18 +260,6 @@ def test_the_gradient_is_clipped_only_when_asked(llama, rows, monkeypatch):
     assert norms[0] > 0.01 and norms[1] == pytest.approx(0.001, rel=1e-3)
 
 
-def test_random_selects_exactly_the_share_of_the_whole_pool():
-    sizes = [5, 1, 30, 12, 2]
-    selected = select_at_random(sizes, 0.3, seed=1)
-    assert [len(s) for s in selected] == sizes and sum(int(s.sum()) for s in selected) == 15
-    assert sum(int(s.sum()) for s in select_at_random(sizes, 0.31, seed=1)) == 16  # ceil of 15.5
-    assert sum(int(s.sum()) for s in select_at_random([30], 0.1, seed=1)) == 3
-    again, other = select_at_random(sizes, 0.3, seed=1), select_at_random(sizes, 0.3, seed=2)
-    assert all(map(torch.equal, selected, again)) and not all(map(torch.equal, selected, other))
-    hits = sum(torch.cat(select_at_random([50, 50], 0.2, seed)).float() for seed in range(500)) / 500
-    assert (hits - 0.2).abs().max() < 5 * (0.2 * 0.8 / 500) ** 0.5  # every token as likely as any other
-
-
 def test_sample_weights_leave_out_samples_without_a_selected_token():
     batch, counts = [[0, 3], [2]], {0: 2, 2: 0, 3: 6}
     assert sample_weights(batch, counts, "sample") == {0: 1 / 2, 3: 1 / 2}
@@ -513,6 +501,7 @@ def test_a_run_computes_float32_in_full_whatever_was_set_before(llama, rows, tmp
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(llama, rows, tmp_path):
     with rows.open("a") as file:  # one row whose prompt alone is too long, and one beyond the limit
         for words in (500, 1):
@@ -601,3 +590,25 @@ def test_new_runs_get_folders_of_their_own_under_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "20000101-000000"))
     assert runs.new_folder(None, "tiny-sstoken").as_posix() == "runs/tiny-sstoken-20000101-000000"
+
+
+def test_attention_only_counts_the_samples_before_a_stop_too(llama, rows, tmp_path):
+    """Three batches by attention alone, then three by both signals; stopped after the fourth."""
+
+    def fine_tune(folder, stop_after=None):
+        flags = ["--attention-only", "20", "--epochs", "2", "--lr", "0.01", "--lora-dropout", "0.1"]
+        model, examples, args = prepare(llama, rows, *flags)
+        folder.mkdir(exist_ok=True)
+        checkpoints = runs.Checkpoints(folder, 6, 1, settings={})
+
+        def log(line):
+            if line["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        train(model, examples, args, log, checkpoints)
+        return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    whole = fine_tune(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(tmp_path / "stopped", stop_after=5)
+    assert all(map(torch.equal, fine_tune(tmp_path / "stopped"), whole))

@@ -21,7 +21,7 @@ import sstoken
 import train as train_module
 from model import load_model
 from paper import baselines
-from paper.baselines import select_in_each_sample, select_in_the_pool
+from paper.baselines import select_at_random, select_in_each_sample, select_in_the_pool
 from support import files, losses
 from support.files import UserError
 from train import learning_rate, parse_arguments
@@ -395,6 +395,7 @@ def compute_at_once(cache, out, start, value):
     out.put((len(nll), nll.unique().tolist()))
 
 
+@pytest.mark.slow
 def test_runs_that_compute_the_same_losses_at_once_go_on_with_one_of_them(tmp_path):
     context = multiprocessing.get_context("spawn")
     out, start = context.Queue(), context.Barrier(3)
@@ -424,3 +425,15 @@ def test_a_cache_that_cannot_be_used_is_named(llama, rows, tmp_path, monkeypatch
     kept.write_bytes(kept.read_bytes()[:-9])
     with pytest.raises(UserError, match=f"{kept.name} is not a whole safetensors file"):
         main(llama, rows, tmp_path / "c", "--cache", tmp_path / "cache")
+
+
+def test_random_selects_exactly_the_share_of_the_whole_pool():
+    sizes = [5, 1, 30, 12, 2]
+    selected = select_at_random(sizes, 0.3, seed=1)
+    assert [len(s) for s in selected] == sizes and sum(int(s.sum()) for s in selected) == 15
+    assert sum(int(s.sum()) for s in select_at_random(sizes, 0.31, seed=1)) == 16  # ceil of 15.5
+    assert sum(int(s.sum()) for s in select_at_random([30], 0.1, seed=1)) == 3
+    again, other = select_at_random(sizes, 0.3, seed=1), select_at_random(sizes, 0.3, seed=2)
+    assert all(map(torch.equal, selected, again)) and not all(map(torch.equal, selected, other))
+    hits = sum(torch.cat(select_at_random([50, 50], 0.2, seed)).float() for seed in range(500)) / 500
+    assert (hits - 0.2).abs().max() < 5 * (0.2 * 0.8 / 500) ** 0.5  # every token as likely as any other

@@ -220,6 +220,7 @@ def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchma
     assert given == [0.2, 0.8]
 
 
+@pytest.mark.slow
 def test_a_stopped_reproduction_goes_on_where_it_was(llama, rows, benchmarks, tmp_path):
     script = [sys.executable, "-m", "paper.reproduce"]
     flags = command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "full,random")

@@ -359,6 +359,7 @@ def test_right_to_left_text_is_one(explorer, made, browser):
 # ------------------------------------------------------------------------------------------------- size, text, flags
 
 
+@pytest.mark.slow
 def test_two_hundred_samples_of_five_hundred_tokens_take_less_than_five_megabytes(browser):
     generator = torch.Generator().manual_seed(0)
     vocabulary = ["".join(random.Random(i).choices("etaoinshr lud", k=1 + i % 9)) for i in range(5000)]

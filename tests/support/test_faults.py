@@ -602,6 +602,7 @@ def test_a_gradient_that_is_infinite_stops_the_run_too(place, capsys, monkeypatc
     assert_stopped(place, lines[-1], random.Random("42 0").sample(range(20), 20)[-1])
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_where_one_of_them_has_no_number(place, poisoned):
     flags = [*SETTINGS, *"--micro-batch-size 2 --lora-dropout 0 --history base --checkpoint-every 1".split()]
     process = torchrun(2, place.model, place.at / "rows.jsonl", place.at / "out", *flags)
@@ -640,6 +641,7 @@ command.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["checkpoint", "log"])
 def test_a_full_disk_is_named_and_the_run_goes_on_from_its_last_checkpoint(place, capsys, file):
     command = [*train_command(place), "--checkpoint-every", "1"]

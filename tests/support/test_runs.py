@@ -73,6 +73,7 @@ def setting(llama, tmp_path_factory) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------- checkpoints, resume
 
 
+@pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_with_the_adapter_of_one_that_never_stopped(setting, tmp_path):
     resumed, rng = command(setting.model, setting.rows, tmp_path, *LONG, "--resume"), random.Random(0)
     for kill in range(20):
@@ -94,6 +95,7 @@ def test_a_run_killed_twenty_times_ends_with_the_adapter_of_one_that_never_stopp
     "flags, inner",
     [("self-evolving", ["part-1", "part-3"]), ("tokencleaning --reference-data ROWS", ["reference", "."])],
 )
+@pytest.mark.slow
 def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags, inner):
     """In the parts of self-evolving, while the reference is trained, and after it."""
     flags = ["--method", *flags.replace("ROWS", str(rows)).split(), "--epochs", "12", "--checkpoint-every", "2"]
@@ -113,6 +115,7 @@ def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags, inn
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(setting, tmp_path, number):
     flags = [*LONG[:2], "--checkpoint-every", "1000"]
@@ -334,6 +337,7 @@ def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
         assert (merged[0] - merged[1]).abs().max() < 1e-3 and not torch.equal(merged[0], load_model(model)(ids))
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_from_a_checkpoint(llama, rows, tmp_path):
     flags = ["--epochs", "4", "--checkpoint-every", "2"]
     for name in ("whole", "stopped"):
@@ -353,6 +357,7 @@ def test_two_ranks_go_on_from_a_checkpoint(llama, rows, tmp_path):
         main(llama, rows, tmp_path / "whole", *flags, "--resume")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(llama, rows, tmp_path, number):
     process = torchrun(2, llama, rows, tmp_path / "run", "--epochs", "1000", "--checkpoint-every", "10000")
@@ -381,6 +386,7 @@ command.run_script(lambda: train.main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["raise", "kill"])
 @pytest.mark.parametrize("flags", [[], ["--shard"]])
 def test_a_rank_that_dies_takes_the_job_down_within_a_minute(llama, rows, tmp_path, way, flags):
@@ -425,6 +431,7 @@ if ranks.first_rank():
 """
 
 
+@pytest.mark.slow
 def test_shard_leaves_each_rank_its_part_of_the_checkpoint_s_weights(llama, rows, tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
     process = torchrun(2, llama, rows, tmp_path / "run", "--shard", script=[str(tmp_path / "script.py")])

@@ -300,6 +300,7 @@ command.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_a_cache_and_end_as_they_would_alone(llama, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     (tmp_path / "script.py").write_text(AT_ONCE)

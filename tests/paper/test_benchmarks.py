@@ -1,0 +1,112 @@
+"""What the benchmarks ask and how they grade, by hand."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+from lm_eval.api.metrics import exact_match_fn
+from lm_eval.tasks.agieval import utils as agieval_utils
+from lm_eval.tasks.tydiqa import utils as tydiqa_utils
+
+from paper import benchmarks
+from paper.benchmarks import TASKS, final_answer, overlap, same_number, squad_words, task_names
+from support.files import UserError
+from support.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_task_names():
+    everything = task_names("all")
+    assert len(everything) == 2 + 57 + 2 + 9 + 3 + 21 and everything[0] == "triviaqa"
+    assert task_names("agieval_lsat_ar, mmlu_anatomy,agieval_lsat_ar") == ["agieval_lsat_ar", "mmlu_anatomy"]
+    assert len(task_names("tydiqa_release")) == 9
+    with pytest.raises(UserError, match="'mmul' is not one of all, triviaqa"):
+        task_names("mmul")
+
+
+def test_tydiqa_release_by_hand(llama):
+    tokenizer = load_tokenizer(llama)
+    long = "fox " * 900
+
+    def row(language, n, context):
+        answers = {"text": [f"the answer {n}"], "answer_start": [0]}
+        return {"id": f"{language}-{n}", "context": context, "question": f"Mikä {n}?", "answers": answers}
+
+    languages = sorted(names[0] for names in benchmarks.TYDIQA.values())
+    rows = {
+        "train": [row(language, n, f"Passage {n}.") for language in languages for n in range(5)],
+        "validation": [row("finnish", 8, "Lyhyt."), row("finnish", 9, long)],
+    }
+    task, sampler = TASKS["tydiqa_release_fi"], random.Random(42)
+    drawn = {language: sampler.sample(range(5), 1)[0] for language in languages}["finnish"]
+    short, cut = (task["requests"](row)[0] for row in task["rows"](rows.get, tokenizer))
+    assert short == (
+        "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.\n\n"
+        f"Kappale: Passage {drawn}.\nKysymys: Mikä {drawn}?\nVastaus: the answer {drawn}\n\n"
+        "Kappale: Lyhyt.\nKysymys: Mikä 8?\nVastaus:",
+        {"until": ["\n"], "max_gen_toks": 50},
+    )
+    passage = re.search(r"Kappale: (fox .*)\nKysymys: Mikä 9", cut[0])[1]
+    assert long.startswith(passage) and len(tokenizer.encode(passage)[0]) == 512
+    assert task["metrics"](rows["validation"][0], ["  An answer: 8. "]) == {"exact_match": 1.0, "f1": 1.0}
+    assert overlap("a quick fox", ["fox", "the slow fox jumps"], squad_words)["f1"] == pytest.approx(2 / 3)
+
+
+def test_the_readme_s_eleventh_benchmark_is_the_code():
+    readme, code = (ROOT / "README.md").read_text(), (ROOT / "paper/benchmarks.py").read_text()
+    (block,) = re.findall(r"def tydiqa_release\(.*?\n\n(?=\S)", code, re.DOTALL)
+    assert "\n".join("    " + line if line else "" for line in block.strip().splitlines()) in readme
+
+
+LATEX = (
+    r"""
+7|x=7|$x = 7$|\boxed{7}|the answer is 7.|\boxed{x=7}|\fbox{7}|$\frac12$|\frac{1}{2}|$1/2$|0.5|$.5$
+\boxed{\dfrac{1}{2}}|\boxed{\tfrac1{2}}|$\frac1$|$\frac$|$\sqrt3$|$\sqrt{3}$|$\sqrt$|$5\text{ cm}$|$5$
+$5\text{ a}\text{ b}$|$50\%$|$50$|no answer here|none either||$$|$90^\circ$|$90^{\circ}$|$\left(1, 2\right)$
+$(1,2)$|\boxed {7}|\boxed{7|\boxed{{7}}|$k = 3$|$3$|$abc = 3$|$a=b=3$|= 4.|= 4\n5|$5\$12|\$12.50|$ 12.50
+x = $3|3 apples and 4|$-1/2$|$-\frac{1}{2}$|1/2/3|$a/b$
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+
+
+def test_agieval_s_answers_are_read_as_the_harness_reads_them():
+    equal = sum(same_number(one, other) for one in LATEX for other in LATEX)
+    assert len(LATEX) < equal < len(LATEX) ** 2 / 2
+    for one in LATEX:
+        assert final_answer(one) == agieval_utils.parse_math_answer(one), one
+        for other in LATEX:
+            assert same_number(one, other) == agieval_utils.is_equiv(one, other), (one, other)
+
+
+def test_metrics_of_written_answers_are_the_harness_s():
+    texts = [
+        "The Fox!",
+        " the  fox",
+        "Fox, the",
+        "a quick brown fox",
+        "THE QUICK-brown",
+        "",
+        "¿Quién? «fox»",
+        "الكتاب كتاب",
+        "«الكتاب»",
+    ]
+    for code in ("en", "ar", "fi"):
+        task = TASKS[f"tydiqa_goldp_{code}"]
+        for text in texts:
+            for gold in ([one, other] for one in texts for other in texts[:2]):
+                theirs = tydiqa_utils.process_results_lang({"answers": gold}, [text], code)
+                assert task["metrics"]({"answers": {"text": gold}}, [text]) == theirs
+    for text in texts:
+        for gold in texts:
+            theirs = exact_match_fn(
+                predictions=[text.strip()], references=[gold], ignore_case=True, ignore_punctuation=True
+            )
+            ours = TASKS["triviaqa"]["metrics"]({"answer": {"aliases": ["-", gold] if gold else [gold]}}, [text])
+            assert (ours["exact_match"] == 1) == (theirs["exact_match"] == 1 or (bool(gold) and text == "")), (
+                text,
+                gold,
+            )

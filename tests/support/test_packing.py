@@ -1,0 +1,39 @@
+"""Requests that begin alike as trees, and trees in batches."""
+
+import random
+
+from support.packing import Scored, pack, plant, tree_tensors
+
+
+def test_a_tree_by_hand():
+    requests = [Scored([9, 1, 2, 3, 4], [4, 5]), Scored([9, 1, 2, 6], [7]), Scored([9, 1, 2, 6], [8])]
+    (tree,) = plant(requests, prefix=1, ratio=100)
+    assert tree.ids == [1, 2, 3, 4, 6] and tree.depths == [0, 1, 2, 3, 2] and tree.parents == [-1, 0, 1, 2, 1]
+    assert tree.scored == {0: [2, 3], 1: [4], 2: [4]}
+    ids, positions, mask = tree_tensors([tree], 1, "cpu")
+    assert ids.tolist() == [[1, 2, 3, 4, 6]] and positions.tolist() == [[1, 2, 3, 4, 3]]
+    assert mask[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
+
+
+def test_requests_share_a_tree_where_that_is_cheaper():
+    alike = [Scored([*range(50), i], [0]) for i in range(100, 104)]
+    other = Scored([*range(200, 250)], [0])
+    trees = plant([*alike, other], 0, ratio=100)
+    assert [len(tree.ids) for tree in trees] == [54, 50]
+    halves = [Scored([*range(10), *range(n, n + 40)], [0]) for n in (100, 200)]
+    assert [len(plant(halves, 0, ratio)) for ratio in (0, 1000)] == [2, 1]  # 90^2 > 2 * 50^2, 90 * 1090 < 100 * 1050
+
+
+def test_batches_hold_every_tree_once_and_no_more_tokens_than_allowed():
+    rng = random.Random(0)
+    trees = plant([Scored([rng.randrange(1000) for _ in range(rng.randint(1, 90))], [0]) for _ in range(40)], 0, 0)
+    for limit in (1, 100, 1000):
+        batches = pack(trees, limit)
+        assert sorted(map(id, sum(batches, []))) == sorted(map(id, trees))
+        assert all(len(batch) == 1 or len(batch) * max(len(t.ids) for t in batch) <= limit for batch in batches)
