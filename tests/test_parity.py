@@ -187,7 +187,7 @@ def questions(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["adds BOS", "adds no BOS"])
+@pytest.fixture(scope="module", params=["adds BOS", pytest.param("adds no BOS", marks=pytest.mark.slow)])
 def both_evaluators(request, questions, tmp_path_factory):
     """The harness and our model, on a checkpoint that reads 512 tokens: many contexts here are longer."""
     folder = make_checkpoint(tmp_path_factory.mktemp("both"), "llama", adds_bos=request.param == "adds BOS")

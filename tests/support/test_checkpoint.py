@@ -167,7 +167,14 @@ print((peak_memory_mb(torch.device("cpu")) - before) / weights)
 """
 
 
-@pytest.mark.parametrize("stored, wanted", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "stored, wanted",
+    [
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
+        ("bfloat16", "bfloat16"),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_loading_peaks_at_1_3_times_the_weights(tmp_path, stored, wanted):
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 50000}
     make_checkpoint(tmp_path, "llama", num_attention_heads=16, **wide)

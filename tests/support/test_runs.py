@@ -286,16 +286,21 @@ def torchrun(ranks, *given, script=None, **options):
     [
         ("llama", []),
         ("llama", ["--shard", "--merge"]),
-        ("qwen2", ["--shard", "--layer", "0", "--gradient-checkpointing", "--method", "sstoken"]),
-        ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
-        ("llama", ["--method", "self-evolving", "--merge"]),
-        ("qwen3", ["--method", "self-evolving", "--shard"]),
-        (
-            "qwen2",
-            ["--shard", "--method", "tokencleaning", "--rho", "0.3", "--reference-data", "ROWS", "--cache", "CACHE"],
-        ),
-        ("llama", ["--shard", "--history", "base", "--micro-batch-size", "8", "--cache", "CACHE"]),
         ("qwen3", ["--shard", "--method", "rho1", "--excess", "current", "--reference", "OTHER"]),
+        *(
+            pytest.param(family, flags, marks=pytest.mark.slow)
+            for family, flags in [
+                ("qwen2", ["--shard", "--layer", "0", "--gradient-checkpointing", "--method", "sstoken"]),
+                ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
+                ("llama", ["--method", "self-evolving", "--merge"]),
+                ("qwen3", ["--method", "self-evolving", "--shard"]),
+                (
+                    "qwen2",
+                    "--shard --method tokencleaning --rho 0.3 --reference-data ROWS --cache CACHE".split(),
+                ),
+                ("llama", ["--shard", "--history", "base", "--micro-batch-size", "8", "--cache", "CACHE"]),
+            ]
+        ),
     ],
 )
 def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):

@@ -31,9 +31,8 @@ from support.checkpoint import save_model
 from support.files import UserError, write_json
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(
-    path for part in (".", "support", "paper", "demo", "results/noise") for path in (ROOT / part).glob("*.py")
-)
+FOLDERS = ("support", "paper", "demo", "results")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 
 # ------------------------------------------------------------------------------------------- what the sources use
 
