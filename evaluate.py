@@ -51,7 +51,8 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | N
         logits, target_logit = centred_logits(rows[0], weight, rows[1])
         largest = logits.amax(dim=1, keepdim=True)
         greedy.append((target_logit == largest).squeeze(1))
-        log_p.append((target_logit - largest - logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log()).squeeze(1))
+        total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        log_p.append((target_logit - largest - total.log()).squeeze(1))
     return torch.cat(log_p), torch.cat(greedy)
 
 

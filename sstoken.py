@@ -100,7 +100,8 @@ class History:
 # ---------------------------------------------------------------------------------------------- attention score
 
 
-QUERY_CHUNK = {"cpu": 32, "cuda": 256}  # queries at a time: the softmax of 24 heads over 2048 keys takes 6 or 50 MB
+# Queries at a time: the softmax of 24 heads over 2048 keys then takes 6 or 50 MB
+QUERY_CHUNK = {"cpu": 32, "cuda": 256}
 
 
 def _attention_to_prompt(q: Tensor, k: Tensor, positions: Tensor, prompt: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def train(
     `checkpoints` the run goes on from the newest, and leaves others behind. `frozen` holds the losses that the
     baselines rank by, or that ssToken's history need not compute again; the adapters are new ones then.
     """
-    device, frozen, checkpoints = model.lm_head.weight.device, frozen or Frozen(), checkpoints or runs.Checkpoints()
+    frozen, checkpoints = frozen or Frozen(), checkpoints or runs.Checkpoints()
+    device = model.lm_head.weight.device
     sizes = [int(e.response.sum()) for e in examples]
     steps = plan_steps([len(e.ids) for e in examples], args, device)
     adapters = [p for p in model.parameters() if p.requires_grad]
