@@ -124,3 +124,25 @@ def test_the_first_group_of_help_has_the_ten_flags_that_a_first_reader_needs():
     assert len(first) == 10 and {"--model", "--data", "--rho", "--gamma", "--method", "--out"} <= set(first)
     text = parser.format_help()
     assert text.index("to begin with") < 320 and max(map(text.index, first)) < text.index("--layer")
+
+
+def test_the_readme_says_the_size_of_the_six_and_stays_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    assert f"six files, {sum(len(lines(name)) for name in SIX):,} lines" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("readme", ["README.md", "paper/README.md", "support/README.md", "results/README.md"])
+def test_what_a_readme_links_to_and_names_is_there(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text):
+        path = (ROOT / readme).parent / target if target else ROOT / readme
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"(?m)^#+ (.*)", path.read_text(encoding="utf-8"))
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    for name in re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", text):
+        assert f"def {name}" in tests, name
+    for path in re.findall(r"python (\S+\.py)|`((?:tests|demo|support|paper)/[\w/]+\.\w+)`", text):
+        assert (ROOT / "".join(path)).exists(), path
