@@ -314,3 +314,9 @@ def test_what_is_measured_by_hand():
     assert found["attention"] == {"auroc": 2 / 3, "noise_selected": 1 / 3}
     assert found["excess loss"]["auroc"] == pytest.approx(2.5 / 3)
     assert found["probability"]["auroc"] == pytest.approx(2 / 3)  # e^-3 - e^-9 is little, but more than nothing
+
+
+def test_a_figure_without_matplotlib_is_one_line_that_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(UserError, match="figures need matplotlib: pip install matplotlib"):
+        reproduce.new_figure()
