@@ -232,7 +232,7 @@ def load_model(
     model.tie_weights()
     model.folder, model.name_or_path, model.revision = folder, str(name_or_path), revision
     if torch.device(device).type != "meta":
-        files.read_weights(model)
+        files.read_weights(model, stored)
     return model.eval()
 
 

@@ -99,7 +99,6 @@ class History:
 
 # ---------------------------------------------------------------------------------------------- attention score
 
-
 # Queries at a time: the softmax of 24 heads over 2048 keys then takes 6 or 50 MB
 QUERY_CHUNK = {"cpu": 32, "cuda": 256}
 

@@ -349,33 +349,20 @@ def join_adapters(folders: list[Path], folder: Path):
 def add_flags(parser):
     """The flags of the reference model."""
     add = parser.group("reference model (rho1, tokencleaning)")
-    add(
-        "--reference",
-        metavar="DIR",
-        help="the reference of Eq. 2: an adapter of --model (a run's folder), or a whole model with the same tokenizer",
-    )
-    add(
-        "--reference-data",
-        metavar="SOURCE[,SOURCE...]",
+    # fmt: off
+    add("--reference", metavar="DIR",
+        help="the reference of Eq. 2: an adapter of --model (a run's folder), or a whole model with the same tokenizer")
+    add("--reference-data", metavar="SOURCE[,SOURCE...]",
         help="train the reference first, as --method full does (with this method's --loss-mean), on these rows, into "
-        "OUT/reference",
-    )
-    add(
-        "--reference-top",
-        type=int,
-        bound="at least 1",
-        metavar="K",
+        "OUT/reference")
+    add("--reference-top", type=int, bound="at least 1", metavar="K",
         help="train it on the K best-rated rows of --reference-data (default: of --data); Sec. 4.1: 10000 of the pool. "
-        "With --method full: train on those of --data, and so make a reference",
-    )
+        "With --method full: train on those of --data, and so make a reference")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
-    add(
-        "--excess",
-        choices=("static", "current"),
-        default="static",
+    add("--excess", choices=("static", "current"), default="static",
         help="for rho1: excess loss of the base model over the reference, as the paper's baselines were run, or of the "
-        "current model, as in the paper of RHO-1",
-    )
+        "current model, as in the paper of RHO-1")
+    # fmt: on
 
 
 def check_reference(args: argparse.Namespace):

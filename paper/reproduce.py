@@ -335,36 +335,38 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = command.ArgumentParser("The paper's tables and figures: methods x seeds, trained and evaluated.")
     # fmt: off
-    add = parser.add_argument_group("table (Sec. 4)").add_argument
+    add = parser.group("table (Sec. 4)")
     add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
         help="1: methods, with Figure 2. 2: the attention's layer. 3: gamma, with Figure 3a. 4: rho, with Figure 3b. "
         "5: methods x rho")
     add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
-    add("--rho", type=float, help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 "
-        "for others, as in Sec. 4.2")
+    add("--seeds", type=int, bound="above 0", default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
+    add("--rho", type=float, bound="in (0, 1]",
+        help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 for others, as in "
+        "Sec. 4.2")
     add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
-    add = parser.add_argument_group("training").add_argument
+    add = parser.group("training")
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--data", default=RELEASED_POOL, metavar="SOURCE[,SOURCE...]", help="what is trained on, as train.py takes it")
-    add("--limit", type=int, metavar="N", help="train on the first N rows of each source")
-    add("--max-steps", type=int, metavar="N", help="stop each training after N optimizer steps")
+    add("--limit", type=int, bound="above 0", metavar="N", help="train on the first N rows of each source")
+    add("--max-steps", type=int, bound="above 0", metavar="N", help="stop each training after N optimizer steps")
     add("--reference-data", metavar="SOURCE[,SOURCE...]", help="rows of the reference model; default: those of --data")
-    add("--reference-limit", type=int, metavar="N", help="train the reference on the first N rows of each source")
-    add("--reference-top", type=int, metavar="K",
+    add("--reference-limit", type=int, bound="above 0", metavar="N",
+        help="train the reference on the first N rows of each source")
+    add("--reference-top", type=int, bound="above 0", metavar="K",
         help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
-    add = parser.add_argument_group("evaluation (Appendix A.2)").add_argument
+    add = parser.group("evaluation (Appendix A.2)")
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
     add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows; default: the hub's data sets")
-    add("--eval-limit", type=float, metavar="N", help="the first N rows of each task; below 1: this share of them")
-    add = parser.add_argument_group("machine").add_argument
+    add("--eval-limit", type=float, bound="above 0", metavar="N",
+        help="the first N rows of each task; below 1: this share of them")
+    add = parser.group("machine")
     add("--launcher", metavar="COMMAND", help="what starts train.py and evaluate.py instead of Python, such as "
         "'torchrun --nproc_per_node 8'")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
-    add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
     # fmt: on
+    command.add_machine_flags(parser)
     args = parser.parse_args(argv)
     args.flags = flags
     args.machine = ["--dtype", args.dtype, "--device", args.device]
@@ -372,12 +374,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if taken := [flag for flag in flags if flag.split("=")[0] in OURS]:
         raise UserError(f"{taken[0]} after -- would undo what reproduce.py sets for each cell")
     args.rho = paper_rho(args.model) if args.rho is None else args.rho
-    if not 0 < args.rho <= 1:
-        raise UserError(f"--rho is {args.rho}; it must be in (0, 1]")
-    for name in ("seeds", "limit", "max_steps", "reference_limit", "reference_top", "eval_limit"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     names = task_names(args.tasks)
     args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
     if not args.asked:

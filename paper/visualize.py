@@ -253,7 +253,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked: a value that cannot work is a UserError that names its flag."""
     parser = command.ArgumentParser("Write the token explorer: one page that shows which tokens are selected, and why.")
     # fmt: off
-    add = parser.add_argument_group("models").add_argument
+    add = parser.group("models")
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--adapter", action="append", default=[], metavar="DIR",
@@ -262,19 +262,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="a reference model, as train.py's, for excess loss (Eq. 2): an adapter, or a whole model")
     add("--layers", default="deep",
         help="decoder layers whose attention is held: shallow, medium, deep (Table 2) or numbers, comma-separated")
-    add = parser.add_argument_group("data").add_argument
+    add = parser.group("data")
     add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows to show, as train.py's --data")
     add("--limit", type=int, default=50, metavar="N", help="the first N rows of each source")
     add("--max-length", type=int, default=2048, help="cut samples to this many tokens (Appendix A.3)")
-    add = parser.add_argument_group("output").add_argument
+    add = parser.group("output")
     add("--out", metavar="FILE", help="the page to write; default: explorer.html")
     add("--text", action="store_true", help="print highlighted text instead; colours follow NO_COLOR")
     add("--gamma", type=float, default=0.5, help="weight of REL that the page starts with (Eq. 9), in hundredths")
     add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
-    add = parser.add_argument_group("machine").add_argument
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights and activations")
-    add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
     # fmt: on
+    command.add_machine_flags(parser)
     args = parser.parse_args(argv)
     bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
     for flag, fits in bounds.items():

@@ -242,9 +242,8 @@ def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, 
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module):
-    """Fill the weights of `model` from its checkpoint; of a sharded one (FSDP2), the rows that this rank holds."""
-    files = find_tensors(model.folder)
+def read_weights(model: nn.Module, files: dict[str, Path]):
+    """Fill the weights of `model` from `files`, as `find_tensors`; of a sharded one (FSDP2), the rows of this rank."""
     for name, parameter in model.named_parameters():
         if name not in files:  # an adapter's
             continue

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor, distributed, nn
 
-from support.checkpoint import read_weights
+from support.checkpoint import find_tensors, read_weights
 from support.machine import cores, find_device
 
 
@@ -85,19 +85,15 @@ def shard(model: nn.Module, probed: nn.Module, device: torch.device):
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=adapters)
     model.to_empty(device=device)
     model.tie_weights()
-    read_weights(model)
+    read_weights(model, find_tensors(model.folder))
 
 
 def add_flags(parser):
     """What a model that is larger than one device's memory needs."""
     add = parser.group("machine")
-    add(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="keep only each layer's input for the backward pass: the same result, less memory, about a third slower",
-    )
-    add(
-        "--shard",
-        action="store_true",
-        help="under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device",
-    )
+    # fmt: off
+    add("--gradient-checkpointing", action="store_true",
+        help="keep only each layer's input for the backward pass: the same result, less memory, about a third slower")
+    add("--shard", action="store_true",
+        help="under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device")
+    # fmt: on

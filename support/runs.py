@@ -370,30 +370,16 @@ def add_flags(parser):
     """The flags of a run's folder, and of how it goes on after a stop."""
     add = parser.group("folder of the run")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add(
-        "--checkpoint-every",
-        type=int,
-        bound="at least 1",
-        metavar="N",
-        help="steps between two checkpoints, of which OUT keeps the last two; default: a tenth of the run",
-    )
-    add(
-        "--snapshot-every",
-        type=int,
-        bound="at least 1",
-        metavar="N",
-        help="keep the adapter as it is after every N steps, in OUT/step-...: paper.visualize shows them one by one",
-    )
-    add(
-        "--resume",
-        action="store_true",
+    # fmt: off
+    add("--checkpoint-every", type=int, bound="at least 1", metavar="N",
+        help="steps between two checkpoints, of which OUT keeps the last two; default: a tenth of the run")
+    add("--snapshot-every", type=int, bound="at least 1", metavar="N",
+        help="keep the adapter as it is after every N steps, in OUT/step-...: paper.visualize shows them one by one")
+    add("--resume", action="store_true",
         help="go on from the newest checkpoint in --out, with the same adapter in the end as a run that never stopped; "
-        "where there is none, start",
-    )
+        "where there is none, start")
     add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
-    add(
-        "--cache",
-        metavar="DIR",
+    add("--cache", metavar="DIR",
         help="keep the per-token losses of frozen models there, and take from there what earlier runs on the same "
-        "weights and rows have kept; several runs may share it",
-    )
+        "weights and rows have kept; several runs may share it")
+    # fmt: on
