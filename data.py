@@ -1,7 +1,8 @@
 """What a model is trained on: rows -> messages -> (ids, response mask) -> batches, and the paper's data pool.
 
-Three steps, one section each: turn rows of any known schema into messages, encode messages in the template of Appendix
-A.1 with a mask of the supervised tokens, group the samples into batches. Files and the hub: support/sources.py.
+Three steps, one section each: get the conversations of sources, encode them in the template of Appendix A.1 with a mask
+of the supervised tokens, group the samples into batches. Files and the hub: support/sources.py; what the columns of a
+row say: support/schemas.py.
 """
 
 import itertools
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from support.files import UserError
-from support.sources import best_rated, build_trees, load_rows
+from support.schemas import Message, conversations
+from support.sources import Account, best_rated, load_rows, source_names
 from support.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Tokenizer", "load_rows", "load_tokenizer"]  # what others expect here too
+__all__ = ["Tokenizer", "conversations", "load_rows", "load_tokenizer"]  # what others expect here too
 
 # ------------------------------------------------------------------------------------------------------- sources
 
@@ -33,154 +35,35 @@ POOL = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ messages
-
-Message = dict  # {"role": "system" | "user" | "assistant", "content": str}
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-
-
-def _turn(role, content) -> Message:
-    role = ROLES.get(role, role)
-    if role not in ("system", "user", "assistant"):
-        raise UserError(f"role {role!r} is not system, user or assistant")
-    if not isinstance(content, str):
-        raise UserError(f"the {role}'s content is {type(content).__name__}, not text")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the {role}'s content holds half of a surrogate pair, which is no character") from None
-    return {"role": role, "content": content}
-
-
-def _exchange(prompt: str, extra: str | None, answer: str) -> list[Message]:
-    """One question and its answer; `extra` (Alpaca's input, Dolly's context) follows the question on its own line."""
-    question = _turn("user", prompt)
-    if extra:
-        question["content"] += "\n" + _turn("user", extra)["content"]
-    return [question, _turn("assistant", answer)]
-
-
-def _from_messages(row: dict) -> list[Message]:
-    return [_turn(turn.get("role"), turn.get("content")) for turn in row["messages"]]
-
-
-def _from_completion(row: dict) -> list[Message]:
-    if isinstance(row["prompt"], list):  # the conversational form: two lists of messages
-        return _from_messages({"messages": row["prompt"] + row["completion"]})
-    return _exchange(row["prompt"], None, row["completion"])
-
-
-def _from_sharegpt(row: dict) -> list[Message]:
-    turns = row["conversations"]
-    return [_turn(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
-
-
-# Columns that tell a schema -> its row as messages. The first whose columns are all there is taken.
-SCHEMAS = {
-    ("messages",): _from_messages,
-    ("conversations",): _from_sharegpt,
-    ("prompt", "completion"): _from_completion,
-    # Alpaca, then Dolly
-    ("instruction", "output"): lambda row: _exchange(row["instruction"], row.get("input"), row["output"]),
-    ("instruction", "response"): lambda row: _exchange(row["instruction"], row.get("context"), row["response"]),
-}
-KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
-TREE = ("prompt",)  # OpenAssistant, a tree a row
-TREE_COLUMNS = {"message_id", "parent_id", "text", "role"}  # OpenAssistant, one message a row
-
-
-def tree_conversations(root: dict) -> Iterator[list[Message]]:
-    """Every root-to-leaf path of an OpenAssistant tree along the best-ranked replies, each path one conversation.
-
-    Of several assistant replies the one ranked best (lowest; unranked last) is followed, of several user replies each
-    one. Deleted messages are left out; a question that nobody answered is cut off the end of its path.
-    """
-    found = []
-
-    def walk(node, path):
-        path = path + [_turn(node["role"], node["text"])]
-        replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
-        if path[-1]["role"] == "user":  # so the replies are the assistant's
-            replies.sort(key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
-            replies = replies[:1]
-        for reply in replies:
-            walk(reply, path)
-        if not replies:
-            path = path[:-1] if path[-1]["role"] == "user" else path
-            if path and path not in found:
-                found.append(path)
-
-    if not root.get("deleted"):
-        walk(root, [])
-    # an unanswered question leaves the head of a longer path behind
-    return (path for path in found if not any(other[: len(path)] == path and other != path for other in found))
-
-
-def conversations(rows: list[dict], source: str = "data") -> list[list[Message]]:
-    """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
-
-    Schemas: messages; prompt/completion; Alpaca; Dolly; ShareGPT; OpenAssistant (whole trees, or a message a row).
-    Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them, or
-    another than the rows before it.
-    """
-    if all(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
-        try:
-            rows = [{"prompt": root} for root in build_trees(rows)]
-        except TypeError as reason:
-            raise UserError(f"{source}: a message_id or parent_id is no text ({reason})") from None
-    found, first = [], None
-    for number, row in enumerate(rows, 1):
-        try:
-            schema = find_schema(row)
-            if schema != (first := first or schema):
-                found_columns = f"columns {', '.join(sorted(row))}, row 1 has {'/'.join(first)}"
-                raise UserError(f"{found_columns}: a source is to hold one schema ({KNOWN})")
-            found += tree_conversations(row["prompt"]) if schema == TREE else [SCHEMAS[schema](row)]
-        except UserError as reason:
-            raise UserError(f"{source}, row {number}: {reason}") from None
-        except (AttributeError, TypeError, KeyError) as reason:
-            what = f"{'/'.join(schema)} does not hold what this schema has there"
-            raise UserError(f"{source}, row {number}: {what} ({type(reason).__name__}: {reason})") from None
-    return found
-
-
-def find_schema(row: dict) -> tuple[str, ...]:
-    """The columns that tell which schema a row is of; UserError with its columns if it is of none."""
-    if not isinstance(row, dict):
-        raise UserError(f"a {type(row).__name__}, not an object with columns")
-    if isinstance(row.get("prompt"), dict):
-        return TREE
-    for columns in SCHEMAS:
-        if row.keys() >= set(columns):
-            return columns
-    raise UserError(f"columns {', '.join(sorted(row))} fit no schema ({KNOWN})")
-
-
 def load_conversations(
-    sources: str, limit: int | None = None, seed: int = 42, top: int | None = None, rating_field: str = "score"
+    sources: str,
+    limit: int | None = None,
+    seed: int = 42,
+    top: int | None = None,
+    rating_field: str = "score",
+    account: Account | None = None,
 ) -> list[list[Message]]:
     """The conversations of comma-separated sources, one source after the other; `limit` holds for each source.
 
     The source `pool` draws POOL_SIZE conversations from the five sets of POOL, seeded, each in proportion to its size.
     With `top`, only the rows that are rated best are taken, `top` of all sources together, in the order they stand in.
     """
-    found, names = [], [source.strip() for source in sources.split(",") if source.strip()]
-    if not names:
-        raise UserError(f"--data names no source: {sources!r}")
+    found, names, account = [], source_names(sources), account or Account()
     if top:
         if "pool" in names:
             raise UserError("the rows of pool are not rated: name rated sources")
-        rows = best_rated({source: load_rows(source, limit) for source in names}, top, rating_field)
-        return [found for source in names if rows[source] for found in conversations(rows[source], source)]
+        rows = {source: load_rows(source, limit, account) for source in names}
+        rows = best_rated(rows, top, rating_field, account)
+        return [turns for source in names if rows[source] for turns in conversations(rows[source], source, account)]
     for source in names:
         if source != "pool":
-            found += conversations(load_rows(source, limit), source)
+            found += conversations(load_rows(source, limit, account), source, account)
             continue
         total, taken, drawn = sum(POOL.values()), 0, 0
         for name, size in POOL.items():
             taken, before = taken + size, drawn
             drawn = round(POOL_SIZE * taken / total)
-            candidates = conversations(load_rows(name), name)
+            candidates = conversations(load_rows(name), name, account)
             if len(candidates) < drawn - before:
                 raise UserError(f"{name} has {len(candidates)} conversations, the pool needs {drawn - before}")
             found += random.Random(f"{name} {seed}").sample(candidates, drawn - before)[:limit]
@@ -225,9 +108,10 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
     for message in messages:
         text += f"<|{message['role']}|>\n"
         if message["role"] == "assistant":
-            append(text + message["content"].strip(), len(text))
+            supervised = message.get("weight", 1) != 0
+            append(text + message["content"].strip(), len(text) if supervised else reach)
             ids.append(tokenizer.eos_id)
-            response.append(True)
+            response.append(supervised)
             text = "\n"
         else:
             text += message["content"].strip() + "\n"
@@ -244,17 +128,21 @@ def load_examples(
     seed: int = 42,
     top: int | None = None,
     rating_field: str = "score",
+    account: Account | None = None,
 ) -> tuple[list[Example], int]:
     """Every sample of `sources` that keeps a response token within `max_length`, and how many did not.
 
-    The last four arguments are `load_conversations`'.
+    The arguments from `limit` on are `load_conversations`'; the account also counts samples that were cut.
     """
-    found = load_conversations(sources, limit, seed, top, rating_field)
-    examples = [encode(messages, tokenizer, max_length) for messages in found]
-    kept = [example for example in examples if example.response.any()]
+    account = account or Account()
+    found = load_conversations(sources, limit, seed, top, rating_field, account)
+    examples = [encode(messages, tokenizer, max_length + 1) for messages in found]  # one more tells what is cut
+    kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
-    return kept, len(examples) - len(kept)
+    account.dropped += len(examples) - len(kept)
+    account.cut += sum(len(e.ids) > max_length for e in kept)
+    return [Example(e.ids[:max_length], e.response[:max_length]) for e in kept], len(examples) - len(kept)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from support.start import run_script
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +28,8 @@ from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
 from support import machine, ranks, runs
-from support.command import ArgumentParser, add_machine_flags, cell, run_script
+from support.checkpoint import find_adapter, read_adapter
+from support.command import ArgumentParser, add_machine_flags, cell
 from support.decoding import SharedPrefix, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
@@ -70,7 +73,8 @@ def loglikelihoods(
     rank answers its share and all get all answers. Raises UserError for a continuation without tokens, or with more
     than the model reads.
     """
-    device, requests = model.lm_head.weight.device, encode_pairs(tokenizer, pairs, model.config.max_position_embeddings)
+    device, config = model.lm_head.weight.device, model.config
+    requests = encode_pairs(tokenizer, pairs, config.max_position_embeddings, config.vocab_size)
     if not requests:
         return []
     prefix = shared_prefix(requests)
@@ -106,7 +110,7 @@ def generations(
     "max_gen_toks" (default: 256) bounds an answer's tokens; a context is cut on the left to leave room for them.
     Under torchrun as `loglikelihoods`.
     """
-    answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests])
+    answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests], model.config.vocab_size)
     indices = ranks.share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[requests[i][0]]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until = list(same), settings["until"]
@@ -269,12 +273,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.group("model")
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
-    add("--adapter", action="append", default=[], metavar="DIR",
+    add("--adapter", action="append", default=[], metavar="NAME|DIR",
         help="a LoRA adapter in peft's format, such as a run's folder; give several to evaluate the base and each")
     add = parser.group("tasks and data (Appendix A.2)")
     add("--tasks", default="all",
         help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten. instructions: rows of your "
-        "own, DATA/instructions.test.jsonl, in any schema that train.py reads; is the answer to each the right one?")
+        "own, DATA/instructions.test.jsonl, in any schema that train.py reads; right if its column answer stands in "
+        "what is written, as whole words or numbers; where there is no such column, if that is the output")
     add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
     add("--limit", type=float, bound="above 0", metavar="N",
         help="the first N rows of each task; below 1: this share of them")
@@ -302,10 +307,10 @@ def main(argv: list[str] | None = None):
     folder = Path(args.data) if args.data else None
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
-
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the embedding {model.config.vocab_size}"
-        raise UserError(f"{args.model}: the tokenizer has {sizes}")
+    for adapter in args.adapter:  # all of them before the first is evaluated
+        read_adapter(find_adapter(adapter), lora.decoder_linears(model))
+    if any(isinstance(asked.requests[0][0][1], dict) for asked in questions.values()):
+        generation_settings(model, tokenizer)
 
     records = []
     try:
@@ -314,7 +319,7 @@ def main(argv: list[str] | None = None):
                 lora.load_adapter(model, adapter)
             head = {"model": args.model, "adapter": adapter, "dtype": args.dtype, "versions": machine.versions()}
             head |= {"data": args.data, "limit": args.limit, "device": str(device)}
-            key = digest(weights_key(model.folder, Path(adapter) if adapter else None))
+            key = weights_key(model.folder, find_adapter(adapter) if adapter else None)
             records.append(report.record(key, head))
             run(model, tokenizer, questions, records[-1], batch_tokens, report.save if reports else lambda: None)
             lora.remove_lora(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import Transformer
 from support import ranks
-from support.checkpoint import PREFIX, read_adapter, save_model, write_adapter
+from support.checkpoint import PREFIX, find_adapter, read_adapter, save_model, write_adapter
 from support.files import UserError
 from support.kernels import dropout
 
@@ -139,15 +139,22 @@ def disabled(model: nn.Module):
 
 
 @torch.no_grad()
-def merge(model: Transformer, folder=None) -> Transformer:
-    """Fold each update into its weight, in place: W + (alpha / rank) B A, added in float32, then rounded to W's dtype.
+def merge(model: Transformer, folder=None, dtype: torch.dtype | None = None) -> Transformer:
+    """Fold each update into its weight, in place: W + (alpha / rank) B A, added in float32, then rounded to `dtype`.
 
-    The adapters are gone afterwards. With `folder`, the result is also written as a checkpoint of its own, which
+    Default: W's. The adapters are gone afterwards, and `model.merge_error` is what rounding has lost of the update, the
+    norm of that over the update's. With `folder`, the result is also written as a checkpoint of its own, which
     transformers, vLLM and lm-eval load.
     """
+    lost, whole = 0.0, 1e-30
     for layer in lora_layers(model).values():
-        layer.weight.copy_(layer.weight.float().add_(layer.product(), alpha=layer.alpha / layer.rank))
-    remove_lora(model)
+        update, scale = layer.product(), layer.alpha / layer.rank
+        exact = layer.weight.float().add(update, alpha=scale)
+        layer.weight.data = exact.to(dtype or layer.weight.dtype)
+        lost += (layer.weight - exact).square().sum().item()
+        whole += update.mul_(scale).square().sum().item()
+    remove_lora(model).to(dtype or model.lm_head.weight.dtype)
+    model.merge_error = math.sqrt(lost / whole)
     if folder is not None:
         save_model(model, folder)
     return model
@@ -171,7 +178,8 @@ def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
 def save_adapter(model: Transformer, folder):
     """Write the adapters (float32) to `folder` in peft's format; peft's PeftModel loads them."""
     layers, tensors = lora_layers(model), {}
-    first = next(iter(layers.values()))
+    first, leaves = next(iter(layers.values())), sorted({name.rpartition(".")[2] for name in layers})
+    whole = all(name in layers for name in decoder_linears(model) if name.rpartition(".")[2] in leaves)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
@@ -183,7 +191,7 @@ def save_adapter(model: Transformer, folder):
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "target_modules": leaves if whole else sorted(layers),
         "bias": "none",
         "inference_mode": True,
     }
@@ -191,12 +199,12 @@ def save_adapter(model: Transformer, folder):
 
 
 def load_adapter(model: Transformer, folder) -> Transformer:
-    """Add the adapter in `folder`, ours or peft's, to `model` in place; adapters that it had before are taken out.
+    """Add an adapter, ours or peft's, a folder or on the hub, to `model` in place; what it had before is taken out.
 
     Raises UserError, by name, for a missing or leftover tensor, a shape that does not fit this base model, and any
     peft feature that would change the result and is not implemented.
     """
-    rank, alpha, rate, factors = read_adapter(Path(folder), decoder_linears(model))
+    rank, alpha, rate, factors = read_adapter(find_adapter(folder), decoder_linears(model))
     add_lora(remove_lora(model), rank, alpha, rate, list(factors))
     for name, layer in lora_layers(model).items():
         for own, stored in zip((layer.lora_A, layer.lora_B), factors[name], strict=True):

@@ -218,7 +218,7 @@ def load_model(
     is the model and one block of a tensor. On the device "meta" no weight is read: `files.read_weights` does it later.
     Raises UserError, by name, for what is missing, left over or unknown.
     """
-    folder = files.find_folder(name_or_path, files.CHECKPOINT_FILES + files.TOKENIZER_FILES, revision)
+    folder = files.find_checkpoint(name_or_path, revision)
     config = read_config(folder)
     stored = files.find_weights(folder, config)
     with torch.device("meta"):

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support.start import run_script
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,10 @@ from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE, Froze
 from sstoken import GAINS, AttentionProbe, History, normalize, score, select, selected_loss, sft_loss, share_of
 from support import machine, ranks, runs
 from support.checkpoint import check_fits
-from support.command import ArgumentParser, add_machine_flags, run_script
-from support.files import UserError
+from support.command import ArgumentParser, add_machine_flags
+from support.files import UserError, check_writable
+from support.sources import Account
+from support.sources import add_flags as add_source_flags
 
 # ----------------------------------------------------------------------------------------- the schedule of a step
 
@@ -187,7 +191,7 @@ def make_parser() -> ArgumentParser:
         help="checkpoint: a folder in Hugging Face layout, or a name on the hub. "
         f"Default: the demo's, with its rows and settings: {settings}")
     add("--data", default=data.RELEASED_POOL, metavar="SOURCE[,SOURCE...]",
-        help=".json, .jsonl or .parquet files, hub data sets, or pool: "
+        help="files of rows, folders of them, hub data sets (NAME, NAME:SPLIT, NAME:CONFIGURATION:SPLIT), or pool: "
         "a fresh draw of Sec. 4.1's mixture")
     add("--out", help="folder of the run; default: a new one under runs/")
     add("--method", choices=METHODS, default="sstoken",
@@ -241,7 +245,8 @@ def make_parser() -> ArgumentParser:
     add("--seed", type=int, default=42, bound="from 0 to 2^63 - 1",
         help="of the data order, the adapters, dropout and random selection")
     # fmt: on
-    for flags in (lora.add_flags, baselines.add_flags, runs.add_flags, add_machine_flags, ranks.add_flags):
+    others = (add_source_flags, lora.add_flags, baselines.add_flags, runs.add_flags)
+    for flags in (*others, add_machine_flags, ranks.add_flags):
         flags(parser)
     return parser
 
@@ -273,6 +278,10 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
     """The model with new adapters, ready to train: checked against the data, its weights in place or sharded."""
     model = load_model(args.model, getattr(torch, args.dtype), "meta" if args.shard else device, args.revision)
     check_fits(model, args.model, examples)
+    if args.reference:
+        baselines.check_reference_model(model, args.reference, examples)
+    if args.cache:
+        check_writable(Path(args.cache) / "losses")
     AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
     model.gradient_checkpointing = args.gradient_checkpointing
     lora.new_adapters(model, args)
@@ -310,7 +319,10 @@ def merge(model: Transformer, args: argparse.Namespace, folder: Path):
     if args.shard or args.method == "self-evolving":
         model = load_model(args.model, getattr(torch, args.dtype), "cpu", args.revision)
         lora.load_adapter(model, folder)
-    lora.merge(model, folder / "merged")
+    dtype = args.merge_dtype or args.dtype
+    error = lora.merge(model, folder / "merged", getattr(torch, dtype)).merge_error
+    hint = "; --merge-dtype float32 keeps it" if error > 0.01 and dtype != "float32" else ""
+    print(f"merged into {dtype}, whose rounding changes the update by {error:.2%} of its norm{hint}")
 
 
 def main(argv: list[str] | None = None):
@@ -325,33 +337,36 @@ def main(argv: list[str] | None = None):
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
 
-    def load(sources, *choice):
-        return data.load_examples(sources, tokenizer, args.max_length, args.limit, args.seed, *choice)
+    def load(sources, top=None):
+        account = Account(args.skip_bad_rows)
+        found = data.load_examples(
+            sources, tokenizer, args.max_length, args.limit, args.seed, top, args.rating_field, account
+        )
+        return found[0], account
 
-    best = (args.reference_top, args.rating_field) if args.reference_top else ()
-    examples, dropped = load(args.data, *best) if args.method == "full" else load(args.data)
+    examples, account = load(args.data, args.reference_top if args.method == "full" else None)
     if args.method == "self-evolving" and len(examples) < PARTS:
         raise UserError(f"--method self-evolving cuts the data into {PARTS} parts, there are {len(examples)} samples")
-    held_out, lost = load(args.eval_data) if args.eval_data else ([], 0)
+    held_out, of_held_out = load(args.eval_data) if args.eval_data else ([], Account())
     trains_reference = args.method in WITH_REFERENCE and not args.reference
-    reference_examples = load(args.reference_data or args.data, *best)[0] if trains_reference else []
-    model = prepare(args, device, examples + held_out + reference_examples)
-    run = runs.Run(args, model, examples, dropped)
+    chosen = load(args.reference_data or args.data, args.reference_top) if trains_reference else ([], Account())
+    model = prepare(args, device, examples + held_out + chosen[0])
+    run = runs.Run(args, model, examples, account)
     seconds = {"loading": time.perf_counter() - start}
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens, answers = sum(len(e.ids) for e in examples), sum(int(e.response.sum()) for e in examples)
-    no_response = f"dropped, without a response token in the first {args.max_length}"
     frozen = sum(p.numel() for p in model.parameters()) - trained
     run.say(f"model: {args.model}, {frozen:,} frozen parameters, {trained:,} trained")
-    run.say(
-        f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {dropped} {no_response}"
-    )
+    lengths = account.lengths(args.max_length)
+    run.say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {lengths}")
     if held_out:
-        run.say(f"held out: {len(held_out):,} samples; {lost} {no_response}")
+        run.say(f"held out: {len(held_out):,} samples; {of_held_out.lengths(args.max_length)}")
+    for line in dict.fromkeys(account.lines() + of_held_out.lines() + chosen[1].lines()):
+        run.say(line)
     report_held_out(run, model, held_out, "before")
     train_into = functools.partial(fit, run, model)
-    seconds["losses"] = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
+    seconds["losses"] = baselines.run_method(model, examples, chosen[0], args, run.folder, train_into)
     report_held_out(run, model, held_out, "after")
     run.finish(seconds)
     if args.merge and ranks.first_rank():

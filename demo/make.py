@@ -25,12 +25,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.start import run_script
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import Config, Transformer, read_config
 from support.checkpoint import save_model
 from support.decoding import generate
@@ -267,4 +269,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,7 +25,16 @@ import lora
 from model import Transformer, load_model, response_nll
 from sstoken import excess_loss, select, share_of
 from support import ranks
-from support.checkpoint import check_fits, write_adapter
+from support.checkpoint import (
+    ADAPTER_FILES,
+    CHECKPOINT_FILES,
+    TOKENIZER_FILES,
+    check_fits,
+    find_adapter,
+    find_folder,
+    read_adapter,
+    write_adapter,
+)
 from support.files import UserError, read_json, read_log, write_lines
 from support.losses import kept_losses, losses_key
 
@@ -193,13 +202,26 @@ def reads_kept_history(args: argparse.Namespace) -> bool:
 # ----------------------------------------------------------------------------------------------- the reference model
 
 
-def is_adapter(folder: str) -> bool:
-    return (Path(folder) / "adapter_config.json").exists()
+def find_reference(name: str) -> Path:
+    """The folder of a --reference, local or on the hub: of an adapter, or of a whole model."""
+    return find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
+
+
+def is_adapter(name: str) -> bool:
+    return (find_reference(name) / "adapter_config.json").exists()
+
+
+def check_reference_model(model: Transformer, reference: str, examples: list[data.Example]):
+    """UserError for a --reference that cannot be used, before anything is computed: its weights' names and shapes."""
+    if is_adapter(reference):
+        read_adapter(find_adapter(reference), lora.decoder_linears(model))
+    else:
+        check_fits(load_model(reference, device="meta"), reference, examples)
 
 
 def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
     """UserError if the model that --reference names cuts texts into other ids; adapters may come without tokenizer."""
-    if is_adapter(args.reference) and not (Path(args.reference) / "tokenizer.json").exists():
+    if is_adapter(args.reference) and not (find_reference(args.reference) / "tokenizer.json").exists():
         return
     theirs = data.load_tokenizer(args.reference)
     parts = [json.loads(tokenizer.backend.to_str()) for tokenizer in (ours, theirs)]
@@ -217,7 +239,7 @@ def reference_losses(
     """
     start, adapter = time.perf_counter(), None
     if is_adapter(args.reference):
-        reference, adapter = lora.load_adapter(model, args.reference), Path(args.reference)
+        reference, adapter = lora.load_adapter(model, args.reference), find_adapter(args.reference)
     else:
         reference = load_model(args.reference, getattr(torch, args.dtype), "meta" if args.shard else device)
         check_fits(reference, args.reference, examples)
@@ -350,7 +372,7 @@ def add_flags(parser):
     """The flags of the reference model."""
     add = parser.group("reference model (rho1, tokencleaning)")
     # fmt: off
-    add("--reference", metavar="DIR",
+    add("--reference", metavar="NAME|DIR",
         help="the reference of Eq. 2: an adapter of --model (a run's folder), or a whole model with the same tokenizer")
     add("--reference-data", metavar="SOURCE[,SOURCE...]",
         help="train the reference first, as --method full does (with this method's --loss-mean), on these rows, into "

@@ -420,18 +420,59 @@ def instructions_rows(load: Callable, tokenizer) -> list[Row]:
     found = conversations(rows, "instructions")
     if len(found) != len(rows) or not all(turns and turns[-1]["role"] == "assistant" for turns in found):
         raise UserError("every row must be one conversation that ends with the answer that is asked for")
-    return [
-        {"prompt": prompt_text(turns, tokenizer.eos), "output": turns[-1]["content"], "answer": row.get("answer")}
-        for row, turns in zip(rows, found, strict=True)
-    ]
+    graded = []
+    for number, (row, turns) in enumerate(zip(rows, found, strict=True), 1):
+        output, answer = turns[-1]["content"], row.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+            raise UserError(f"row {number}: its answer is {type(answer).__name__}, no text or number")
+        answer = None if answer is None else str(answer).strip()
+        if not (output.strip() if answer is None else answer):
+            raise UserError(f"row {number}: its answer is empty, which anything would match")
+        graded.append({"prompt": prompt_text(turns, tokenizer.eos), "output": output, "answer": answer})
+    return graded
+
+
+# Scripts that are written without spaces, or whose words carry endings: kana, Han, Hangul, Thai, Lao, Burmese, Khmer
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+
+
+def of_a_word(character: str) -> bool:
+    """Whether a character belongs to a word or a number, of a script that has spaces between them."""
+    kind = unicodedata.category(character)[0]
+    return kind in "LNM" and not SPACELESS.match(character)
+
+
+def go_on(left: str, right: str) -> bool:
+    """Whether a word or a number goes on from one text to the next: from "7" to "2", from "3." to "5"."""
+    if left and right and of_a_word(left[-1]) and of_a_word(right[0]):
+        return True
+    number = re.search(r"\d[.,]$", left) and re.match(r"\d", right)
+    return bool(number or re.search(r"\d$", left) and re.match(r"[.,]\d", right))
+
+
+def stands_in(answer: str, text: str) -> bool:
+    """Whether `answer` stands in `text` as whole words or numbers, whatever punctuation is around it.
+
+    "7" is no part of "72", nor "3.5" of "3.50", nor "5" of "-5", and a list, such as "1, 2", does not stand in a longer
+    one. Between characters of scripts without spaces, such as Chinese, any place counts.
+    """
+    place = text.find(answer)
+    while place >= 0:
+        before, after = text[:place], text[place + len(answer) :]
+        signed = re.search(r"(?<![\w)])[-\u2212]$", before) and re.match(r"\d", answer)
+        signed = signed or re.search(r"\w$", before) and re.match(r"[-\u2212]\d", answer)
+        longer = "," in answer and (re.match(r",\s?[\w-]+([.,;:!?]|$)", after) or re.search(r"\d, ?$", before))
+        if not (signed or longer or go_on(before, answer) or go_on(answer, after)):
+            return True
+        place = text.find(answer, place + 1)
+    return False
 
 
 def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
-    """Is what was written the row's output? Or does the row's answer stand in it, and not as part of a longer list?"""
+    """Is what was written the row's output? Or, where the row names an answer, does that stand in it (`stands_in`)?"""
     written, answer = answers[0].strip(), row["answer"]
-    if answer is None:
-        return {"exact_match": float(written == row["output"].strip())}
-    return {"exact_match": float(bool(re.search(rf"(?<!\w)(?<!, ){re.escape(answer)}(?![\w,])", written)))}
+    right = written == row["output"].strip() if answer is None else stands_in(answer, written)
+    return {"exact_match": float(right)}
 
 
 INSTRUCTIONS: Task = {

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
+from support.start import run_script
+
 import numpy as np
 
 from data import RELEASED_POOL
@@ -24,8 +26,9 @@ from model import read_config
 from paper.baselines import WITH_REFERENCE
 from paper.benchmarks import GROUPS, TABLE, task_names
 from support import command, machine, runs
-from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, find_folder
-from support.files import UserError, read_json, write_json, write_whole, writing
+from support.checkpoint import find_checkpoint
+from support.files import UserError, check_writable, read_json, write_json, write_whole
+from support.sources import Account, find_files, source_names
 
 ROOT = Path(__file__).parents[1]
 PAPER = Path(__file__).with_name("paper.json")
@@ -126,8 +129,9 @@ def call(command: list[str]):
 class Cells:
     """What trains and evaluates, in folders under --out."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.out = args, Path(args.out).resolve()
+    def __init__(self, args: argparse.Namespace, model: Path):
+        """model: the folder of --model."""
+        self.args, self.out, self.model = args, Path(args.out).resolve(), model
         self.content = {}  # what the first cell found in --model and --data, to be the same in all
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
 
@@ -169,7 +173,8 @@ class Cells:
         args = self.args
         file = (adapter or self.out) / ("evaluation.json" if adapter else "base.json")
         record = read_json(file) if file.exists() else {"results": {}}
-        same = (record.get("data"), record.get("limit")) == (args.benchmarks, args.eval_limit)
+        asked = (args.benchmarks, args.eval_limit, runs.weights_key(self.model, adapter))
+        same = tuple(map(record.get, ("data", "limit", "key"))) == asked
         if not same or any(task not in record["results"] for task in args.asked):
             flags = ["--tasks", args.tasks, "--out", file, *args.machine]
             flags += ["--adapter", adapter] if adapter else []
@@ -270,8 +275,8 @@ def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[s
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def new_figure(**settings):
-    """A figure and its axes; UserError where matplotlib, which nothing else needs, is not installed."""
+def find_pyplot():
+    """matplotlib's pyplot; UserError where matplotlib, which nothing else needs, is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -279,14 +284,16 @@ def new_figure(**settings):
     matplotlib.use("Agg")  # files, no window
     from matplotlib import pyplot
 
-    return pyplot.subplots(**settings, layout="constrained")
+    return pyplot
+
+
+def new_figure(**settings):
+    return find_pyplot().subplots(**settings, layout="constrained")
 
 
 def save_figure(figure, path: Path):
-    from matplotlib import pyplot
-
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    find_pyplot().close(figure)
 
 
 def plot_time(lines: list[Line], path: Path):
@@ -380,6 +387,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--tasks {args.tasks} holds none of the table's columns as a whole")
     known = ("base", "full", *LABELS)
     args.methods = args.methods.split(",") if args.methods else list(known)
+    if args.benchmarks and not Path(args.benchmarks).is_dir():
+        raise UserError(f"--benchmarks {args.benchmarks} is no folder")
     if unknown := sorted(set(args.methods) - set(known)):
         raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join(known)}")
     if set(args.methods) & set(WITH_REFERENCE) and args.table in (1, 5):
@@ -407,8 +416,12 @@ FREE = {
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     out = Path(args.out)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "settings.json")
+    if args.table in (1, 3, 4):
+        find_pyplot()
+    for source in source_names(f"{args.data},{args.reference_data or args.data}"):
+        if source != "pool":
+            find_files(source, Account())
     shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
     shared["what follows --"] = shared.pop("--flags")
     settings = out / "settings.json"
@@ -418,14 +431,14 @@ def main(argv: list[str] | None = None):
             raise UserError(f"{out} has cells of another setting: {name} was {held.get(name)}, now {shared.get(name)}")
     write_json(settings, shared)
 
-    folder = find_folder(args.model, CHECKPOINT_FILES + TOKENIZER_FILES, args.revision)
+    folder = find_checkpoint(args.model, args.revision)
     everything = table_rows(args.table, args.rho, read_config(folder).num_hidden_layers)
     rows = [row for row in everything if row.method in args.methods]
     if not rows:
         of_table = ", ".join(dict.fromkeys(row.method for row in everything))
         raise UserError(f"--table {args.table} has none of the rows of --methods; it has {of_table}")
     columns = [column for column in TABLE if column[1] in args.asked]
-    cells, lines = Cells(args), {row: Line(row.label, [], [], []) for row in rows}
+    cells, lines = Cells(args, folder), {row: Line(row.label, [], [], []) for row in rows}
     for seed in range(42, 42 + args.seeds):
         for row in rows:
             line = lines[row]
@@ -477,4 +490,4 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
 
 
 if __name__ == "__main__":
-    command.run_script(main)
+    run_script(main)

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from support.start import run_script
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, runs
-from support.files import UserError, write_whole
+from support.files import UserError, check_writable, write_whole
+from support.sources import Account, add_flags, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
@@ -54,13 +57,18 @@ class Sample(NamedTuple):
     reference: Tensor | None
 
 
-def find_states(adapters: list[str]) -> list[tuple[str, Path | None]]:
-    """(label, adapter's folder) of each model on the page: the base, then a run's snapshots and its last adapter."""
+def find_states(adapters: list[str], model: Transformer) -> list[tuple[str, Path | None]]:
+    """(label, adapter's folder) of each model on the page: the base, then a run's snapshots and its last adapter.
+
+    UserError for an adapter that does not fit `model`.
+    """
     states = [("base model", None)]
-    for adapter in map(Path, adapters):
-        name = adapter.resolve().name
-        states += [(f"{name}, step {int(part.name[5:])}", part) for part in runs.snapshots_in(adapter)]
-        states.append((name, adapter))
+    for adapter in adapters:
+        name, folder = Path(adapter).resolve().name, checkpoint.find_adapter(adapter)
+        states += [(f"{name}, step {int(part.name[5:])}", part) for part in runs.snapshots_in(folder)]
+        states.append((name, folder))
+    for _, folder in states[1:]:
+        checkpoint.read_adapter(folder, lora.decoder_linears(model))
     return states
 
 
@@ -256,9 +264,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.group("models")
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
-    add("--adapter", action="append", default=[], metavar="DIR",
+    add("--adapter", action="append", default=[], metavar="NAME|DIR",
         help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page. May be given again")
-    add("--reference", metavar="DIR",
+    add("--reference", metavar="NAME|DIR",
         help="a reference model, as train.py's, for excess loss (Eq. 2): an adapter, or a whole model")
     add("--layers", default="deep",
         help="decoder layers whose attention is held: shallow, medium, deep (Table 2) or numbers, comma-separated")
@@ -272,6 +280,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gamma", type=float, default=0.5, help="weight of REL that the page starts with (Eq. 9), in hundredths")
     add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
     # fmt: on
+    add_flags(parser, "data")
     command.add_machine_flags(parser)
     args = parser.parse_args(argv)
     bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
@@ -292,10 +301,17 @@ def main(argv: list[str] | None = None):
     tokenizer = data.load_tokenizer(args.model, args.revision)
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
-    examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.limit)
-    states = find_states(args.adapter)
+    account, path = Account(args.skip_bad_rows), Path(args.out or "explorer.html")
+    if not args.text:
+        check_writable(path)
+    examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.limit, account=account)
+    for line in account.lines():
+        print(line, file=sys.stderr)
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
     checkpoint.check_fits(model, args.model, examples)
+    states = find_states(args.adapter, model)
+    if args.reference:
+        baselines.check_reference_model(model, args.reference, examples)
     layers = layer_numbers(args.layers, model.config.num_hidden_layers)
 
     found = []
@@ -324,14 +340,14 @@ def main(argv: list[str] | None = None):
             print(terminal_text(sample, choose(sample, -1, 0, args.gamma, args.rho), coloured), end="\n\n")
         return
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
-    head = {"model": name, "data": ", ".join(Path(source).name for source in args.data.split(","))}
+    head = {"model": name, "data": ", ".join(Path(source).name for source in source_names(args.data))}
     head |= {"states": [label for label, _ in states], "layers": layers, "nats": NATS, "share": SHARE}
     head |= {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}
-    page, path = build_page(samples, head), Path(args.out or "explorer.html")
+    page = build_page(samples, head)
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     tokens = sum(len(sample.history) for sample in samples)
     print(f"wrote {path}: {len(samples)} samples, {tokens:,} response tokens, {len(page.encode()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    command.run_script(main)
+    run_script(main)

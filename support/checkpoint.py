@@ -5,8 +5,10 @@ in peft's, adapter_config.json and adapter_model.safetensors.
 """
 
 import functools
+import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from support.files import UserError, is_count, is_number, read_json, write_json, write_whole, writing
+from support.files import UserError, is_count, is_number, note, read_json, write_json, write_whole, writing
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 CHECKPOINT_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
 # What to do about an error of the hub's client: of the first kind that it is
 NEXT_STEPS = {
     GatedRepoError: "ask for access on its page there, then set HF_TOKEN",
@@ -51,6 +54,51 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
         step = next(step for kind, step in NEXT_STEPS.items() if isinstance(reason, kind))
         why = str(reason).strip().rstrip(".")
         raise UserError(f"{name} is neither a local folder nor available from the hub: {why}; {step}") from reason
+
+
+def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) -> Path:
+    """`find_folder` of a model (default: all of its files); what is an adapter gets an error that says what to type."""
+    wanted = patterns or CHECKPOINT_FILES + TOKENIZER_FILES
+    folder = find_folder(name_or_path, [*wanted, "adapter_config.json"], revision)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        merged = f", or --model {name_or_path}/merged" if (folder / "merged").is_dir() else ""
+        use = f"give --model {base} (and to evaluate.py or paper.visualize --adapter {name_or_path}){merged}"
+        raise UserError(f"{name_or_path} is an adapter of {base}, no whole model: {use}")
+    return folder
+
+
+def find_adapter(name_or_path) -> Path:
+    """The folder of an adapter, local or on the hub; UserError, with what to do, where none can be read."""
+    folder = find_folder(name_or_path, ADAPTER_FILES)
+    weights, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not (folder / "adapter_config.json").exists():
+        model = ", but config.json: a whole model goes to --model" if (folder / "config.json").exists() else ""
+        raise UserError(f"{name_or_path} has no adapter_config.json{model}")
+    if not weights.exists() and pickled.exists():
+        convert = f"save_file(torch.load('{pickled}', weights_only=True), '{weights}')"
+        raise UserError(
+            f"{name_or_path} has only adapter_model.bin: pickled weights can run any program when read. If you trust "
+            f'it: python -c "import torch; from safetensors.torch import save_file; {convert}"'
+        )
+    return folder
+
+
+def special_token(folder: Path, name: str) -> str | None:
+    """What a checkpoint's tokenizer calls its "eos_token" or "bos_token": as transformers reads the two files of that.
+
+    They are tokenizer_config.json and, in older folders, special_tokens_map.json, which counts first there.
+    """
+    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    found = [read_json(path) for path in paths if path.exists()]
+    if not found:
+        raise UserError(f"{folder} has no {paths[0].name}")
+    places = found if "added_tokens_decoder" in found[0] else found[::-1]
+    token = next((place[name] for place in places if place.get(name) is not None), None)
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise UserError(f"{folder}: {name} {token!r} is no text")
+    return token
 
 
 def read_architecture(folder: Path) -> dict:
@@ -114,6 +162,7 @@ def read_architecture(folder: Path) -> dict:
         refuse("low_freq_factor is not below high_freq_factor")
 
     dtype = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = None if dtype == "auto" else dtype
     if dtype and dtype not in ("float64", "float32", "float16", "bfloat16"):
         refuse(f"dtype {dtype!r} is no float that is implemented")
     key_heads = raw.get("num_key_value_heads") or heads
@@ -140,66 +189,87 @@ def read_architecture(folder: Path) -> dict:
 def open_safetensors(path: Path):
     """safetensors.safe_open, with a UserError that names the file when it is missing or not whole."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no file of bytes")  # a pipe, say, which nothing may ever come out of
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as reason:
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
 
 
-def lies_in(folder: Path, file: str) -> bool:
-    """Whether `file` lies in `folder` itself, links followed; in the hub's cache those of a snapshot lead to blobs/."""
-    target, folder = (folder / file).resolve(), folder.resolve()
-    blobs = (folder.parent.parent / "blobs").resolve() if folder.parent.name == "snapshots" else folder
-    return Path(file).name == file and target.parent in (folder, blobs)
+class Stored(NamedTuple):
+    """Where a weight is: the file, and the name that it has there."""
+
+    path: Path
+    name: str
 
 
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds each tensor, single file or sharded. UserError where index and shards differ.
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """Where each tensor of a checkpoint is, single file or sharded. UserError where index and shards differ.
 
-    Pickled weights (.bin, .pt) are not read: whoever wrote them can have them run any program.
+    As transformers, model.safetensors is read where it is there, whatever else is. Files are those of the folder, by
+    their names; where one is a link, as the hub's client makes them, it may lead anywhere. Pickled weights (.bin, .pt)
+    are not read: whoever wrote them can have them run any program.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    listed = read_json(index).get("weight_map") if index.exists() else None
-    if index.exists() and not (isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())):
-        raise UserError(f"{index} has no weight_map that puts tensors in files")
-    if listed is None and not single.exists():
+    if single.exists():
+        beside = [path.name for path in sorted(folder.glob("model-*-of-*.safetensors"))]
+        if beside:
+            note(f"{folder} has {single.name}, which is read, and {', '.join(beside)}, not read")
+        found = dict.fromkeys(open_safetensors(single).keys(), single.name)
+    elif not index.exists():
         pickled = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
         only = f", only {min(pickled)}: pickled weights can run any program when read" if pickled else ""
-        raise UserError(f"{folder} has no model.safetensors{only}; give a checkpoint in safetensors")
+        convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained"
+        how = f"if you trust it: python -c \"{convert}('{folder}')\"" if pickled else "give a checkpoint in safetensors"
+        raise UserError(f"{folder} has no model.safetensors{only}; {how}")
+    else:
+        found = _find_shards(folder, index)
+    # Old checkpoints carry buffers of rope, which the config already determines.
+    return {
+        name: Stored(folder / file, name) for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def _find_shards(folder: Path, index: Path) -> dict[str, str]:
+    listed = read_json(index).get("weight_map")
+    if not (isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())):
+        raise UserError(f"{index} has no weight_map that puts tensors in files")
     found = {}
-    for file in ["model.safetensors"] if listed is None else sorted(set(listed.values())):
-        if listed is not None and not (file.isprintable() and lies_in(folder, file)):  # NUL is in no file's name
+    for file in sorted(set(listed.values())):
+        if not file.isprintable() or Path(file).name != file:  # NUL is in no file's name
             raise UserError(f"{index} names {file}, which is not a file of its own folder")
         found |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
-    if listed is not None and found != listed:
+    if found != listed:
         name = min(set(found.items()) ^ set(listed.items()))[0]
         raise UserError(f"{index} puts {name} in {listed.get(name)}, the shards in {found.get(name)}")
-    # Old checkpoints carry buffers of rope, which the config already determines.
-    return {name: folder / file for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    return found
 
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def find_weights(folder: Path, config) -> dict[str, Path]:
-    """`find_tensors` of the weights that `config` asks for: a tied head that is stored twice is read once."""
+def find_weights(folder: Path, config) -> dict[str, Stored]:
+    """`find_tensors` of the weights that `config` asks for: a tied head is read once, under whichever of its names."""
     files = find_tensors(folder)
-    if config.tie_word_embeddings and HEAD in files and EMBEDDING in files:
-        if not torch.equal(*(open_safetensors(files[name]).get_tensor(name) for name in (EMBEDDING, HEAD))):
-            raise UserError(f"{files[HEAD]}: {HEAD} differs from {EMBEDDING}, but the config ties them")
-        del files[HEAD]
+    if config.tie_word_embeddings and HEAD in files:
+        head = files.pop(HEAD)
+        embedding = files.setdefault(EMBEDDING, head)
+        if embedding != head and not torch.equal(*(open_safetensors(p).get_tensor(n) for p, n in (embedding, head))):
+            raise UserError(f"{head.path}: {HEAD} differs from {EMBEDDING}, but the config ties them")
     check_sizes(config, files, folder)
     return files
 
 
-def stored_dtype(files: dict[str, Path]) -> torch.dtype:
+def stored_dtype(files: dict[str, Stored]) -> torch.dtype:
     """What the embedding is stored in."""
-    return open_safetensors(files[EMBEDDING]).get_slice(EMBEDDING)[:1].dtype
+    path, name = files[EMBEDDING]
+    return open_safetensors(path).get_slice(name)[:1].dtype
 
 
-def check_sizes(config, files: dict[str, Path], folder: Path):
+def check_sizes(config, files: dict[str, Stored], folder: Path):
     """Raise UserError for a size that no stored tensor has, before anything is built by it."""
     largest = 0
-    for path in set(files.values()):
+    for path in {stored.path for stored in files.values()}:
         with open_safetensors(path) as file:
             names = file.keys()
             shapes = [file.get_slice(name).get_shape() for name in names]
@@ -214,18 +284,19 @@ def check_sizes(config, files: dict[str, Path], folder: Path):
         raise UserError(f"{folder / 'config.json'}: {layers}, but there are {len(files)} tensors in all")
 
 
-def check_tensors(files: dict[str, Path], parameters: dict[str, Tensor], folder: Path):
+def check_tensors(files: dict[str, Stored], parameters: dict[str, Tensor], folder: Path):
     """Raise UserError for the first tensor that is missing, left over, of another shape, or no float."""
     for name in sorted(parameters.keys() | files.keys()):
         if name not in files:
             raise UserError(f"{folder} has no tensor {name}, which its config asks for")
+        path, its_name = files[name]
         if name not in parameters:
-            raise UserError(f"{files[name]}: tensor {name} has no place in this architecture")
-        stored, expected = open_safetensors(files[name]).get_slice(name), list(parameters[name].shape)
+            raise UserError(f"{path}: tensor {name} has no place in this architecture")
+        stored, expected = open_safetensors(path).get_slice(its_name), list(parameters[name].shape)
         if stored.get_shape() != expected:
-            raise UserError(f"{files[name]}: {name} has shape {stored.get_shape()}, the config asks for {expected}")
+            raise UserError(f"{path}: {its_name} has shape {stored.get_shape()}, the config asks for {expected}")
         if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{files[name]}: {name} is stored as {stored.get_dtype()}, not as a float")
+            raise UserError(f"{path}: {its_name} is stored as {stored.get_dtype()}, not as a float")
 
 
 def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, first: int = 0):
@@ -242,8 +313,8 @@ def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, 
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, files: dict[str, Path]):
-    """Fill the weights of `model` from `files`, as `find_tensors`; of a sharded one (FSDP2), the rows of this rank."""
+def read_weights(model: nn.Module, files: dict[str, Stored]):
+    """Fill the weights of `model` from `files`, as `find_weights`; of a sharded one (FSDP2), the rows of this rank."""
     for name, parameter in model.named_parameters():
         if name not in files:  # an adapter's
             continue
@@ -251,7 +322,7 @@ def read_weights(model: nn.Module, files: dict[str, Path]):
         if hasattr(parameter, "to_local"):  # FSDP2 cuts dimension 0 as torch.chunk does
             rows, mesh = parameter.to_local(), parameter.device_mesh
             first = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
-        read_tensor_into(rows, files[name], name, first=first)
+        read_tensor_into(rows, *files[name], first=first)
 
 
 def save_model(model: nn.Module, folder):
@@ -265,26 +336,48 @@ def save_model(model: nn.Module, folder):
     # named_parameters lists a tied tensor once, under its first name: the embedding
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    for pattern in ["generation_config.json", *TOKENIZER_FILES]:
-        for file in model.folder.glob(pattern) if model.folder else ():
+    if not model.folder:
+        return
+    for pattern in TOKENIZER_FILES:
+        for file in model.folder.glob(pattern):
             write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
+    if told := generation_config(model.folder, config):
+        write_json(folder / "generation_config.json", told)
 
+
+def generation_config(folder: Path, config: dict) -> dict:
+    """What generates from a model is told of it: where answers end, the end of text of its tokenizer among it.
+
+    That is the token that every answer of the training data ended with. Many a base model's own file names another.
+    """
+    path = folder / "generation_config.json"
+    told = read_json(path) if path.exists() else {key: config[key] for key in SPECIAL_IDS if key in config}
+    if not (folder / "tokenizer.json").exists():
+        return told
+    tokenizer, ends = read_json(folder / "tokenizer.json"), told.get("eos_token_id")
+    end, model = special_token(folder, "eos_token"), tokenizer.get("model") or {}
+    vocabulary = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
+    ids = vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if ids.get(end) in (None, *ends) else [*ends, ids[end]]
+    return told | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # ---- adapters, in peft's file format
 
 PREFIX = "base_model.model."
-# What peft can switch on that changes the result and is not implemented here
-UNSUPPORTED = [
-    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern"),
-    *(
-        "modules_to_save",
-        "target_parameters",
-        "trainable_token_indices",
-        "layer_replication",
-        "alora_invocation_tokens",
-    ),
-    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-]
+# Keys of adapter_config.json that are read here, or change nothing where the others are as they are checked to be
+READ_KEYS = {
+    *("peft_type", "bias", "r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+FREE_KEYS = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "fan_in_fan_out"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights, which is read
+}
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict):
@@ -313,11 +406,12 @@ def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, floa
         raise UserError(f"{folder}: lora_alpha is {alpha!r}, not a number")
     if not is_number(rate) or not 0 <= rate < 1:
         raise UserError(f"{folder}: lora_dropout is {rate!r}, not a number in [0, 1)")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise UserError(f"{folder}: {key} is not implemented")
+    for key in sorted(config.keys() - READ_KEYS - FREE_KEYS):
+        if config[key] not in (None, False, {}, [], ""):  # as peft leaves what is not switched on
+            raise UserError(f"{folder}: {key} is not implemented, and may change the result; it is {config[key]!r}")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):  # the others change the base too
         raise UserError(f"{folder}: init_lora_weights {config['init_lora_weights']!r} is not implemented")
+    open_safetensors(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as reason:
@@ -327,6 +421,15 @@ def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, floa
     for name, target in parts.items():
         if target not in linears:
             raise UserError(f"{path}: {name} adapts no linear layer of this decoder")
+    described = described_layers(config, linears, folder)
+    described = set(targets) if described is None else described
+    if more := set(targets) - described:
+        raise UserError(f"{path} has tensors for {min(more)}, which target_modules does not name")
+    if missing := described - set(targets):
+        of = f"{len(missing)} of the {len(described)} layers that target_modules names"
+        raise UserError(f"{path} has no tensors for {of}, such as {min(missing)}: it is not whole")
+    if not targets:
+        raise UserError(f"{path} has no tensors")
     expected = {}  # checked before anything is built by the config's rank
     for target in targets:
         expected[f"{PREFIX}{target}.lora_A.weight"] = [rank, linears[target].in_features]
@@ -344,6 +447,48 @@ def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, floa
         target: tuple(tensors[f"{PREFIX}{target}.{part}.weight"] for part in ("lora_A", "lora_B")) for target in targets
     }
     return rank, alpha, rate, factors
+
+
+def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) -> set[str] | None:
+    """The layers that an adapter's config says it adapts, as peft reads it; None where it does not say.
+
+    UserError for what is no list of names nor a pattern that is safe to match.
+    """
+
+    def names(key) -> list[str] | str | None:
+        value = config.get(key)
+        value = [value] if isinstance(value, str) and key == "layers_pattern" else value
+        texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not (value is None or texts or isinstance(value, str)):
+            raise UserError(f"{folder}: {key} is {value!r}, not names")
+        # Anyone may have written the pattern, and a repeated group can take longer than one lives
+        if isinstance(value, str) and (re.search(r"\)[*+?{]", value) or sum(map(value.count, "*+{")) > 8):
+            raise UserError(f"{folder}: {key} {value!r} is too involved a pattern to be matched here; write out names")
+        return value
+
+    def matches(name: str, given: list[str] | str) -> bool:
+        if isinstance(given, list):
+            return any(f".{name}".endswith(f".{end}") for end in given)
+        try:
+            return bool(re.fullmatch(given, name))
+        except (re.error, RecursionError, OverflowError) as reason:
+            raise UserError(f"{folder}: {given!r} is no pattern ({reason})") from None
+
+    targets, excluded, only = names("target_modules"), names("exclude_modules") or [], config.get("layers_to_transform")
+    if targets is None:
+        return None
+    if names("layers_pattern") not in (None, [], ["layers"]):
+        raise UserError(f"{folder}: layers_pattern {config['layers_pattern']!r} is not of this decoder")
+    only = [only] if isinstance(only, int) else only or []
+    if not isinstance(only, list):
+        raise UserError(f"{folder}: layers_to_transform is {only!r}, not numbers")
+    found = set(linears) if targets == "all-linear" else {name for name in linears if matches(name, targets)}
+    found = {name for name in found if not matches(name, excluded)}
+    if isinstance(targets, list) and only:
+        found = {name for name in found if name in targets or int(name.split(".")[2]) in only}
+    if targets != "all-linear" and any(matches(name, targets) for name in ("lm_head", "model.embed_tokens")):
+        raise UserError(f"{folder}: target_modules names the head or the embedding, which are not adapted here")
+    return found
 
 
 def check_fits(model: nn.Module, name: str, examples: list[tuple[Tensor, Tensor]]):

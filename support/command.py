@@ -1,18 +1,10 @@
-"""Scripts: flags with their bounds, one-line errors, exit status."""
+"""The command lines of scripts: flags with their bounds, and text that is safe to print."""
 
 import argparse
 import re
-import signal
-import sys
-import traceback
 from collections.abc import Callable
 
-from torch import distributed
-
 from support.files import UserError
-from support.machine import reuse_memory
-from support.ranks import first_rank
-from support.runs import Stopped
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -87,29 +79,3 @@ def one_line(text: str) -> str:
 def cell(text: str) -> str:
     """A name for a cell of a Markdown table: what would be markup in it is escaped."""
     return re.sub(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(text))
-
-
-def run_script(main: Callable[[], None]):
-    """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which.
-
-    With --debug its traceback comes first. Any other error is one of ours, and always has it.
-    """
-    reuse_memory()
-    status = 0
-    try:
-        main()
-    except UserError as mistake:
-        if "--debug" in sys.argv:
-            mistake.__suppress_context__ = False  # what it was made from as well
-            traceback.print_exc()
-        print(f"error: {one_line(str(mistake))}", file=sys.stderr)
-        sys.exit(2)
-    except (Stopped, KeyboardInterrupt) as reason:
-        number, message = reason.args or (signal.SIGINT, "stopped")
-        if first_rank():
-            print(message, file=sys.stderr)
-        status = 128 + number
-    if distributed.is_initialized():  # not after an error: the others may never come to the same place
-        distributed.destroy_process_group()
-    if status:
-        sys.exit(status)

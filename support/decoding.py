@@ -227,13 +227,37 @@ def generate(
     return produced
 
 
+# Settings that would change what greedy decoding writes -> the values that do not. Others are for sampling, which
+# lm-eval switches off, for speed, or for what is returned.
+NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "encoder_repetition_penalty": 1}
+NEUTRAL |= {"guidance_scale": 1, "cache_implementation": ("dynamic", "static", "hybrid", "sliding_window", "offloaded")}
+NEUTRAL |= dict.fromkeys(
+    [
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "max_new_tokens"),
+        *("max_time", "stop_strings", "bad_words_ids", "force_words_ids", "constraints", "forced_bos_token_id"),
+        *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "penalty_alpha"),
+        *("exponential_decay_length_penalty", "dola_layers", "watermarking_config", "remove_invalid_values"),
+        *("diversity_penalty", "token_healing"),
+    ],
+    0,
+)
+
+
 def generation_settings(model: nn.Module, tokenizer) -> dict:
     """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
 
     stop_ids: the tokenizer's end of text and those that the file names, or config.json where there is no such file.
+    UserError for a setting that would change what is written and is not implemented.
     """
     path = model.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else model.config.raw
+    for key, neutral in NEUTRAL.items():
+        allowed = neutral if isinstance(neutral, tuple) else (neutral,)
+        if settings.get(key) not in (None, False, "", [], {}, *allowed):
+            where = path if path.exists() else model.folder / "config.json"
+            raise UserError(
+                f"{where}: {key} {settings[key]!r} is not implemented; take it out to have plain greedy decoding"
+            )
     named, penalty = settings.get("eos_token_id"), settings.get("repetition_penalty")
     penalty = 1.0 if penalty is None else penalty
     named = named if isinstance(named, list) else [] if named is None else [named]

@@ -1,9 +1,11 @@
 """Files that are whole or not there, JSON, and the one kind of error that is the user's."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def note(text: str):
+    """Tell the user, once and on one rank, of something that is no mistake, such as files that are not read."""
+    if text not in NOTED and os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+    NOTED.add(text)
+
+
+NOTED = set()
 
 
 def is_number(value) -> bool:
@@ -71,6 +83,17 @@ def writing(path: Path):
         raise UserError(
             f"{path} cannot be written ({why}); what was there before is whole: make room, or write elsewhere"
         ) from None
+
+
+def check_writable(path: Path):
+    """Make the folder that `path` is to be in; UserError, before any work, if no file can be written there."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
 
 
 def _to_disk(path: Path):

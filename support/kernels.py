@@ -85,6 +85,8 @@ def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
             x.dropped = F.dropout(x, rate)
         return x.dropped, 1.0
     dropped = min(round(rate * 2**16), 2**16 - 1)
+    if dropped == 0:
+        return x, 1.0
     if not hasattr(x, "dropped"):
         x.dropped = _Dropout.apply(x, dropped)  # F.dropout draws a number an element, which takes ten times as long
     return x.dropped, 2**16 / (2**16 - dropped)

@@ -28,7 +28,7 @@ def losses_key(
     kind of device.
     """
     digest = hashlib.sha256(f"{LOSSES} {dtype} {device}".encode())
-    files = [model / "config.json", *sorted(set(find_tensors(model).values()))]
+    files = [model / "config.json", *sorted({stored.path for stored in find_tensors(model).values()})]
     files += [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"] if adapter else []
     for path in files:
         digest.update(f" {path.name} {path.stat().st_size} ".encode())

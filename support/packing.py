@@ -17,23 +17,30 @@ class Scored(NamedTuple):
     targets: list[int]
 
 
-def encode_texts(tokenizer, texts: list[str]) -> dict[str, list[int]]:
-    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it already."""
+def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None) -> dict[str, list[int]]:
+    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it already.
+
+    UserError for a token that an embedding of `vocab_size` rows does not have, such as a padding token added later.
+    """
     bos, ids = tokenizer.bos or tokenizer.eos, {}
     for spelled in (False, True):
         some = [text for text in dict.fromkeys(texts) if text.startswith(bos) == spelled]
         ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=not spelled), strict=True)
+    if vocab_size and (largest := max(map(max, filter(None, ids.values())), default=0)) >= vocab_size:
+        token = tokenizer.decode([largest])
+        raise UserError(f"token {token!r}, id {largest}, is outside the embedding of {vocab_size} rows")
     return ids
 
 
-def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int) -> list[Scored]:
+def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int, vocab_size=None) -> list[Scored]:
     """(context, continuation) in tokens, cut on the left to what the model reads.
 
     Spaces at the end of a context belong to the continuation. Both are encoded together and split where the context,
     encoded alone, ends: so a token across the boundary falls to the side where its position puts it.
     """
     pairs = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
-    ids = encode_texts(tokenizer, [text for context, rest in pairs for text in (context, context + rest)])
+    texts = [text for context, rest in pairs for text in (context, context + rest)]
+    ids = encode_texts(tokenizer, texts, vocab_size)
     (first,) = tokenizer.encode_prompts([tokenizer.bos or tokenizer.eos], with_prefix=False)
     found = []
     for context, rest in pairs:

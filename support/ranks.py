@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor, distributed, nn
 
-from support.checkpoint import find_tensors, read_weights
+from support.checkpoint import find_weights, read_weights
 from support.machine import cores, find_device
 
 
@@ -85,7 +85,7 @@ def shard(model: nn.Module, probed: nn.Module, device: torch.device):
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=adapters)
     model.to_empty(device=device)
     model.tie_weights()
-    read_weights(model, find_tensors(model.folder))
+    read_weights(model, find_weights(model.folder, model.config))
 
 
 def add_flags(parser):

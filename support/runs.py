@@ -23,9 +23,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support.checkpoint import open_safetensors
-from support.files import UserError, append_line, keep_lines, read_json, read_log, write_json, write_whole, writing
+from support.files import (
+    UserError,
+    append_line,
+    check_writable,
+    keep_lines,
+    read_json,
+    read_log,
+    write_json,
+    write_whole,
+    writing,
+)
 from support.machine import peak_memory_mb, versions
 from support.ranks import first_rank, gather, rank, ranks, sum_over_ranks
+from support.sources import Account
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
@@ -51,6 +62,7 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / "run.json")
     return folder
 
 
@@ -248,8 +260,8 @@ class Checkpoints:
 class Run:
     """A run's folder, and run.json there: every argument, versions, what it was trained on, seconds."""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, examples: list, dropped: int):
-        """Opens the folder that `args` names, or a new one; examples: (ids, response) each."""
+    def __init__(self, args: argparse.Namespace, model: nn.Module, examples: list, account: Account):
+        """Opens the folder that `args` names, or a new one; examples: (ids, response) each, account: of their rows."""
         self.first, self.weights = first_rank(), fingerprint(p for p in model.parameters() if not p.requires_grad)
         if args.resume:
             check_arguments(Path(args.out), vars(args), FREE)
@@ -257,7 +269,7 @@ class Run:
         self.folder, self.trained = open_folder(args.out, name, args.overwrite, args.resume), set()
         content = {"--model": self.weights, "--data": fingerprint_of(examples)}
         self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
-        self.record |= {"samples": len(examples), "dropped": dropped}
+        self.record |= {"samples": len(examples)} | account.record()
 
     def say(self, *words):
         if self.first:
@@ -317,10 +329,9 @@ class Report:
 
     def __init__(self, path: Path | None):
         self.path, self.records = path, []
-        if path:
-            with writing(path):  # before the work, not after it
-                path.parent.mkdir(parents=True, exist_ok=True)
-        if path and path.exists():
+        if path and not path.is_file():
+            check_writable(path)  # before the work, not after it
+        elif path:
             held = read_json(path)
             self.records = held.get("runs", [held])
             if not all(isinstance(record, dict) and "results" in record for record in self.records):
@@ -346,15 +357,16 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
-def weights_key(model: Path, adapter: Path | None) -> list:
-    """What tells one set of weights from another without reading it: its files' names, sizes and times."""
+def weights_key(model: Path, adapter: Path | None) -> str:
+    """What tells one set of weights from another without reading it: a digest of its files' names, sizes and times."""
     files = [*sorted(model.glob("*.safetensors")), *([adapter / "adapter_model.safetensors"] if adapter else [])]
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 # What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
 # ssToken's history comes from there, of which `settings` is told.
 FREE = {"out", "overwrite", "resume", "checkpoint_every", "snapshot_every", "merge", "eval_data", "cache", "debug"}
+FREE |= {"merge_dtype", "skip_bad_rows"}  # the content of --data is compared, whatever was left out of it
 
 
 def settings(arguments: dict, content: dict) -> dict:
@@ -379,6 +391,8 @@ def add_flags(parser):
         help="go on from the newest checkpoint in --out, with the same adapter in the end as a run that never stopped; "
         "where there is none, start")
     add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
+    add("--merge-dtype", choices=("bfloat16", "float32"),
+        help="of OUT/merged; default: --dtype. bfloat16 rounds most of a short run's update away, float32 keeps it")
     add("--cache", metavar="DIR",
         help="keep the per-token losses of frozen models there, and take from there what earlier runs on the same "
         "weights and rows have kept; several runs may share it")

@@ -1,8 +1,20 @@
-"""Files and hub data sets -> rows."""
+"""Files, folders and hub data sets -> rows, and the account of what is not read of them.
 
+A source is a file, a folder or the name of a data set on the hub. A data set of several splits or configurations is
+named with the one that is meant: NAME:SPLIT, or NAME:CONFIGURATION:SPLIT.
+"""
+
+import bz2
+import csv
+import gzip
+import io
 import itertools
 import json
+import lzma
 import math
+import os
+import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -10,78 +22,323 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from huggingface_hub import HfApi
 
 from support.checkpoint import find_folder
-from support.files import UserError
+from support.files import UserError, read_json
+
+KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
+OPENERS = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # behind the kind: rows.jsonl.gz
+WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
+csv.field_size_limit(2**31 - 1)
+# What readers raise where a file is not what it says
+BROKEN = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
 
 
-def read_file(path: Path) -> Iterator[dict]:
-    """The rows of a .json, .jsonl or .parquet file, one by one. A UserError names the file and, in JSONL, the line."""
+class Account:
+    """What is not used of the rows as they are given: for a run's first lines, its record, and --skip-bad-rows.
+
+    cut and dropped count samples: those that --max-length cuts, and those that keep no response token within it.
+    """
+
+    def __init__(self, skip_bad_rows: bool | None = None):
+        """skip_bad_rows: None where there is no such flag to point to."""
+        self.skip_bad_rows, self.dropped, self.cut = skip_bad_rows, 0, 0
+        self.passed_over = {"columns": {}, "keys of messages": {}, "files": {}}  # each dict's keys, as they came up
+        self.skipped = {}  # reason: how many rows, and where the first is
+
+    def refuse(self, where: str, reason: str):
+        """A row that cannot be used: a UserError, or with --skip-bad-rows one more to be counted."""
+        if not self.skip_bad_rows:
+            way_on = "; --skip-bad-rows leaves such rows out" if self.skip_bad_rows is False else ""
+            raise UserError(f"{where}: {reason}{way_on}")
+        count, first = self.skipped.get(reason, (0, where))
+        self.skipped[reason] = (count + 1, first)
+
+    def pass_over(self, what: str, names):
+        """Take note of columns, keys or files that are not read since they change neither the text nor the mask."""
+        self.passed_over[what] |= dict.fromkeys(names)
+
+    def lengths(self, max_length: int) -> str:
+        """What became of samples that are longer than that."""
+        dropped = f"{self.dropped:,} dropped, without a response token in the first {max_length:,}"
+        return dropped + (f"; {self.cut:,} cut there, their ends lost" if self.cut else "")
+
+    def lines(self) -> list[str]:
+        """What a user is told, a line each."""
+        found = [f"{what} passed over: {', '.join(names)}" for what, names in self.passed_over.items() if names]
+        for reason, (count, first) in self.skipped.items():
+            found.append(f"skipped: {count:,} rows, the first {first}: {reason}")
+        return found
+
+    def record(self) -> dict:
+        """The same for run.json."""
+        skipped = {reason: count for reason, (count, _) in self.skipped.items()}
+        passed_over = {what: list(names) for what, names in self.passed_over.items() if names}
+        return {"dropped": self.dropped, "cut": self.cut, "skipped": skipped, "passed_over": passed_over}
+
+
+# --------------------------------------------------------------------------------------------------------- a file
+
+
+def kind_of(path: Path) -> tuple[str, str] | None:
+    """What a file's name says that it holds, one of KINDS, and how it is packed; None if it says no such thing."""
+    name = path.name.lower()
+    packed = next((suffix for suffix in OPENERS if name.endswith(f".{suffix}")), "")
+    kind = next((kind for kind in KINDS if name.removesuffix(f".{packed}").endswith(f".{kind}")), None)
+    return (kind, packed) if kind and not (packed and kind in ("parquet", "arrow")) else None
+
+
+def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
+    """The rows of a file of one of KINDS, one by one. A UserError names the file and, where it can, the line."""
+    account = account or Account()
+    kind, packed = kind_of(path) or ("json", "")
     try:
-        if path.suffix == ".parquet":
+        if kind == "parquet":
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
-            return
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".json" and file.read(1) == "[":
-                file.seek(0)
-                yield from json.load(file)
-                return
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except (ValueError, RecursionError) as reason:
-                        raise UserError(f"{path}, line {number}: not JSON ({reason})") from None
+        elif kind == "arrow":
+            yield from _arrow_rows(path)
+        else:
+            read = _csv_rows if kind == "csv" else _json_rows
+            with OPENERS.get(packed, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+                yield from read(file, path, account)
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as reason:
+    except BROKEN as reason:
         raise UserError(f"{path} cannot be read: {reason}") from None
 
 
-def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
-    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies.
+def _arrow_rows(path: Path) -> Iterator[dict]:
+    """Rows as the library datasets keeps them: Arrow's stream format, or its file format."""
+    with pyarrow.memory_map(str(path)) as file:
+        try:
+            batches = pyarrow.ipc.open_stream(file)
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
+            yield from batch.to_pylist()
 
-    A split is known by its name: split.parquet, split-*.parquet or split/*.parquet, or the same as jsonl or json, in
-    the folder of its configuration where the data set has several.
+
+def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
+    """Rows of comma-separated text, whose first row names the columns."""
+    reader = csv.DictReader(file, strict=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    for row in reader:
+        if None in row or None in row.values():
+            names = f"{len(reader.fieldnames)} columns, as the first row names them"
+            account.refuse(f"{path}, line {reader.line_num}", f"not {names}")
+        else:
+            yield row
+
+
+def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
+    """Rows of JSON: an object a line, an array, one object, or one that has the rows under a name of WRAPPERS.
+
+    What a file holds tells which, not its name. Of objects in lines only those that are asked for are read.
     """
-    problem = UserError(f"{name} has no parquet, jsonl or json file of a split named {split}")
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    number, text = next(lines, (0, ""))
+    if not text:
+        return
+    try:
+        first, following = json.loads(text), next(lines, None)
+    except (ValueError, RecursionError) as reason:
+        rest = file.read()
+        try:
+            first, following = json.loads(text + rest), None
+        except (ValueError, RecursionError) as whole:
+            broken = whole if kind_of(path) == ("json", "") and isinstance(whole, json.JSONDecodeError) else None
+            line = number - 1 + broken.lineno if broken else number
+            account.refuse(f"{path}, line {line}", f"not JSON ({getattr(broken or reason, 'msg', reason)})")
+            lines = ((n, line) for n, line in enumerate(io.StringIO(rest, newline=""), number + 1) if line.strip())
+            following, first = next(lines, None), None
+    if following is None:
+        yield from _unwrapped(first, path) if first is not None else ()
+        return
+    if first is not None:
+        yield first
+    for number, line in itertools.chain([following], lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as reason:
+            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(reason, 'msg', reason)})")
+            continue
+        yield row
+
+
+def _unwrapped(value, path: Path) -> list:
+    """The rows of a file that holds one JSON value."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    named = [name for name in WRAPPERS if isinstance(value.get(name), list)]
+    if len(named) > 1:
+        raise UserError(f"{path} has rows under several names, {', '.join(named)}: give each a file of its own")
+    return value[named[0]] if named else [value]
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+def file_of_split(path: str, split: str, configuration: str | None = None) -> bool:
+    """Whether a file of a data set, by its path there, is one of a split's: split.parquet, split-*.csv, split/*.json.
+
+    It stands at the top or in a folder, that of its configuration where the data set has several.
+    """
+    if not (kind := kind_of(Path(path))):
+        return False
+    stem = path[: path.lower().rindex(f".{kind[0]}")]
     folders = (f"{configuration}/",) if configuration else ("", "*/")
-    patterns = {
-        suffix: [f"{folder}{split}{rest}.{suffix}" for folder in folders for rest in ("", "-*", "/*")]
-        for suffix in ("parquet", "jsonl", "json")
-    }
+    return any(fnmatch(stem, f"{folder}{split}{rest}") for folder in folders for rest in ("", "-*", "/*"))
+
+
+def choose_files(name: str, folder: Path, split: str, configuration: str | None) -> list[Path]:
+    """The files of a split in `folder`, of the first of KINDS that has any; [] if none has."""
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    for kind in KINDS:
+        found = [path for path in paths if kind_of(Path(path)) and kind_of(Path(path))[0] == kind]
+        found = [path for path in found if file_of_split(path, split, configuration)]
+        if len({str(Path(path).parent) for path in found}) > 1:
+            raise UserError(f"{name} has several configurations, not one: write {' or '.join(choices(name, found))}")
+        if found:
+            return [folder / path for path in found]
+    return []
+
+
+def choices(name: str, paths: list[str]) -> list[str]:
+    """How a user names each split that a data set's files are of, by their paths there."""
+    found = {}
+    for path in filter(lambda path: kind_of(Path(path)), paths):
+        stem = path[: path.lower().rindex(f".{kind_of(Path(path))[0]}")]
+        *folders, split = re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", stem).split("/")
+        configuration = [part for part in folders[:1] if part != "data"]
+        found[":".join([name, *configuration, split])] = True
+    return list(found)
+
+
+def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
+    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
+    problem = None
+    endings = [*KINDS, *(f"{kind}.{packed}" for kind in KINDS for packed in OPENERS)]
+    folders = (f"{configuration}/",) if configuration else ("", "*/")
+    patterns = [f"{folder}{split}{rest}.{end}" for folder in folders for rest in ("", "-*", "/*") for end in endings]
     for revision in (None, "refs/convert/parquet"):
         try:
-            folder = find_folder(name, sum(patterns.values(), []), revision, repo_type="dataset")
+            folder = find_folder(name, patterns, revision, repo_type="dataset")
         except UserError as reason:  # offline, either of the two may be what the cache holds
-            problem = problem if revision else reason
+            problem = problem or reason
             continue
-        for suffix, forms in patterns.items():
-            paths = {str(path.relative_to(folder)): path for path in folder.rglob(f"*.{suffix}")}
-            names = [path for path in sorted(paths) if any(fnmatch(path, form) for form in forms)]
-            if len(folders := sorted({str(Path(path).parent) for path in names})) > 1:
-                raise UserError(f"{name} has several configurations, not one: {', '.join(folders)}")
-            if names:
-                return [paths[path] for path in names]
+        if found := choose_files(name, folder, split, configuration):
+            return found
+        problem = problem or _no_split(name, split, configuration, _listed(name, folder))
     raise problem
 
 
-def load_rows(source: str, limit: int | None = None) -> list[dict]:
-    """The first `limit` rows (default: all) of a .json, .jsonl or .parquet file, or of a hub data set's train split."""
-    path = Path(source)
-    local = path.suffix in (".json", ".jsonl", ".parquet")
-    if path.is_file() and not local:
-        raise UserError(f"{source} is no .json, .jsonl or .parquet file")
-    rows = itertools.chain.from_iterable(map(read_file, [path] if local else hub_files(source)))
+def _listed(name: str, folder: Path) -> list[str]:
+    """The paths of all files of a hub data set, or offline of those in the cache."""
+    try:
+        return HfApi().list_repo_files(name, repo_type="dataset")
+    except Exception:  # whatever the client or its network says: this is only to help with another error
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _no_split(name: str, split: str, configuration: str | None, paths: list[str]) -> UserError:
+    wanted = f"a split named {split}" + (f" of configuration {configuration}" if configuration else "")
+    known = f"; it has {', '.join(found)}" if (found := choices(name, sorted(paths))) else ""
+    return UserError(f"{name} has no {', '.join(KINDS)} file of {wanted}{known}")
+
+
+def folder_files(folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
+    """The files of rows in a local folder: what save_to_disk wrote, a data set as on the hub, or files beside another.
+
+    Where no split is asked for it is train, or all files where no name says that. The account tells of files of rows
+    that lie there and are not read.
+    """
+    name = str(folder)
+    if (folder / "dataset_dict.json").exists():
+        splits = read_json(folder / "dataset_dict.json").get("splits") or []
+        if (split or "train") not in splits:
+            raise UserError(
+                f"{name} has no split {split or 'train'}; it has {', '.join(f'{name}:{s}' for s in splits)}"
+            )
+        folder = folder / (split or "train")
+    if (folder / "state.json").exists():
+        files = [part.get("filename") for part in read_json(folder / "state.json").get("_data_files") or ()]
+        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise UserError(f"{folder / 'state.json'} names no _data_files of its own folder")
+        return [folder / file for file in files]
+    found = choose_files(name, folder, split or "train", configuration)
+    beside = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
+    if not found and not split:
+        kind = min((KINDS.index(kind_of(path)[0]) for path in beside), default=None)
+        found = [path for path in beside if KINDS.index(kind_of(path)[0]) == kind]
+    if not found:
+        paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        raise _no_split(name, split or "train", configuration, paths)
+    account.pass_over("files", [str(path) for path in beside if path not in found])
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+def source_names(sources: str) -> list[str]:
+    """Comma-separated sources; where a name with a comma in it exists, it is one name."""
+    pieces, found = sources.split(","), []
+    while pieces:
+        sizes = range(len(pieces), 1, -1)
+        size = next((n for n in sizes if os.path.exists(",".join(pieces[:n]).strip())), 1)
+        found.append(",".join(pieces[:size]).strip())
+        pieces = pieces[size:]
+    if not any(found):
+        raise UserError(f"--data names no source: {sources!r}")
+    return [name for name in found if name]
+
+
+def find_files(source: str, account: Account) -> list[Path]:
+    """The files that hold a source's rows; UserError that says what to write where it is not one split of one set."""
+    if "://" in source and not os.path.exists(source):
+        raise UserError(f"{source}: no addresses; name a file, a folder or a data set of the hub (OWNER/NAME)")
+    name, *rest = [source] if os.path.exists(source) else source.split(":")
+    path, split, configuration = Path(name), rest[-1] if rest else None, rest[0] if len(rest) > 1 else None
+    if len(rest) > 2 or not all([name, *rest]):
+        raise UserError(f"{source}: a data set is named NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT")
+    if path.is_dir():
+        return folder_files(path, split, configuration, account)
+    if path.is_file() or kind_of(path):
+        if not kind_of(path):
+            kinds = ", ".join(f".{kind}" for kind in KINDS)
+            raise UserError(f"{source} is no {kinds} file, as it is or packed (.{', .'.join(OPENERS)})")
+        if rest:
+            raise UserError(f"{source}: {name} is one file, it has no split {split}")
+        return [path]
+    if name.count("/") == 2 and not name.startswith(("/", ".")):
+        owner, repository, part = name.split("/")
+        raise UserError(
+            f"{name} is no file; a configuration of {owner}/{repository} is {owner}/{repository}:{part}:train"
+        )
+    return hub_files(name, split or "train", configuration)
+
+
+def load_rows(source: str, limit: int | None = None, account: Account | None = None) -> list[dict]:
+    """The first `limit` rows (default: all) of a source: a file, a folder, NAME, NAME:SPLIT, NAME:CONFIGURATION:SPLIT.
+
+    Files are .json, .jsonl, .ndjson, .csv (perhaps with .gz, .bz2, .xz behind), .parquet and .arrow; a split is train
+    where none is named.
+    """
+    account = account or Account()
+    files = find_files(source, account)
+    rows = itertools.chain.from_iterable(read_file(path, account) for path in files)
     rows = list(itertools.islice(rows, limit))
     if not rows:
-        raise UserError(f"{source} has no rows")
+        raise UserError(f"{source} has no rows" + " that can be used" * bool(account.skipped))
     return rows
 
 
-def best_rated(rows: dict[str, list[dict]], top: int, field: str) -> dict[str, list[dict]]:
+def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Account) -> dict[str, list[dict]]:
     """Of the rows of several sources together, the `top` with the highest number in column `field`; ties: the first.
 
     Raises UserError with source and row where a row has no number there, or where there are fewer rows.
@@ -90,13 +347,16 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str) -> dict[str, l
     for source in rows:
         for number, row in enumerate(rows[source], 1):
             rating = row.get(field) if isinstance(row, dict) else None
-            if isinstance(rating, bool) or not isinstance(rating, int | float) or math.isnan(rating):
-                raise UserError(f"{source}, row {number}: column {field} holds {rating!r}, not a rating")
-            ratings.append(rating)
-    if len(ratings) < top:
-        raise UserError(f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
-    best = set(sorted(range(len(ratings)), key=lambda i: -ratings[i])[:top])
-    places = itertools.count()
+            try:  # .csv has text only
+                ratings.append(math.nan if isinstance(rating, bool) else float(rating))
+            except (ValueError, TypeError):
+                ratings.append(math.nan)
+            if math.isnan(ratings[-1]):
+                account.refuse(f"{source}, row {number}", f"column {field} holds {rating!r}, not a rating")
+    if (rated := sum(not math.isnan(rating) for rating in ratings)) < top:
+        raise UserError(f"{', '.join(rows)}: {rated} rated rows, {top} are to be taken")
+    order = sorted((i for i, rating in enumerate(ratings) if not math.isnan(rating)), key=lambda i: -ratings[i])
+    best, places = set(order[:top]), itertools.count()
     return {source: [row for row in rows[source] if next(places) in best] for source in rows}
 
 
@@ -108,3 +368,9 @@ def build_trees(rows: list[dict]) -> list[dict]:
     for row in rows:
         row["replies"] = replies[row["message_id"]]
     return replies[None]
+
+
+def add_flags(parser, group: str = "model and data"):
+    """What is done about rows that cannot be used."""
+    add = parser.group(group)
+    add("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and say how many and why")

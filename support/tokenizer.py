@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import tokenizers
 
-from support.checkpoint import TOKENIZER_FILES, find_folder
-from support.files import UserError, read_json
+from support.checkpoint import TOKENIZER_FILES, find_checkpoint, special_token
+from support.files import UserError
 
 
 @contextmanager
@@ -84,21 +84,20 @@ class Tokenizer:
 
 def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text."""
-    folder = find_folder(name_or_path, TOKENIZER_FILES, revision)
+    folder = find_checkpoint(name_or_path, revision, TOKENIZER_FILES)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json")
+        parts = [name for name in ("vocab.json", "tokenizer.model") if (folder / name).exists()]
+        convert = (
+            f"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')"
+        )
+        how = f', only {parts[0]}, which transformers makes one of: python -c "{convert}"' if parts else ""
+        raise UserError(f"{folder} has no tokenizer.json{how}")
     with told(f"{folder / 'tokenizer.json'} cannot be read"), quiet():
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = read_json(folder / "tokenizer_config.json")
-    eos, bos = (
-        token.get("content") if isinstance(token, dict) else token
-        for token in map(config.get, ("eos_token", "bos_token"))
-    )
+    eos, bos = special_token(folder, "eos_token"), special_token(folder, "bos_token")
     with told(f"{folder}: the tokenizer does not work"), quiet():
-        if not isinstance(eos, str) or backend.token_to_id(eos) is None:
+        if eos is None or backend.token_to_id(eos) is None:
             raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {eos!r} is no token of the vocabulary")
-        if not isinstance(bos, str | None):
-            raise UserError(f"{folder / 'tokenizer_config.json'}: bos_token {bos!r} is no text")
         if len(ids := backend.get_vocab().values()) != len(set(ids)):  # which is decoded would be left to chance
             raise UserError(f"{folder / 'tokenizer.json'}: two tokens have one id")
         tokenizer = Tokenizer(backend, eos, bos)

@@ -7,6 +7,7 @@ import torch
 from conftest import edit_json, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GenerationConfig
 
 from lora import (
     TARGETS,
@@ -196,6 +197,39 @@ def test_merge_writes_a_folder_with_the_tokenizer(llama, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / file).read_bytes() == (llama / file).read_bytes()
     shutil.rmtree(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("named", [None, 7, [7, 9], 1])
+def test_a_merged_model_ends_where_it_was_trained_to_end(llama, tmp_path, named):
+    folder = shutil.copytree(llama, tmp_path / "base")
+    edit_json(folder / "generation_config.json", lambda config: config.update(eos_token_id=named, temperature=0.5))
+    merge(adapted(folder), tmp_path / "merged")
+    theirs = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert theirs.eos_token_id == {None: 1, 7: [7, 1], 1: 1}.get(
+        named if isinstance(named, int | None) else 0, [7, 9, 1]
+    )
+    assert theirs.temperature == 0.5
+    (folder / "generation_config.json").unlink()
+    merge(adapted(folder), tmp_path / "again")  # then config.json says it
+    assert GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == 1
+
+
+@pytest.mark.parametrize("stored, merged", [("bfloat16", None), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_what_rounding_makes_of_a_merged_update_is_measured(llama, tmp_path, stored, merged):
+    model = adapted(llama, getattr(torch, stored))
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.mul_(1e-3)  # as after a short run: most of it is below a bfloat16 weight's last digit
+    base = {name: layer.weight.double() for name, layer in lora_layers(model).items()}
+    update = {name: layer.product().double() * 6 / 4 for name, layer in lora_layers(model).items()}
+    error = merge(model, tmp_path, getattr(torch, merged) if merged else None).merge_error
+    held = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in held.values()} == {getattr(torch, merged or stored)}
+    lost = sum(((held[f"{name}.weight"] - base[name] - update[name]) ** 2).sum() for name in base)
+    expected = (lost / sum((u**2).sum() for u in update.values())).sqrt()
+    assert error == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+    assert error < 1e-2 if merged == "float32" else error > 0.3
+    assert load_model(tmp_path).lm_head.weight is not None
 
 
 def test_a_loaded_adapter_trains_on_with_the_dropout_that_it_was_trained_with(llama, tmp_path):

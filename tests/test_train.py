@@ -24,7 +24,7 @@ from lora import add_lora, lora_layers, save_adapter
 from model import load_model, response_nll
 from paper.baselines import response_losses, select_at_random
 from sstoken import History
-from support import command, runs
+from support import runs, start
 from support.files import UserError
 from train import learning_rate, parse_arguments, plan_steps, sample_weights, train
 
@@ -565,7 +565,7 @@ MISTAKES = {
 def test_a_mistake_ends_with_status_2_and_one_line(llama, rows, tmp_path, capsys, message):
     argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), *MISTAKES[message]]
     with pytest.raises(SystemExit) as end:
-        command.run_script(lambda: train_module.main(argv))
+        start.run_script(lambda: train_module.main(argv))
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) <= 3
     assert lines[-1].startswith("error:") and message in lines[-1]
@@ -583,7 +583,7 @@ def test_a_sample_longer_than_the_models_context_is_refused(llama, tmp_path):
 
 def test_an_error_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        command.run_script(lambda: 1 / 0)
+        start.run_script(lambda: 1 / 0)
 
 
 def test_new_runs_get_folders_of_their_own_under_runs(tmp_path, monkeypatch):

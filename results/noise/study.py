@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from support.start import run_script
+
 import data
 import lora
 import train
@@ -288,4 +290,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run_script(main)
+    run_script(main)

@@ -12,6 +12,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parents[1]))
+from support.start import run_script
+
 import train
 from support import command
 
@@ -62,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run_script(main)
+    run_script(main)

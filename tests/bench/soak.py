@@ -19,7 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parents[1]))
 
-from support.command import ArgumentParser, run_script
+from support.start import run_script
+
+from support.command import ArgumentParser
 
 ROOT = Path(__file__).parents[2]
 

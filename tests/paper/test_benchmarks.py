@@ -10,7 +10,7 @@ from lm_eval.tasks.agieval import utils as agieval_utils
 from lm_eval.tasks.tydiqa import utils as tydiqa_utils
 
 from paper import benchmarks
-from paper.benchmarks import TASKS, final_answer, overlap, same_number, squad_words, task_names
+from paper.benchmarks import TASKS, final_answer, overlap, same_number, squad_words, stands_in, task_names
 from support.files import UserError
 from support.tokenizer import load_tokenizer
 
@@ -110,3 +110,63 @@ def test_metrics_of_written_answers_are_the_harness_s():
                 text,
                 gold,
             )
+
+
+# ---------------------------------------------------------------------------------------------------------- own rows
+
+# an answer, and texts in which it does and does not stand
+STANDS = {
+    "72": (
+        ["72", "72.", "It is 72, in total.", "(72)", "72%", "$72", "=72;", "72\nbecause"],
+        ["172", "720", "7 2", "72nd"],
+    ),
+    "7": (["7", "7: so"], ["72", "3.7", "7.5", "7,000", "-7"]),
+    "3.5": (["3.5", "about 3.5."], ["3.50", "13.5", "3,5"]),
+    "-5": (["it is -5.", "x = -5"], ["3-5", "-55"]),
+    "1,000": (["1,000 men"], ["11,000", "1,000.5"]),
+    "Paris": (["Paris, France", "It is, of course, Paris.", "\u201cParis\u201d"], ["Parisian", "paris", "comParis"]),
+    "New York": (["in New York, USA", "New York!"], ["New Yorker", "New\tYork"]),
+    "caf\u00e9": (["le caf\u00e9!"], ["caf\u00e9s", "caf\u00e9t\u00e9ria"]),
+    "C++": (["in C++11", "C++."], ["C+"]),
+    "\u0440\u0430\u043c": (["\u0440\u0430\u043c."], ["\u0440\u0430\u043c\u0430"]),
+    "\u0930\u093e\u092e": (
+        ["\u0930\u093e\u092e \u0939\u0948"],
+        ["\u0930\u093e\u092e\u093e"],
+    ),  # the vowel sign is no letter
+    "\u6771\u4eac": (
+        ["\u7b54\u3048\u306f\u6771\u4eac\u3067\u3059", "\u6771\u4eac"],
+        ["\u6771"],
+    ),  # no spaces: any place
+    "\u0e01\u0e23\u0e38\u0e07": (["\u0e04\u0e37\u0e2d\u0e01\u0e23\u0e38\u0e07\u0e04\u0e48\u0e30"], []),
+    "\ud30c\ub9ac": (["\ud30c\ub9ac\uc785\ub2c8\ub2e4"], []),
+    "5": (["\u51715\u4e2a"], ["\u517115\u4e2a"]),  # a number among Chinese
+    "1, 2": (["1, 2.", "1, 2, of course"], ["1, 2, 3", "0, 1, 2", "1, 2, 3."]),
+    "cold, down": (["makes cold, down. Anything", "cold, down, as you asked"], ["cold, down, up."]),
+}
+
+
+@pytest.mark.parametrize("answer", STANDS)
+def test_an_answer_stands_in_a_text_as_whole_words_and_numbers(answer):
+    right, wrong = STANDS[answer]
+    assert [text for text in right if not stands_in(answer, text)] == []
+    assert [text for text in wrong if stands_in(answer, text)] == []
+
+
+def graded(row, written, tokenizer):
+    task = TASKS["instructions"]
+    (asked,) = task["rows"](lambda split: [row], tokenizer)
+    return task["metrics"](asked, [written])["exact_match"]
+
+
+def test_own_rows_name_their_answer_as_text_or_number_or_not_at_all(llama):
+    tokenizer, row = load_tokenizer(llama), {"instruction": "2 + 2", "output": "It is 4."}
+    assert graded(row, " It is 4. ", tokenizer) == 1 and graded(row, "4", tokenizer) == 0
+    for answer in ("4", 4, " 4 "):
+        assert graded(row | {"answer": answer}, "so 4, I think", tokenizer) == 1
+        assert graded(row | {"answer": answer}, "so 4.5, I think", tokenizer) == 0
+    assert graded(row | {"answer": 0.5}, "0.5", tokenizer) == 1
+    for answer, words in {"": "is empty", "  ": "is empty", True: "answer is bool", ("4",): "answer is tuple"}.items():
+        with pytest.raises(UserError, match=f"row 1: its {words}|row 1: its answer {words}"):
+            graded(row | {"answer": answer}, "4", tokenizer)
+    with pytest.raises(UserError, match="row 1: its answer is empty"):
+        graded(row | {"output": " "}, "4", tokenizer)

@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 from benchmark_rows import write_benchmarks
 from matplotlib import pyplot
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import data
@@ -165,6 +166,33 @@ def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, mo
         reproduce.main(command(llama, rows, benchmarks, tmp_path, "--limit", "7"))
     evaluation = json.loads((tmp_path / "full-seed42" / "evaluation.json").read_text())
     assert evaluation["dtype"] == "float32"
+
+
+def test_an_evaluation_of_other_weights_is_not_taken(llama, rows, benchmarks, tmp_path, in_this_process):
+    flags = command(llama, rows, benchmarks, tmp_path, "--methods", "full", "--seeds", "1")
+    reproduce.main(flags)
+    cell = tmp_path / "full-seed42"
+    first = json.loads((cell / "evaluation.json").read_text())
+    adapter = load_file(cell / "adapter_model.safetensors")
+    save_file({name: 9 * tensor for name, tensor in adapter.items()}, cell / "adapter_model.safetensors")
+    reproduce.main(flags)
+    second = json.loads((cell / "evaluation.json").read_text())
+    assert second["key"] != first["key"] and second["keys"] == first["keys"]
+    reproduce.main(flags)
+    assert json.loads((cell / "evaluation.json").read_text()) == second
+
+
+def test_what_is_named_is_there_before_anything_is_made(llama, rows, benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "call", lambda given: pytest.fail("started"))
+    out = tmp_path / "out"
+    for change, message in [
+        (("--data", tmp_path / "no.jsonl"), "no rows|no.jsonl"),
+        (("--benchmarks", tmp_path / "nothing"), "--benchmarks .*nothing is no folder"),
+        (("--out", rows / "out"), "cannot be written"),
+        (("--reference-data", tmp_path / "folder-without"), "is neither a local folder nor available"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            reproduce.main(command(llama, rows, benchmarks, out, *map(str, change)))
 
 
 def test_cells_of_other_rows_are_not_averaged(llama, rows, benchmarks, tmp_path, in_this_process):

@@ -1,17 +1,23 @@
 """Checkpoints: both config dialects, shards, dtypes, and what is refused by name."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from conftest import edit_json, make_checkpoint, to_old_dialect
+from hub import run_python, serve
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save_model as save_shared
+from transformers import AutoModelForCausalLM
 
+import lora
 from model import load_model, read_config
-from support import checkpoint
+from support import checkpoint, files
 from support.checkpoint import save_model
 from support.files import UserError
 
@@ -192,3 +198,192 @@ def test_saved_models_load_again(checkpoint, tmp_path):
     assert again.lm_head.weight.dtype == torch.bfloat16
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+# ------------------------------------------------------------------------------ folders as other programs leave them
+
+TOKENS = torch.arange(2, 22)[None]
+
+
+def edit_file(path, change):
+    """Rewrite a safetensors file by `change`, a function that edits its tensors in place."""
+    held = load_file(path)
+    change(held)
+    save_file(held, path)
+
+
+def as_transformers_reads_it(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+
+
+def as_we_do(folder):
+    model = load_model(folder, torch.float32)
+    with torch.no_grad():
+        return model.lm_head(model(TOKENS))
+
+
+def test_a_tied_model_may_be_stored_under_either_name(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "copy")
+    save_shared(AutoModelForCausalLM.from_pretrained(folder), folder / "model.safetensors", metadata={"format": "pt"})
+    assert list(filter(lambda name: "embed" in name or "head" in name, load_file(folder / "model.safetensors"))) == [
+        "lm_head.weight"
+    ]
+    assert torch.equal(as_we_do(folder), as_we_do(llama))
+    assert (as_we_do(folder) - as_transformers_reads_it(folder)).abs().max() < 1e-4
+    edit_json(folder / "config.json", lambda config: config.pop("dtype"))
+    assert load_model(folder).lm_head.weight.dtype == torch.float32  # as it is stored, under that name
+
+
+def test_a_whole_file_beside_an_index_is_what_transformers_reads(checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    files.NOTED.clear()
+    found = as_we_do(folder)
+    assert (found - as_transformers_reads_it(folder)).abs().max() < 1e-3
+    assert not torch.allclose(found, as_we_do(checkpoint))
+    assert "has model.safetensors, which is read, and model-00001-of-" in capsys.readouterr().err
+    for shard in folder.glob("model-*-of-*.safetensors"):  # what is left when a merged model is saved over a copy
+        shard.unlink()
+    assert torch.equal(as_we_do(folder), found)
+
+
+def test_links_into_another_folder_are_followed(checkpoint, tmp_path):
+    folder, elsewhere = shutil.copytree(checkpoint, tmp_path / "copy"), tmp_path / "blobs"
+    elsewhere.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(elsewhere / f"{number}")
+        file.symlink_to(elsewhere / f"{number}")
+    assert torch.equal(as_we_do(folder), as_we_do(checkpoint))
+
+
+def test_the_dtype_auto_is_the_one_that_is_stored(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "copy")
+    edit_json(folder / "config.json", lambda config: config.update(torch_dtype="auto", dtype=None))
+    assert load_model(folder).lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("missing", ["the shards' index", "everything"])
+def test_weights_in_no_form_that_is_read_are_refused_with_what_to_do(checkpoint, tmp_path, missing):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / "model.safetensors.index.json").unlink()
+    if missing == "everything":
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(UserError, match="only pytorch_model.bin.*AutoModelForCausalLM as M; M.from_pretrained"):
+            load_model(folder)
+    else:
+        with pytest.raises(UserError, match="has no model.safetensors; give a checkpoint"):
+            load_model(folder)
+
+
+# ---------------------------------------------------------------------------------- adapters and what they say of it
+
+ALL = set(lora.TARGETS)
+# what adapter_config.json says, beside lists of q_proj and v_proj: the names of the layers that it means
+DESCRIPTIONS = {
+    "a list": ({"target_modules": ["q_proj", "v_proj"]}, lambda layer, name: name in ("q_proj", "v_proj")),
+    "names that are not there": ({"target_modules": ["q_proj", "query"]}, lambda layer, name: name == "q_proj"),
+    "all-linear": ({"target_modules": "all-linear"}, lambda layer, name: name in ALL),
+    "a pattern": ({"target_modules": r".*\.(q|v)_proj"}, lambda layer, name: name in ("q_proj", "v_proj")),
+    "some layers": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+        lambda layer, name: name == "q_proj" and layer != 1,
+    ),
+    "one layer": (
+        {"target_modules": ["o_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        lambda layer, name: name == "o_proj" and layer == 1,
+    ),
+    "all but": (
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+        lambda layer, name: name == "q_proj",
+    ),
+    "a whole name": (
+        {"target_modules": ["model.layers.1.self_attn.q_proj"]},
+        lambda layer, name: name == "q_proj" and layer == 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", DESCRIPTIONS)
+def test_what_an_adapter_says_of_itself_is_read_as_peft_reads_it(llama, tmp_path, form):
+    said, meant = DESCRIPTIONS[form]
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    peft.get_peft_model(base, peft.LoraConfig(r=4, **said)).save_pretrained(tmp_path)
+    model = lora.load_adapter(load_model(llama), tmp_path)
+    found = {tuple(name.split(".")[2::2]) for name in lora.lora_layers(model)}
+    assert found and found == {(str(i), name) for i in range(3) for name in ALL if meant(i, name)}
+    edit_file(tmp_path / "adapter_model.safetensors", lambda held: [held.pop(k) for k in sorted(held)[:2]])
+    with pytest.raises(UserError, match=f"has no tensors for 1 of the {len(found)} layers that target_modules names"):
+        lora.load_adapter(load_model(llama), tmp_path)
+
+
+SAYS = {
+    "use_something_new is not implemented": {"use_something_new": True},
+    "megatron_config is not implemented": {"megatron_config": {"a": 1}},
+    "lora_bias is not implemented": {"lora_bias": True},
+    "has tensors for .*mlp.down_proj, which target_modules does not name": {"target_modules": ["q_proj", "k_proj"]},
+    "target_modules names the head": {"target_modules": [*lora.TARGETS, "lm_head"]},
+    "target_modules is 7, not names": {"target_modules": 7},
+    "too involved a pattern": {"target_modules": "(a+)+b"},
+    r"'\(' is no pattern": {"target_modules": "("},
+    "layers_pattern .* is not of this decoder": {"layers_pattern": ["h"], "layers_to_transform": [0]},
+    "layers_to_transform is 'all'": {"layers_to_transform": "all"},
+}
+
+
+@pytest.mark.parametrize("words", SAYS)
+def test_an_adapter_that_says_something_else_than_it_holds_is_refused(llama, tmp_path, words):
+    lora.save_adapter(lora.add_lora(load_model(llama), rank=4), tmp_path)
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.update(SAYS[words]))
+    with pytest.raises(UserError, match=words):
+        lora.load_adapter(load_model(llama), tmp_path)
+
+
+def test_what_peft_leaves_switched_off_is_no_matter(llama, tmp_path):
+    lora.save_adapter(lora.add_lora(load_model(llama), rank=4), tmp_path)
+    off = {"use_new": False, "new_config": None, "new_list": [], "new_map": {}, "fan_in_fan_out": True}
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.update(off))
+    assert len(lora.lora_layers(lora.load_adapter(load_model(llama), tmp_path))) == 21
+
+
+def test_adapters_of_some_layers_say_which(llama, tmp_path):
+    model = lora.add_lora(load_model(llama), rank=4, targets=["layers.0.self_attn.q_proj", "v_proj"])
+    lora.save_adapter(model, tmp_path)
+    assert lora.lora_layers(lora.load_adapter(load_model(llama), tmp_path)).keys() == lora.lora_layers(model).keys()
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path)
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == 4
+
+
+def test_a_pickled_adapter_is_refused_with_a_command_that_converts_it(llama, tmp_path):
+    lora.save_adapter(lora.add_lora(load_model(llama), rank=4), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(path), tmp_path / "adapter_model.bin")
+    expected = load_file(path)
+    path.unlink()
+    with pytest.raises(UserError, match="only adapter_model.bin: pickled weights can run any program") as refused:
+        lora.load_adapter(load_model(llama), tmp_path)
+    command = shlex.split(str(refused.value).partition("If you trust it: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert load_file(path).keys() == expected.keys()
+    lora.load_adapter(load_model(llama), tmp_path)
+
+
+LOAD_ADAPTER = """
+import sys, lora, model
+print(len(lora.lora_layers(lora.load_adapter(model.load_model(sys.argv[1].split()[1]), sys.argv[1].split()[0]))))
+"""
+
+
+@pytest.mark.slow
+def test_adapters_come_from_the_hub_too_and_are_no_models(llama, tmp_path):
+    lora.save_adapter(lora.add_lora(load_model(llama), rank=4), tmp_path / "adapter")
+    with serve({("model", "who/adapter", "main"): tmp_path / "adapter"}, tmp_path / "cache") as (environment, _):
+        found = run_python(LOAD_ADAPTER, f"who/adapter {llama}", environment)
+        assert found.stdout == "21\n", found.stderr
+        refused = run_python("import sys, model; model.load_model(sys.argv[1])", "who/adapter", environment)
+        assert f"who/adapter is an adapter of {llama}, no whole model: give --model {llama}" in refused.stderr

@@ -1,10 +1,14 @@
 """Greedy decoding: with a cache as without one, with guesses as without them."""
 
+import json
+
+import pytest
 import torch
 from test_evaluate import PAIRS
 
 from model import load_model
-from support.decoding import Row, generate
+from support.decoding import Row, generate, generation_settings
+from support.files import UserError
 from support.tokenizer import load_tokenizer
 
 
@@ -73,3 +77,33 @@ def test_generation_with_a_small_cache_writes_what_a_large_one_writes(llama):
     for ids, whole in zip(stopped, plain, strict=True):
         end = next(n for n, token in enumerate(whole) if token in stops)
         assert ids == whole[: end + 1]
+
+
+# what generation_config.json may say, and whether it changes what greedy decoding writes
+SETTINGS = {
+    "num_beams": (4, 1),
+    "no_repeat_ngram_size": (2, 0),
+    "min_new_tokens": (5, None),
+    "max_new_tokens": (5, None),
+    "suppress_tokens": ([3], []),
+    "bad_words_ids": ([[3]], None),
+    "sequence_bias": ([[[3], 1.0]], None),
+    "forced_eos_token_id": (3, None),
+    "stop_strings": (["a"], None),
+    "guidance_scale": (1.5, 1.0),
+    "encoder_repetition_penalty": (1.2, 1.0),
+    "exponential_decay_length_penalty": ([3, 1.1], None),
+    "cache_implementation": ("quantized", "static"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_would_change_what_is_written_is_refused_by_name(llama, tmp_path, name):
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    model.folder, (changes, neutral) = tmp_path, SETTINGS[name]
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}  # lm-eval switches that off
+    (tmp_path / "generation_config.json").write_text(json.dumps(sampling | {name: neutral}))
+    assert generation_settings(model, tokenizer)["repetition_penalty"] == 1
+    (tmp_path / "generation_config.json").write_text(json.dumps(sampling | {name: changes}))
+    with pytest.raises(UserError, match=f"generation_config.json: {name} .* is not implemented; take it out"):
+        generation_settings(model, tokenizer)

@@ -1,6 +1,7 @@
 """Faults, one line each, and what must happen: a mistake of the user's ends with status 2 and a line that says so."""
 
 import errno
+import gzip
 import importlib
 import json
 import os
@@ -28,7 +29,7 @@ import lora
 import train
 from model import load_model
 from sstoken import share_of
-from support import command, files, ranks, runs
+from support import files, ranks, runs, start
 from support.files import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def end(main, argv, capsys) -> tuple[int, list[str]]:
     capsys.readouterr()
     status = 0
     try:
-        command.run_script(lambda: main([str(word) for word in argv]))
+        start.run_script(lambda: main([str(word) for word in argv]))
     except SystemExit as stop:
         status = stop.code
     return status, seen(capsys.readouterr().err)
@@ -170,12 +171,6 @@ def link_out(place):
     shard.symlink_to(place.at / "elsewhere.safetensors")
 
 
-def link_out_of_the_cache(place):
-    """The same in the hub's cache, where links to blobs/ are as they should be."""
-    as_in_the_cache(place)
-    link_out(place)
-
-
 def as_in_the_cache(place):
     repository = place.at / "models--who--tiny"
     (repository / "snapshots").mkdir(parents=True)
@@ -236,8 +231,43 @@ def norm(change):
     return tensors(NORM, change)
 
 
-def rank(number):
-    return lambda place: edit_json(place.at / "adapter" / "adapter_config.json", lambda config: config.update(r=number))
+def adapter_says(**changes):
+    return lambda place: edit_json(place.at / "adapter" / "adapter_config.json", lambda config: config.update(changes))
+
+
+def adapter_holds(change):
+    """Change which tensors the adapter's file has."""
+
+    def apply(place):
+        path = place.at / "adapter" / "adapter_model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return apply
+
+
+half_of_the_adapter = adapter_holds(lambda held: {k: v for k, v in held.items() if "k_proj" not in k and "up" not in k})
+no_tensors = adapter_holds(lambda held: {})
+
+
+def pickled_adapter(place):
+    (place.at / "adapter" / "adapter_model.safetensors").rename(place.at / "adapter" / "adapter_model.bin")
+
+
+def pipe(place):
+    shard = holding(place, NORM)
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def only_the_parts(place):
+    gone("tokenizer.json")(place)
+    (place.model / "vocab.json").write_text("{}")
+    (place.model / "merges.txt").write_text("")
+
+
+def packed_and_cut(place):
+    (place.at / "rows.jsonl.gz").write_bytes(gzip.compress((place.at / "rows.jsonl").read_bytes())[:-20])
+    flags("--data", "AT/rows.jsonl.gz")(place)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -271,9 +301,11 @@ MODEL = [  # both scripts refuse these
     ("index leads to a root", listed(model__norm__weight="/etc/passwd"), f"names /etc/passwd, {OUTSIDE}"),
     ("index names a shard by its whole path",
         lambda p: listed(model__norm__weight=str(holding(p, NORM)))(p), OUTSIDE),
-    ("index names the folder above", listed(model__norm__weight=".."), f"names .., {OUTSIDE}"),
-    ("index names a link out", link_out, OUTSIDE),
-    ("index names a link out of the hub's cache", link_out_of_the_cache, OUTSIDE),
+    ("index names the folder above", listed(model__norm__weight=".."), NOT_WHOLE),
+    ("index names a pipe, which nothing comes out of", pipe, NOT_WHOLE),
+    ("only a part of a tied head's names", js("config.json", tie_word_embeddings=True), "lm_head.weight differs from"),
+    ("model is an adapter", flags("--model", "AT/adapter"), "adapter is an adapter of "),
+    ("only the parts of a tokenizer", only_the_parts, "has no tokenizer.json, only vocab.json, which transfo"),
     ("tensor of another shape", norm(lambda t: t.update({NORM: torch.ones(47)})), "has shape [47], the config asks"),
     ("tensor missing", both(norm(lambda t: t.pop(NORM)), unlisted(NORM)), "no tensor model.norm.weight"),
     ("config of a larger model", js("config.json", hidden_size=96), "the config asks for [400, 96]"),
@@ -285,12 +317,35 @@ MODEL = [  # both scripts refuse these
     ("vocabulary larger than the embedding", smaller_vocabulary, "the embedding"),
 ]
 
-EXCHANGE = {"prompt": "Q", "completion": "A"}
+EXCHANGE, ALPACA = {"prompt": "Q", "completion": "A"}, {"instruction": "Q", "output": "A"}
 DATA = [
     ("file missing", flags("--data", "AT/no.jsonl"), "no.jsonl cannot be read: [Errno 2]"),
     ("file is of no known kind", flags("--data", "AT/model/config.txt"), "config.txt is neither a local folder"),
-    ("file is a table", both(lambda place: (place.at / "t.csv").write_text("a,b"), flags("--data", "AT/t.csv")),
-        "t.csv is no .json, .jsonl or .parquet file"),
+    ("a table without rows", both(lambda place: write(place, "t.csv", "a,b"), flags("--data", "AT/t.csv")), "no rows"),
+    ("a table of other columns", both(lambda place: write(place, "t.csv", "a,b\n1,2"), flags("--data", "AT/t.csv")),
+        "t.csv, row 1: columns a, b fit no schema"),
+    ("a table with a field too many",
+        both(lambda place: write(place, "t.csv", "prompt,completion\n1,2,3"), flags("--data", "AT/t.csv")),
+        "t.csv, line 2: not 2 columns"),
+    ("a table with an open quote",
+        both(lambda place: write(place, "t.csv", 'prompt,completion\n1,"2'), flags("--data", "AT/t.csv")),
+        "t.csv cannot be read: unexpected end of data"),
+    ("a file of another kind", both(lambda place: write(place, "t.txt", "Q"), flags("--data", "AT/t.txt")),
+        "t.txt is no .parquet, .arrow, .jsonl, .ndjson, .csv, .json file"),
+    ("a packed file that is cut", packed_and_cut, "rows.jsonl.gz cannot be read: Compressed file ended"),
+    ("a file with a split", flags("--data", "AT/rows.jsonl:test"), "is one file, it has no split test"),
+    ("a folder without rows", flags("--data", "AT/benchmarks:train"), "csv, json file of a split named train"),
+    ("an address", flags("--data", "https://example.org/rows.jsonl"), "no addresses; name a file, a folder or a data"),
+    ("rows under two names", text('{"data": [], "train": []}'), "has rows under several names, data, train"),
+    ("an earlier turn that is no pair", rows(ALPACA | {"history": [["Q"]]}), "row 1: history is no list of [quest"),
+    ("tools", rows({"messages": [], "tools": [{"name": "f"}]}), "row 1: column tools beside messages changes what is"),
+    ("a preference", rows(EXCHANGE | {"label": False}), "row 1: column label says which answers are wanted"),
+    ("input and context", rows(ALPACA | {"input": "I", "context": "C"}), "row 1: both input and context"),
+    ("two system messages", rows({"messages": [{"role": "system", "content": "S"}], "system": "T"}), "row 1: a column"),
+    ("a call of a tool", says(user("Q"), assistant("") | {"tool_calls": [{"id": 1}]}), "a message has tool_calls"),
+    ("a weight between", says(user("Q"), assistant("A") | {"weight": 0.5}), "row 1: a message has weight 0.5"),
+    ("a user to be supervised", says(user("Q") | {"train": True}, assistant("A")), "message has train 1: only"),
+    ("weights that disagree", says(user("Q"), assistant("A") | {"weight": 1, "train": False}), "weight and train, wh"),
     ("empty", text(""), "rows.jsonl has no rows"),
     ("blank lines only", text("\n\n"), "rows.jsonl has no rows"),
     ("not UTF-8", text('{"prompt": "caf\u00e9", "completion": "A"}'.encode("latin-1")), "'utf-8' codec can't decode"),
@@ -305,7 +360,8 @@ DATA = [
     ("a message is text", rows({"messages": ["Q"]}), "row 1: messages does not hold what this schema has there"),
     ("role unknown", says(user("Q"), {"role": "tool", "content": "A"}), "row 1: role 'tool' is not system, user or"),
     ("content null", says(user("Q"), assistant(None)), "row 1: the assistant's content is NoneType, not text"),
-    ("content a list", says(user([{"type": "text", "text": "Q"}]), assistant("A")), "the user's content is list, not"),
+    ("content a list of texts", says(user(["Q"]), assistant("A")), "the user's content is list, not text"),
+    ("an image", says(user([{"type": "image", "url": "Q"}]), assistant("A")), "content has a part of type image, only"),
     ("nothing to supervise", says(user("Q")), "no response token within 2048 tokens in any of 1 samples"),
     ("no messages at all", says(), "no response token within 2048 tokens in any of 1 samples"),
     ("a prompt of 10 MB", says(user("word " * 2_000_000), assistant("A")), "no response token within 2048 tokens"),
@@ -327,6 +383,9 @@ FLAGS = [
     ("resume and overwrite", flags("--resume", "--overwrite"), "--resume goes"),
     ("a reference of another base", flags("--method", "rho1", "--reference", "AT/adapter of wider"),
         "has shape [96, 4], not [48, 4]"),
+    ("a reference that is not whole", both(half_of_the_adapter, flags("--method", "rho1", "--reference", "AT/adapter")),
+        "has no tensors for 6 of the 21 layers that target_modules names"),
+    ("a cache in a file", flags("--cache", "AT/rows.jsonl/cache"), "cache/losses cannot be written (Not a directory)"),
 ]
 
 OUT = [
@@ -340,9 +399,16 @@ OUT = [
 ]
 
 ADAPTER = [  # of evaluate.py
-    ("missing", flags("--adapter", "AT/nothing"), "nothing has no adapter_config.json"),
+    ("missing", flags("--adapter", "AT/nothing"), "nothing is neither a local folder nor available from the hub"),
+    ("no adapter", flags("--adapter", "AT/benchmarks"), "benchmarks has no adapter_config.json"),
+    ("a whole model", flags("--adapter", "AT/model"), "has no adapter_config.json, but config.json: a whole model"),
+    ("half of it", both(half_of_the_adapter, flags("--adapter", "AT/adapter")), "has no tensors for 6 of the 21"),
+    ("a header alone", both(no_tensors, flags("--adapter", "AT/adapter")), "has no tensors for 21 of the 21 layers"),
+    ("pickled", both(pickled_adapter, flags("--adapter", "AT/adapter")), "has only adapter_model.bin: pickled w"),
+    ("something new switched on", both(adapter_says(use_new=True), flags("--adapter", "AT/adapter")), "use_new is not"),
+    ("the second of two", flags("--adapter", "AT/adapter", "--adapter", "AT/nothing"), "nothing is neither a local"),
     ("of another base", flags("--adapter", "AT/adapter of wider"), "has shape [96, 4], not [48, 4]"),
-    ("of another rank", both(rank(8), flags("--adapter", "AT/adapter")), "has shape [4, 96], not [8, 96]"),
+    ("of another rank", both(adapter_says(r=8), flags("--adapter", "AT/adapter")), "has shape [4, 96], not [8, 96]"),
     ("without weights", both(lambda place: (place.at / "adapter" / "adapter_model.safetensors").unlink(),
         flags("--adapter", "AT/adapter")), NOT_WHOLE),
     ("folder of the results missing", flags("--out", "AT/rows.jsonl/results.json"), "cannot be written (File exists)"),
@@ -384,8 +450,9 @@ def test_an_adapter_that_does_not_fit_is_refused(place, capsys, change, words):
     assert_refused(*end(evaluate.main, evaluate_command(place), capsys), words)
 
 
-def test_nothing_is_wrong_with_the_originals_nor_with_the_links_of_the_hub_s_cache(place, capsys):
-    as_in_the_cache(place)
+@pytest.mark.parametrize("change", [as_in_the_cache, link_out])
+def test_nothing_is_wrong_with_the_originals_nor_with_links_as_the_hub_s_client_makes_them(place, capsys, change):
+    change(place)
     assert end(train.main, [*train_command(place), "--max-steps", "1"], capsys)[0] == 0
     assert end(evaluate.main, evaluate_command(place), capsys)[0] == 0
 
@@ -623,7 +690,7 @@ def test_frozen_losses_that_are_no_numbers_rank_nothing(place, poisoned, capsys)
 FULL_DISK = """
 import resource, sys
 import train
-from support import command, runs
+from support import runs, start
 
 def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # writing more fails, after what fits has been written
@@ -637,7 +704,7 @@ class Checkpoints(runs.Checkpoints):
             allow((self.folder / "log.jsonl").stat().st_size + 30)
 
 runs.Checkpoints = Checkpoints
-command.run_script(lambda: train.main(sys.argv[2:]))
+start.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 

@@ -377,7 +377,7 @@ FAILING = """
 import os, sys
 sys.path.insert(0, os.getcwd())
 import train
-from support import command
+from support import start
 folder, way = sys.argv[1:3]
 open(f"{folder}/{os.environ['RANK']}.pid", "w").write(str(os.getpid()))
 real, calls = train.select, []
@@ -387,7 +387,7 @@ def select(*given):
         raise RuntimeError("planted in rank 1")
     return real(*given)
 train.select = select
-command.run_script(lambda: train.main(sys.argv[3:]))
+start.run_script(lambda: train.main(sys.argv[3:]))
 """
 
 

@@ -1,7 +1,13 @@
 """Rows from files and from the hub."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -9,7 +15,7 @@ from hub import run_python, serve
 
 from data import conversations, load_conversations
 from support.files import UserError
-from support.sources import load_rows
+from support.sources import Account, best_rated, load_rows, source_names
 
 
 def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
@@ -73,9 +79,157 @@ def test_hub_data_sets_from_their_own_files_and_from_the_hubs_parquet_copies(tmp
             assert result.stdout == f"3 {rows[-1]}\n", result.stderr
         assert not any("test-00000" in path for _, path, _ in requests)  # only the split that is asked for
         mixed = run_python(LOAD_FROM_HUB, "who/several", environment)
-        assert "UserError: who/several has several configurations, not one: a, b" in mixed.stderr
+        assert "has several configurations, not one: write who/several:a:train or who/several:b:train" in mixed.stderr
         missing = run_python(LOAD_FROM_HUB, "who/none", environment)
         assert "UserError" in missing.stderr and "who/none" in missing.stderr
     for name in ("who/own", "who/bare"):  # the server is gone: this is the cache
         offline = run_python(LOAD_FROM_HUB, name, environment | {"HF_HUB_OFFLINE": "1"})
         assert offline.stdout == f"3 {rows[-1]}\n", offline.stderr
+
+
+ROWS = [{"prompt": f"question {i}, \u00e9\u2028", "completion": f"answer\n{i}"} for i in range(5)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def as_csv(rows) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+# the file's name: what it holds, text or bytes; in every one of them stand the same rows
+FORMS = {
+    "blank-line.json": "\n" + json.dumps(ROWS),
+    "pretty.json": "\n" + json.dumps(ROWS, indent=2),
+    "named.json": json.dumps({"version": "1.0", "data": ROWS}, indent=2),
+    "named-on-one-line.json": json.dumps({"train": ROWS}),
+    "array.jsonl": json.dumps(ROWS, indent=2),
+    "lines.json": LINES,
+    "LOUD.JSONL": LINES,
+    "rows.ndjson": LINES,
+    "windows.jsonl": "\ufeff" + LINES.replace("\n", "\r\n"),
+    "blank-lines.jsonl": "\n\n" + LINES.replace("\n", "\n\n"),
+    "raw.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS),
+    "rows.csv": as_csv(ROWS),
+    "bom.CSV": "\ufeff" + as_csv(ROWS),
+    "a, b.jsonl": LINES,
+    "v1:train.jsonl": LINES,
+    "rows.jsonl.gz": gzip.compress(LINES.encode()),
+    "rows.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "rows.csv.GZ": gzip.compress(as_csv(ROWS).encode()),
+    "rows.jsonl.bz2": bz2.compress(LINES.encode()),
+    "rows.ndjson.xz": lzma.compress(LINES.encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_are_read_from_whatever_form_their_file_has(tmp_path, name):
+    content = FORMS[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = str(tmp_path / name)
+    assert load_rows(source) == ROWS and load_rows(source, limit=2) == ROWS[:2]
+    assert len(load_conversations(f"{source},{source}")) == 2 * len(ROWS)
+
+
+def test_one_object_is_one_row_and_a_broken_line_is_named_by_its_number(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(ROWS[0], indent=2))
+    assert load_rows(str(tmp_path / "one.json")) == ROWS[:1]
+    (tmp_path / "first.jsonl").write_text('{"prompt": \n' + LINES)
+    (tmp_path / "third.jsonl").write_text("\n" + LINES[: LINES.index("\n") + 1] + "{]\n")
+    (tmp_path / "pretty.json").write_text(json.dumps(ROWS, indent=2)[:-20])
+    for name, line in {"first.jsonl": 1, "third.jsonl": 3, "pretty.json": 20}.items():
+        with pytest.raises(UserError, match=f"{name}, line {line}: not JSON"):
+            load_rows(str(tmp_path / name))
+    account = Account(skip_bad_rows=True)
+    assert load_rows(str(tmp_path / "first.jsonl"), account=account) == ROWS
+    assert len(account.lines()) == 1 and "skipped: 1 rows, the first" in account.lines()[0]
+    assert load_rows(str(tmp_path / "third.jsonl"), account=account) == ROWS[:1]
+
+
+def test_folders_as_the_library_datasets_saves_them(tmp_path):
+    train = datasets.Dataset.from_list(ROWS)
+    chosen = train.select([4, 0, 2])  # which it keeps as indices until it is saved
+    chosen.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    both = datasets.DatasetDict({"train": train, "test": chosen})
+    both.save_to_disk(str(tmp_path / "splits"))
+    assert load_rows(str(tmp_path / "one")) == [ROWS[4], ROWS[0], ROWS[2]]
+    assert load_rows(str(tmp_path / "splits")) == ROWS
+    assert load_rows(f"{tmp_path / 'splits'}:test", limit=1) == [ROWS[4]]
+    with pytest.raises(UserError, match="has no split dev; it has .*splits:train, .*splits:test"):
+        load_rows(f"{tmp_path / 'splits'}:dev")
+    (tmp_path / "one" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../splits/x.arrow"}]}))
+    with pytest.raises(UserError, match="names no _data_files of its own folder"):
+        load_rows(str(tmp_path / "one"))
+
+
+def test_a_folder_of_files_is_all_of_them_or_the_split_that_their_names_tell(tmp_path):
+    for name, rows in {"b": ROWS[2:], "a": ROWS[:2]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    account = Account()
+    assert load_rows(str(tmp_path), account=account) == ROWS and not account.lines()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:1]), tmp_path / "c.parquet")
+    assert load_rows(str(tmp_path), account=account) == ROWS[:1]  # another form of the same rows, perhaps
+    assert account.lines() == [f"files passed over: {tmp_path / 'a.jsonl'}, {tmp_path / 'b.jsonl'}"]
+    (tmp_path / "train.jsonl").write_text(LINES)
+    (tmp_path / "test.jsonl").write_text(LINES.split("\n")[0])
+    assert load_rows(str(tmp_path), account=(account := Account())) == ROWS
+    assert str(tmp_path / "test.jsonl") in account.lines()[0] and "train.jsonl" not in account.lines()[0]
+    assert load_rows(f"{tmp_path}:test") == ROWS[:1]
+    with pytest.raises(UserError, match=f"of a split named dev; it has .*{tmp_path}:test, {tmp_path}:train"):
+        load_rows(f"{tmp_path}:dev")
+
+
+def test_sources_are_parted_at_commas_unless_a_path_with_one_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a, b.jsonl", "c.jsonl", "d,e,f.jsonl"):
+        (tmp_path / name).write_text(LINES)
+    assert source_names("a, b.jsonl") == ["a, b.jsonl"]
+    assert source_names("c.jsonl,a, b.jsonl , pool,d,e,f.jsonl") == ["c.jsonl", "a, b.jsonl", "pool", "d,e,f.jsonl"]
+    assert source_names("who/a,who/b:test") == ["who/a", "who/b:test"]
+    with pytest.raises(UserError, match="names no source"):
+        source_names(" , ")
+
+
+def test_ratings_may_be_text_as_a_table_has_them(tmp_path):
+    rows = [row | {"score": str(i % 3)} for i, row in enumerate(ROWS)]
+    (tmp_path / "rows.csv").write_text(as_csv(rows))
+    best = load_conversations(str(tmp_path / "rows.csv"), top=2)
+    assert [turns[1]["content"] for turns in best] == [ROWS[1]["completion"], ROWS[2]["completion"]]
+    rows[3]["score"] = "none"
+    with pytest.raises(UserError, match="row 4: column score holds 'none', not a rating"):
+        best_rated({"x": rows}, 2, "score", Account())
+    account = Account(skip_bad_rows=True)
+    assert best_rated({"x": rows}, 4, "score", account) == {"x": rows[:3] + rows[4:]} and account.skipped
+
+
+NAMED = "import sys; from data import load_rows\nfor name in sys.argv[1].split():\n    print(len(load_rows(name)))"
+
+
+@pytest.mark.slow
+def test_a_split_and_a_configuration_of_a_hub_data_set_are_named_behind_it(tmp_path):
+    splits, parts = tmp_path / "splits", tmp_path / "parts"
+    for path, count in {
+        splits / "data" / "train_sft-00000-of-00001.parquet": 4,
+        splits / "data" / "test_sft-00000-of-00001.parquet": 2,
+        parts / "main" / "train-00000-of-00001.parquet": 3,
+        parts / "main" / "test-00000-of-00001.parquet": 1,
+        parts / "other" / "train-00000-of-00001.parquet": 5,
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:count]), path)
+    repos = {("dataset", "who/splits", "main"): splits, ("dataset", "who/parts", "main"): parts}
+    known = "who/splits:train_sft who/splits:test_sft who/parts:main:train who/parts:main:test who/parts:other:train"
+    with serve(repos, tmp_path / "cache") as (environment, requests):
+        found = run_python(NAMED, known, environment)
+        assert found.stdout.split() == ["4", "2", "3", "1", "5"], found.stderr
+        for name, words in {
+            "who/splits": "it has who/splits:test_sft, who/splits:train_sft",
+            "who/parts": "write who/parts:main:train or who/parts:other:train",
+            "who/parts:third:train": "of configuration third; it has who/parts:main:test, who/parts:main:train, who/p",
+            "who/parts/main": "a configuration of who/parts is who/parts:main:train",
+        }.items():
+            assert words in run_python(NAMED, name, environment).stderr
+    offline = run_python(NAMED, known, environment | {"HF_HUB_OFFLINE": "1"})
+    assert offline.stdout.split() == ["4", "2", "3", "1", "5"], offline.stderr

@@ -26,7 +26,7 @@ import train
 from model import load_model
 from paper import reproduce
 from paper.benchmarks import TABLE
-from support import command, files, losses, runs
+from support import command, files, losses, runs, start
 from support.checkpoint import save_model
 from support.files import UserError, write_json
 
@@ -133,7 +133,7 @@ WATCHED = """
 import os, sys
 sys.path.insert(0, os.getcwd())
 import train
-from support import command
+from support import start
 def watch(event, arguments):
     if event in ("pickle.find_class", "subprocess.Popen", "webbrowser.open") or event.split(".")[0] == "socket" or (
         event.startswith("os.") and event[3:] in ("system", "exec", "posix_spawn", "spawn", "fork", "forkpty")
@@ -141,7 +141,7 @@ def watch(event, arguments):
         os.write(2, f"WATCHED {event} {arguments}\\n".encode())
 sys.addaudithook(watch)
 os.umask(int(sys.argv[1], 8))
-command.run_script(lambda: train.main(sys.argv[2:]))
+start.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 
@@ -265,7 +265,7 @@ def test_a_name_is_no_markup_in_a_table_and_no_command_of_a_terminal(tmp_path, c
         raise UserError("tensor \x1b]0;title\x07 \u202e\ud800 é\nof a file")
 
     with pytest.raises(SystemExit):
-        command.run_script(main)
+        start.run_script(main)
     assert capsys.readouterr().err == "error: tensor \\x1b]0;title\\x07 \\u202e\\ud800 é of a file\n"
 
 
@@ -285,7 +285,7 @@ from pathlib import Path
 sys.path.insert(0, os.getcwd())
 import train
 from paper import baselines
-from support import command
+from support import start
 real = baselines.response_losses
 def response_losses(*given):
     found = real(*given)
@@ -295,7 +295,7 @@ def response_losses(*given):
         time.sleep(0.001)
     return found
 baselines.response_losses = response_losses
-command.run_script(lambda: train.main(sys.argv[2:]))
+start.run_script(lambda: train.main(sys.argv[2:]))
 """
 
 

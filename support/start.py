@@ -1,0 +1,65 @@
+"""How a script starts and ends.
+
+It is the first import of every script: from then on Ctrl-C ends it without a traceback, while torch is imported too.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [ROOT, ROOT / "paper", ROOT / "demo"]  # the folders that they are in
+CLOSED_PIPE = 128 + signal.SIGPIPE
+
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+# Neither for a program that imports ours, such as a notebook, nor where Ctrl-C is ignored, as behind nohup
+if started.parent in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_script(main: Callable[[], None]):
+    """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which.
+
+    With --debug its traceback comes first. Any other error is one of ours, and always has it. Where whoever reads the
+    output has gone (`| head`), the script ends without a word.
+    """
+    from torch import distributed  # here, since what is above is to run before torch is imported
+
+    from support.command import one_line
+    from support.files import UserError
+    from support.machine import reuse_memory
+    from support.ranks import first_rank
+    from support.runs import Stopped
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    reuse_memory()
+    status = 0
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python flushes when it ends
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(CLOSED_PIPE)
+    except UserError as mistake:
+        if "--debug" in sys.argv:
+            mistake.__suppress_context__ = False  # what it was made from as well
+            traceback.print_exc()
+        print(f"error: {one_line(str(mistake))}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as reason:
+        number, message = reason.args or (signal.SIGINT, "stopped")
+        if first_rank():
+            print(message, file=sys.stderr)
+        status = 128 + number
+    if distributed.is_initialized():  # not after an error: the others may never come to the same place
+        distributed.destroy_process_group()
+    if status:
+        sys.exit(status)

@@ -1,0 +1,185 @@
+"""What a row says of its text and of what is supervised: used, or refused by name; what is passed over is told."""
+
+import pytest
+from conftest import EOS, make_tokenizer
+
+import data
+from support.files import UserError
+from support.schemas import conversations
+from support.sources import Account
+from support.tokenizer import Tokenizer
+
+QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+SYSTEM = {"role": "system", "content": "S"}
+ALPACA = {"instruction": "Q", "input": "", "output": "A"}
+
+
+def user(text, **keys):
+    return {"role": "user", "content": text, **keys}
+
+
+def assistant(text, **keys):
+    return {"role": "assistant", "content": text, **keys}
+
+
+def gpt(text, **keys):
+    return {"from": "gpt", "value": text, **keys}
+
+
+# name: a row, and the conversation that it is
+USED = {
+    "alpaca, system": (ALPACA | {"system": "S"}, [SYSTEM, QUESTION, ANSWER]),
+    "alpaca, system is empty": (ALPACA | {"system": ""}, [QUESTION, ANSWER]),
+    "alpaca, history": (
+        ALPACA | {"history": [["a", "b"], ["c", "d"]]},
+        [user("a"), assistant("b"), user("c"), assistant("d"), QUESTION, ANSWER],
+    ),
+    "alpaca, both": (
+        ALPACA | {"system": "S", "history": [["a", "b"]]},
+        [SYSTEM, user("a"), assistant("b"), QUESTION, ANSWER],
+    ),
+    "alpaca, no history": (ALPACA | {"history": []}, [QUESTION, ANSWER]),
+    "alpaca with Dolly's context": ({"instruction": "Q", "context": "C", "output": "A"}, [user("Q\nC"), ANSWER]),
+    "dolly with Alpaca's input": ({"instruction": "Q", "input": "I", "response": "A"}, [user("Q\nI"), ANSWER]),
+    "dolly, system": ({"instruction": "Q", "response": "A", "system_prompt": "S"}, [SYSTEM, QUESTION, ANSWER]),
+    "completion, system": ({"prompt": "Q", "completion": "A", "system": "S"}, [SYSTEM, QUESTION, ANSWER]),
+    "messages, system": ({"messages": [QUESTION, ANSWER], "system": "S"}, [SYSTEM, QUESTION, ANSWER]),
+    "messages, the same system twice": ({"messages": [SYSTEM, QUESTION, ANSWER], "system": "S"}, None),
+    "sharegpt, system": (
+        {"conversations": [{"from": "human", "value": "Q"}, gpt("A")], "system": "S", "tools": "[]"},
+        [SYSTEM, QUESTION, ANSWER],
+    ),
+    "sharegpt, weight": (
+        {"conversations": [{"from": "human", "value": "Q", "weight": 0}, gpt("A", weight=0), gpt("B", weight=1)]},
+        [QUESTION, ANSWER | {"weight": 0}, assistant("B")],
+    ),
+    "openai, weight": (
+        {"messages": [QUESTION, assistant("A", weight=0), QUESTION, assistant("B", weight=1)]},
+        [QUESTION, ANSWER | {"weight": 0}, QUESTION, assistant("B")],
+    ),
+    "axolotl, train": (
+        {"messages": [user("Q", train=False), assistant("A", train=False), assistant("B", train=True)]},
+        [QUESTION, ANSWER | {"weight": 0}, assistant("B")],
+    ),
+    "a weight that is null, as parquet has it": (
+        {"messages": [user("Q", weight=None), assistant("A", weight=None)]},
+        None,
+    ),
+    "trl, earlier answers in a prompt": (
+        {"prompt": [user("P"), assistant("B"), QUESTION], "completion": [ANSWER]},
+        [user("P"), assistant("B", weight=0), QUESTION, ANSWER],
+    ),
+    "parts of text": (
+        {"messages": [user([{"type": "text", "text": t} for t in ("Q", "R")]), ANSWER]},
+        [user("QR"), ANSWER],
+    ),
+    "other names of roles": (
+        {
+            "messages": [
+                {"role": "developer", "content": "S"},
+                user("Q") | {"role": "Human"},
+                {"role": "model", "content": "A"},
+            ]
+        },
+        [SYSTEM, QUESTION, ANSWER],
+    ),
+    "no tool was called": (
+        {"messages": [user("Q", tool_calls=None), assistant("A", tool_calls=[])], "tools": []},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_what_says_something_of_the_text_or_the_mask_is_used(name):
+    row, expected = USED[name]
+    found = conversations([row])
+    plain = [{"role": t["role"], "content": t["content"]} for t in row.get("messages", ())]
+    assert found == [expected or plain]
+
+
+# words of the error: a row
+REFUSED = {
+    "column tools beside messages": {"messages": [QUESTION, ANSWER], "tools": [{"name": "f"}]},
+    "column tools beside instruction/output": ALPACA | {"tools": "f"},
+    "column images beside conversations": {"conversations": [], "images": ["a.png"]},
+    "column history beside messages": {"messages": [QUESTION, ANSWER], "history": [["a", "b"]]},
+    "column input beside prompt/completion": {"prompt": "Q", "completion": "A", "input": "I"},
+    "column rejected beside messages": {"messages": [QUESTION, ANSWER], "rejected": "B"},
+    "column weight beside instruction/output": ALPACA | {"weight": 0.1},
+    "column label says which answers are wanted": {"prompt": "Q", "completion": "A", "label": True},
+    "history is no list of": ALPACA | {"history": "earlier"},
+    "a message has function_call": {"messages": [QUESTION, assistant("", function_call={"name": "f"})]},
+    "a message has reasoning_content": {"messages": [QUESTION, assistant("A", reasoning_content="hm")]},
+    "a message has images": {"messages": [user("Q", images=["a.png"]), ANSWER]},
+    "a message has train_detail": {"conversations": [gpt("A", train_detail=[{"begin_offset": 0}])]},
+    "a message has weight 2": {"messages": [QUESTION, assistant("A", weight=2)]},
+    "a message has train 'no'": {"messages": [QUESTION, assistant("A", train="no")]},
+    "the user's content has a part of type input_audio": {"messages": [user([{"type": "input_audio"}]), ANSWER]},
+    "the user's content is NoneType": {"messages": [user([{"type": "text", "text": None}]), ANSWER]},
+    "role 'function_call'": {"conversations": [{"from": "function_call", "value": "{}"}]},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_says_something_that_is_not_implemented_is_refused_by_name(words):
+    with pytest.raises(UserError, match=f"data, row 2: .*{words}"):
+        conversations([*([{**ALPACA} if "instruction" in REFUSED[words] else _plain(REFUSED[words])]), REFUSED[words]])
+
+
+def _plain(row):
+    """A row of the same schema in which nothing is wrong."""
+    if "messages" in row:
+        return {"messages": [QUESTION, ANSWER]}
+    return {"conversations": []} if "conversations" in row else {"prompt": "Q", "completion": "A"}
+
+
+def test_what_is_only_about_the_row_is_passed_over_and_told():
+    account = Account()
+    rows = [{"messages": [user("Q", name="Ann"), ANSWER], "id": 3, "score": 4.5, "system": ""}]
+    conversations([*rows, rows[0] | {"source": "a book"}], "data", account)
+    assert account.lines() == ["columns passed over: id, score, source", "keys of messages passed over: name"]
+    tree = {"prompt": {"text": "Q", "role": "prompter", "lang": "en", "replies": []}, "message_tree_id": 1}
+    conversations([tree], "data", account := Account())
+    assert account.lines() == ["columns passed over: message_tree_id, lang"]
+
+
+def test_rows_that_cannot_be_used_are_skipped_counted_and_told_where_that_is_asked_for():
+    rows = [ALPACA, {"question": "Q"}, ALPACA | {"output": None}, ALPACA, {"question": "R"}, "text"]
+    account = Account(skip_bad_rows=True)
+    assert len(conversations(rows, "r.jsonl", account)) == 2
+    assert [line[:42] for line in account.lines()] == [
+        "skipped: 2 rows, the first r.jsonl, row 2:",
+        "skipped: 1 rows, the first r.jsonl, row 3:",
+        "skipped: 1 rows, the first r.jsonl, row 6:",
+    ]
+    assert sum(account.record()["skipped"].values()) == 4
+    with pytest.raises(UserError, match="row 2: columns question fit no schema .*--skip-bad-rows"):
+        conversations(rows, "r.jsonl", Account(skip_bad_rows=False))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(make_tokenizer(adds_bos=True), EOS)
+
+
+def test_an_answer_of_weight_0_is_read_and_not_supervised(tokenizer):
+    turns = [user("Q"), assistant("wrong", weight=0), user("R"), assistant("right")]
+    example = data.encode(turns, tokenizer, 100)
+    plain = data.encode([{**turn, "weight": 1} for turn in turns], tokenizer, 100)
+    assert example.ids.tolist() == plain.ids.tolist()  # the text is the same, its end tokens too
+    assert tokenizer.decode(example.ids[example.response].tolist()) == f"right{EOS}"
+    assert tokenizer.decode(plain.ids[plain.response].tolist()) == f"wrong{EOS}right{EOS}"
+
+
+def test_samples_that_are_cut_are_counted_beside_those_that_are_dropped(tokenizer, tmp_path):
+    (tmp_path / "rows.csv").write_text(f"prompt,completion\nQ,A\nQ,{'A ' * 50}\n{'Q ' * 50},A\n")
+    account = Account()
+    examples, dropped = data.load_examples(str(tmp_path / "rows.csv"), tokenizer, 30, account=account)
+    ends = [int(example.ids[-1]) == tokenizer.eos_id for example in examples]
+    assert (len(examples), dropped, ends) == (2, 1, [True, False])
+    assert account.lengths(30) == "1 dropped, without a response token in the first 30; 1 cut there, their ends lost"
+    whole = len(examples[0].ids)  # what just fits is not cut
+    data.load_examples(str(tmp_path / "rows.csv"), tokenizer, whole, 1, account=(fits := Account()))
+    data.load_examples(str(tmp_path / "rows.csv"), tokenizer, whole - 1, 1, account=(cut := Account()))
+    assert (fits.cut, cut.cut) == (0, 1)

@@ -1,0 +1,72 @@
+"""How scripts start and end: a closed pipe, and Ctrl-C at any moment, are nobody's mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_faults import ROOT, SCRIPTS
+
+import train
+from support import start
+
+ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """More text than a pipe holds."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    row = {"prompt": "say hot, cold, up, down in opposites", "completion": "cold, hot, down, up " * 20, "note": 1}
+    path.write_text("".join(json.dumps(row | {"prompt": f"{i}"}) + "\n" for i in range(ROWS)))
+    return path
+
+
+def head(command, lines=1) -> tuple[int, bytes]:
+    """The status and stderr of a script whose reader goes away after some lines of its output."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    return process.wait(), errors
+
+
+@pytest.mark.parametrize("script", ["explorer", "training", "help"])
+def test_a_reader_that_goes_away_ends_a_script_without_a_word(script, rows, tmp_path):
+    given = ["--model", "demo/model", "--data", str(rows), "--device", "cpu"]
+    command = {
+        "explorer": ["-m", "paper.visualize", *given, "--text", "--limit", str(ROWS)],
+        "training": ["train.py", *given, "--max-steps", "1", "--lora-rank", "2", "--out", str(tmp_path / "out")],
+        "help": ["evaluate.py", "--help"],
+    }[script]
+    status, errors = head(command)
+    assert status in (0, start.CLOSED_PIPE), errors
+    assert b"Traceback" not in errors and b"Broken" not in errors
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(script, tmp_path):
+    # a torch that takes long to be imported, and says when it is
+    (tmp_path / "torch.py").write_text("import sys, time; print('importing', flush=True); time.sleep(60)")
+    path = f"{script.replace('.', '/')}.py"
+    command = [path] if "." not in script or script.startswith("demo") else ["-m", script]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},  # before what is installed
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"importing\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in errors, errors
+
+
+def test_a_program_that_imports_ours_keeps_its_own_ctrl_c():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and train.run_script is start.run_script
