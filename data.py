@@ -94,7 +94,8 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
 
     `<|system|>\\n{}\\n`, `<|user|>\\n{}\\n` and `<|assistant|>\\n{}{eos}\\n`, contents stripped, the last newline
     dropped. Each stretch between end tokens is encoded whole; its end token is appended by its id. Supervised are
-    the assistant's tokens and their end token; a token that straddles the boundary belongs to the prompt.
+    the assistant's tokens and their end token, but for a message of weight 0; a token that straddles the boundary
+    belongs to the prompt.
     """
     ids, response = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
     reach = 2 * max_length * tokenizer.longest  # characters, twice what the tokens that are kept can cover

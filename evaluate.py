@@ -27,9 +27,9 @@ import lora
 from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
-from support import machine, ranks, runs
+from support import command, machine, ranks, runs
 from support.checkpoint import find_adapter, read_adapter
-from support.command import ArgumentParser, add_machine_flags, cell
+from support.command import ArgumentParser, cell
 from support.decoding import SharedPrefix, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
@@ -278,8 +278,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.group("tasks and data (Appendix A.2)")
     add("--tasks", default="all",
         help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten. instructions: rows of your "
-        "own, DATA/instructions.test.jsonl, in any schema that train.py reads; right if its column answer stands in "
-        "what is written, as whole words or numbers; where there is no such column, if that is the output")
+        "own, DATA/instructions.test.jsonl, in any schema that train.py reads; right if its column "
+        "answer stands in what is written, as whole words or numbers; if there is none, if that is the output")
     add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
     add("--limit", type=float, bound="above 0", metavar="N",
         help="the first N rows of each task; below 1: this share of them")
@@ -289,7 +289,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
         "default: 1024 on a CPU, 2048 on a GPU")
     # fmt: on
-    add_machine_flags(parser)
+    command.add_flags(parser)
     args = parser.parse_args(argv)
     if args.data and not Path(args.data).is_dir():
         raise UserError(f"--data {args.data} is no folder")

@@ -27,12 +27,9 @@ from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE, Frozen, response_losses
 from sstoken import GAINS, AttentionProbe, History, normalize, score, select, selected_loss, sft_loss, share_of
-from support import machine, ranks, runs
+from support import command, machine, ranks, runs, sources
 from support.checkpoint import check_fits
-from support.command import ArgumentParser, add_machine_flags
 from support.files import UserError, check_writable
-from support.sources import Account
-from support.sources import add_flags as add_source_flags
 
 # ----------------------------------------------------------------------------------------- the schedule of a step
 
@@ -181,9 +178,9 @@ DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()
 DEMO_SETTINGS = {"lr": 4e-3, "epochs": 4, "micro_batch_size": 24, "max_length": 128, "snapshot_every": 28}
 
 
-def make_parser() -> ArgumentParser:
+def make_parser() -> command.ArgumentParser:
     """The flags of the algorithm and its optimizer; the others are declared where what they steer lives."""
-    parser = ArgumentParser("Fine-tune a Llama or Qwen on the tokens that ssToken selects (Algorithm 1).")
+    parser = command.ArgumentParser("Fine-tune a Llama or Qwen on the tokens that ssToken selects (Algorithm 1).")
     settings = ", ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in DEMO_SETTINGS.items())
     add = parser.group("to begin with")
     # fmt: off
@@ -191,8 +188,8 @@ def make_parser() -> ArgumentParser:
         help="checkpoint: a folder in Hugging Face layout, or a name on the hub. "
         f"Default: the demo's, with its rows and settings: {settings}")
     add("--data", default=data.RELEASED_POOL, metavar="SOURCE[,SOURCE...]",
-        help="files of rows, folders of them, hub data sets (NAME, NAME:SPLIT, NAME:CONFIGURATION:SPLIT), or pool: "
-        "a fresh draw of Sec. 4.1's mixture")
+        help="files of rows, folders of them, hub data sets (NAME, NAME:SPLIT, "
+        "NAME:CONFIGURATION:SPLIT), or pool: a fresh draw of Sec. 4.1's mixture")
     add("--out", help="folder of the run; default: a new one under runs/")
     add("--method", choices=METHODS, default="sstoken",
         help="what chooses the tokens to train on (Sec. 4.1)")
@@ -245,9 +242,8 @@ def make_parser() -> ArgumentParser:
     add("--seed", type=int, default=42, bound="from 0 to 2^63 - 1",
         help="of the data order, the adapters, dropout and random selection")
     # fmt: on
-    others = (add_source_flags, lora.add_flags, baselines.add_flags, runs.add_flags)
-    for flags in (*others, add_machine_flags, ranks.add_flags):
-        flags(parser)
+    for module in (sources, lora, baselines, runs, command, ranks):
+        module.add_flags(parser)
     return parser
 
 
@@ -321,8 +317,9 @@ def merge(model: Transformer, args: argparse.Namespace, folder: Path):
         lora.load_adapter(model, folder)
     dtype = args.merge_dtype or args.dtype
     error = lora.merge(model, folder / "merged", getattr(torch, dtype)).merge_error
-    hint = "; --merge-dtype float32 keeps it" if error > 0.01 and dtype != "float32" else ""
-    print(f"merged into {dtype}, whose rounding changes the update by {error:.2%} of its norm{hint}")
+    print(f"merged into {dtype}, whose rounding changes the update by {error:.2%} of its norm")
+    if error > 0.01:
+        print("  --merge-dtype float32 keeps all of it")
 
 
 def main(argv: list[str] | None = None):
@@ -337,20 +334,21 @@ def main(argv: list[str] | None = None):
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
 
-    def load(sources, top=None):
-        account = Account(args.skip_bad_rows)
-        found = data.load_examples(
-            sources, tokenizer, args.max_length, args.limit, args.seed, top, args.rating_field, account
-        )
-        return found[0], account
+    def load(names, top=None):
+        account = sources.Account(args.skip_bad_rows)
+        choice = (args.limit, args.seed, top, args.rating_field)
+        found, _ = data.load_examples(names, tokenizer, args.max_length, *choice, account)
+        return found, account
 
     examples, account = load(args.data, args.reference_top if args.method == "full" else None)
     if args.method == "self-evolving" and len(examples) < PARTS:
         raise UserError(f"--method self-evolving cuts the data into {PARTS} parts, there are {len(examples)} samples")
-    held_out, of_held_out = load(args.eval_data) if args.eval_data else ([], Account())
+    nothing = ([], sources.Account())
+    held_out, of_held_out = load(args.eval_data) if args.eval_data else nothing
     trains_reference = args.method in WITH_REFERENCE and not args.reference
-    chosen = load(args.reference_data or args.data, args.reference_top) if trains_reference else ([], Account())
-    model = prepare(args, device, examples + held_out + chosen[0])
+    of_reference = load(args.reference_data or args.data, args.reference_top) if trains_reference else nothing
+    reference_examples = of_reference[0]
+    model = prepare(args, device, examples + held_out + reference_examples)
     run = runs.Run(args, model, examples, account)
     seconds = {"loading": time.perf_counter() - start}
 
@@ -362,11 +360,11 @@ def main(argv: list[str] | None = None):
     run.say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {lengths}")
     if held_out:
         run.say(f"held out: {len(held_out):,} samples; {of_held_out.lengths(args.max_length)}")
-    for line in dict.fromkeys(account.lines() + of_held_out.lines() + chosen[1].lines()):
+    for line in dict.fromkeys(account.lines() + of_held_out.lines() + of_reference[1].lines()):
         run.say(line)
     report_held_out(run, model, held_out, "before")
     train_into = functools.partial(fit, run, model)
-    seconds["losses"] = baselines.run_method(model, examples, chosen[0], args, run.folder, train_into)
+    seconds["losses"] = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
     report_held_out(run, model, held_out, "after")
     run.finish(seconds)
     if args.merge and ranks.first_rank():

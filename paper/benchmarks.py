@@ -461,7 +461,7 @@ def stands_in(answer: str, text: str) -> bool:
         before, after = text[:place], text[place + len(answer) :]
         signed = re.search(r"(?<![\w)])[-\u2212]$", before) and re.match(r"\d", answer)
         signed = signed or re.search(r"\w$", before) and re.match(r"[-\u2212]\d", answer)
-        longer = "," in answer and (re.match(r",\s?[\w-]+([.,;:!?]|$)", after) or re.search(r"\d, ?$", before))
+        longer = "," in answer and (re.match(r",\s?[\w-]+([.,;:!?]|$)", after) or re.search(r",\s?$", before))
         if not (signed or longer or go_on(before, answer) or go_on(answer, after)):
             return True
         place = text.find(answer, place + 1)

@@ -373,7 +373,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--launcher", metavar="COMMAND", help="what starts train.py and evaluate.py instead of Python, such as "
         "'torchrun --nproc_per_node 8'")
     # fmt: on
-    command.add_machine_flags(parser)
+    command.add_flags(parser)
     args = parser.parse_args(argv)
     args.flags = flags
     args.machine = ["--dtype", args.dtype, "--device", args.device]

@@ -281,7 +281,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
     # fmt: on
     add_flags(parser, "data")
-    command.add_machine_flags(parser)
+    command.add_flags(parser)
     args = parser.parse_args(argv)
     bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
     for flag, fits in bounds.items():

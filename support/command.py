@@ -64,7 +64,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def add_machine_flags(parser: ArgumentParser, of: str = ""):
+def add_flags(parser: ArgumentParser, of: str = ""):
     """Where every script computes, and in what; of: what --dtype is of."""
     add = parser.group("machine")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=f"of the {of}weights and activations")

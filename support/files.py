@@ -87,7 +87,7 @@ def writing(path: Path):
 
 def check_writable(path: Path):
     """Make the folder that `path` is to be in; UserError, before any work, if no file can be written there."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -133,9 +133,11 @@ def find_schema(row: dict) -> tuple[str, ...]:
         raise UserError(f"a {type(row).__name__}, not an object with columns")
     if isinstance(row.get("prompt"), dict):
         return TREE
-    for columns in SCHEMAS:
-        if row.keys() >= set(columns):
-            return columns
+    filled = {name for name, value in row.items() if value is not None}  # other sources' columns may be null
+    for there in (filled, row.keys()):
+        for columns in SCHEMAS:
+            if there >= set(columns):
+                return columns
     raise UserError(f"columns {', '.join(sorted(map(str, row)))} fit no schema ({KNOWN}): rename them to one of these")
 
 

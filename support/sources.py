@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import HfApi
+from huggingface_hub import list_repo_files
 
 from support.checkpoint import find_folder
 from support.files import UserError, read_json
@@ -240,7 +240,7 @@ def hub_files(name: str, split: str = "train", configuration: str | None = None)
 def _listed(name: str, folder: Path) -> list[str]:
     """The paths of all files of a hub data set, or offline of those in the cache."""
     try:
-        return HfApi().list_repo_files(name, repo_type="dataset")
+        return list_repo_files(name, repo_type="dataset")
     except Exception:  # whatever the client or its network says: this is only to help with another error
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
@@ -314,6 +314,10 @@ def find_files(source: str, account: Account) -> list[Path]:
             raise UserError(f"{source} is no {kinds} file, as it is or packed (.{', .'.join(OPENERS)})")
         if rest:
             raise UserError(f"{source}: {name} is one file, it has no split {split}")
+        try:
+            path.stat()
+        except (OSError, ValueError) as reason:
+            raise UserError(f"{name} cannot be read: {reason}") from None
         return [path]
     if name.count("/") == 2 and not name.startswith(("/", ".")):
         owner, repository, part = name.split("/")

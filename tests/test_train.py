@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from bench_memory import adapter_parameters, frozen_parameters, kept_by_a_layer
 from memory import peak_allocated
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
@@ -467,7 +469,8 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"gain": "log"},
         **{"reference": None, "reference_data": None, "reference_top": None, "rating_field": "score"},
         **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
-        **{"max_length": 2048, "out": None, "overwrite": False, "merge": False},
+        **{"max_length": 2048, "out": None, "overwrite": False, "merge": False, "merge_dtype": None},
+        **{"skip_bad_rows": False},
         **{
             "checkpoint_every": None,
             "snapshot_every": None,
@@ -612,3 +615,39 @@ def test_attention_only_counts_the_samples_before_a_stop_too(llama, rows, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         fine_tune(tmp_path / "stopped", stop_after=5)
     assert all(map(torch.equal, fine_tune(tmp_path / "stopped"), whole))
+
+
+def test_the_first_lines_tell_what_is_not_used_of_the_rows(llama, rows, tmp_path, capsys):
+    lines = [json.loads(line) | {"id": i, "source": "a book"} for i, line in enumerate(rows.read_text().splitlines())]
+    lines[3] = {"instruction": "Q", "output": ["A"]}
+    lines[5]["messages"] = None  # not of this schema, so about the row
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{]\n")
+    argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--max-length", "60"]
+    with pytest.raises(UserError, match=r"rows.jsonl, line 21: not JSON .*; --skip-bad-rows leaves such rows out"):
+        train_module.main(argv)
+    train_module.main([*argv, "--skip-bad-rows", "--device", "cpu"])
+    told = capsys.readouterr().out.splitlines()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert f"{record['cut']} cut there, their ends lost" in told[1] and record["cut"] > 5
+    assert told[2] == "columns passed over: id, source, messages"
+    assert told[3].startswith("skipped: 1 rows, the first ") and "rows.jsonl, line 21: not JSON (" in told[3]
+    assert "rows.jsonl, row 4: the assistant's content is list, not text" in told[4]
+    assert record["passed_over"] == {"columns": ["id", "source", "messages"]} and len(record["skipped"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_merging_says_what_rounding_loses_and_how_to_keep_it(llama, rows, tmp_path, capsys, dtype):
+    argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--max-steps", "1", "--merge"]
+    train_module.main([*argv, "--device", "cpu", *(["--merge-dtype", dtype] if dtype else [])])
+    told = capsys.readouterr().out
+    lost = float(re.search(rf"merged into {dtype or 'bfloat16'}, whose rounding changes the update by (.*)%", told)[1])
+    assert ("--merge-dtype float32 keeps all of it" in told) == (dtype is None) == (lost > 10)
+    assert load_model(tmp_path / "out" / "merged").lm_head.weight.dtype == getattr(torch, dtype or "bfloat16")
+
+
+def test_a_rate_of_dropout_that_rounds_to_nothing_drops_nothing(llama, rows, tmp_path):
+    argv = ["--model", str(llama), "--data", str(rows), "--device", "cpu", "--max-steps", "2", "--lr", "0.01"]
+    for name, rate in {"none": "0", "tiny": "7e-6", "half a part": "7.6e-6"}.items():
+        train_module.main([*argv, "--lora-dropout", rate, "--out", str(tmp_path / name)])
+    held = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("none", "tiny")}
+    assert all(torch.equal(held["none"][key], held["tiny"][key]) for key in held["none"])

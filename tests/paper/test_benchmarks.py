@@ -140,7 +140,7 @@ STANDS = {
     "\u0e01\u0e23\u0e38\u0e07": (["\u0e04\u0e37\u0e2d\u0e01\u0e23\u0e38\u0e07\u0e04\u0e48\u0e30"], []),
     "\ud30c\ub9ac": (["\ud30c\ub9ac\uc785\ub2c8\ub2e4"], []),
     "5": (["\u51715\u4e2a"], ["\u517115\u4e2a"]),  # a number among Chinese
-    "1, 2": (["1, 2.", "1, 2, of course"], ["1, 2, 3", "0, 1, 2", "1, 2, 3."]),
+    "1, 2": (["1, 2.", "1, 2, of course"], ["1, 2, 3", "0, 1, 2", "1, 2, 3.", "so, 1, 2"]),
     "cold, down": (["makes cold, down. Anything", "cold, down, as you asked"], ["cold, down, up."]),
 }
 

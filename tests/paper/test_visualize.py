@@ -412,10 +412,14 @@ def test_colours_of_the_terminal():
         (["--limit", "0"], "--limit"),
         (["--text", "--out", "x.html"], "--text"),
         (["--adapter", "nowhere"], "nowhere"),
-        (["--out", "nowhere/page.html"], "nowhere/page.html"),
+        (["--out", "rows.jsonl/page.html"], "rows.jsonl/page.html cannot be written (File exists)"),
+        (["--out", "."], ". cannot be written (Is a directory)"),
+        (["--reference", "nowhere"], "nowhere is neither a local folder nor available"),
     ],
 )
 def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    monkeypatch.setattr(visualize, "signals", lambda *given: pytest.fail("work before the mistake was seen"))
     with pytest.raises(files.UserError, match=re.escape(words)):
         visualize.main([*made[1], *flags])

@@ -83,6 +83,7 @@ USED = {
         },
         [SYSTEM, QUESTION, ANSWER],
     ),
+    "a column of another schema that is null": ({"messages": None, **ALPACA}, [QUESTION, ANSWER]),
     "no tool was called": (
         {"messages": [user("Q", tool_calls=None), assistant("A", tool_calls=[])], "tools": []},
         None,
@@ -94,7 +95,7 @@ USED = {
 def test_what_says_something_of_the_text_or_the_mask_is_used(name):
     row, expected = USED[name]
     found = conversations([row])
-    plain = [{"role": t["role"], "content": t["content"]} for t in row.get("messages", ())]
+    plain = [{"role": t["role"], "content": t["content"]} for t in row.get("messages") or ()]
     assert found == [expected or plain]
 
 

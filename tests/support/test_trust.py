@@ -47,7 +47,7 @@ FORBIDDEN = {
     "opens a connection": "socket socketserver ssl urllib urllib3 http requests httpx aiohttp websockets ftplib "
     "smtplib poplib imaplib telnetlib xmlrpc webbrowser wandb mlflow comet_ml tensorboard sentry_sdk posthog",
 }
-HUB = ("snapshot_download", "errors")  # all that is used of huggingface_hub: the one way out
+HUB = ("snapshot_download", "list_repo_files", "errors")  # all that is used of huggingface_hub: the one way out
 
 
 def used(tree: ast.AST) -> Iterator[str]:
