@@ -156,13 +156,18 @@ def compare_compiled(args):
         print(f"| 4 x {length} | {eager:.2f} | {later:.2f} | {first:.1f} |")
 
 
-def train_peer(examples, run, log):
-    """Algorithm 1 from transformers' model and peft's adapters, with the history model at the base's weights."""
+def train_peer(examples, run, log, base=None):
+    """Algorithm 1 from transformers' model and peft's adapters, with the history model at the base's weights.
+
+    base: transformers' model, which is loaded where it is not given; the step runs on its device.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-    base = AutoModelForCausalLM.from_pretrained(run.model, dtype=getattr(torch, run.dtype))
+    if base is None:
+        base = AutoModelForCausalLM.from_pretrained(run.model, dtype=getattr(torch, run.dtype))
+    device = base.device
     lora_config = LoraConfig(
         r=run.lora_rank, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=list(lora.TARGETS)
     )
@@ -178,19 +183,19 @@ def train_peer(examples, run, log):
         q, k = (
             f(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for f in (attention.q_proj, attention.k_proj)
         )
-        q, k = apply_rotary_pos_emb(q, k, *base.model.rotary_emb(x, torch.arange(length)[None]))
+        q, k = apply_rotary_pos_emb(q, k, *base.model.rotary_emb(x, torch.arange(length, device=device)[None]))
         logits = q @ repeat_kv(k, attention.num_key_value_groups).transpose(2, 3) * attention.scaling
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         return logits.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32)
 
     order = random.Random(f"{run.seed} 0").sample(examples, len(examples))  # the global batches that train.py draws
     for step in range(0, len(order), run.batch_size):
         start, batch, total = time.perf_counter(), order[step : step + run.batch_size], 0.0
         for first in range(0, len(batch), run.micro_batch_size):
-            ids, response = data.collate(batch[first : first + run.micro_batch_size])
+            ids, response = (x.to(device) for x in data.collate(batch[first : first + run.micro_batch_size]))
             visible = torch.nn.utils.rnn.pad_sequence(
                 [torch.ones_like(e.ids) for e in batch[first : first + run.micro_batch_size]], batch_first=True
-            )
+            ).to(device)
             with torch.no_grad(), model.disable_adapter():
                 history = token_losses(model(ids, attention_mask=visible).logits, ids)
             out = model(ids, attention_mask=visible, output_hidden_states=True)

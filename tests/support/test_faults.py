@@ -477,7 +477,7 @@ def test_debug_shows_what_a_mistake_was_made_from(place, capsys):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, train_command(place)), "--debug"]
     debug = subprocess.run(command, capture_output=True)
     assert debug.returncode == 2 and seen(debug.stderr)[-1] == plain[-1]
-    assert b"FileNotFoundError: [Errno 2]" in debug.stderr and b"in read_file\n" in debug.stderr
+    assert b"FileNotFoundError: [Errno 2]" in debug.stderr and b"in find_files\n" in debug.stderr
 
 
 def test_the_hub_s_reason_comes_with_the_next_step(originals, tmp_path):
