@@ -56,7 +56,8 @@ def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.devic
     shape = (args.batch_size, args.micro_batch_size)
     cost = data.PASS_COST["cpu" if device.type == "cpu" else "cuda"]
     seeds = [f"{args.seed} {epoch}" for epoch in range(args.epochs)]
-    return [batch for seed in seeds for batch in data.plan_batches(lengths, *shape, seed, cost)][: args.max_steps]
+    plans = [data.plan_batches(lengths, *shape, seed, cost, args.pass_tokens) for seed in seeds]
+    return [batch for plan in plans for batch in plan][: args.max_steps]
 
 
 # --------------------------------------------------------------------------------------------------- Algorithm 1
@@ -161,15 +162,17 @@ def train(
         selection.update(step)  # Alg. 1, line 11
 
         seen += len(record.samples)
-        line, norm = record.line(lr, gradient_norm)
+        line, norm, stop = record.line(lr, gradient_norm, checkpoints.signal)
         checkpoints.check_numbers(step, line["loss"], norm, record.samples)
         log(line)
-        checkpoints.after(step)
+        checkpoints.after(step, stop)
     selection.close()
     return model  # Alg. 1, line 13
 
 
 # -------------------------------------------------------------------------------------------------- command line
+
+MICRO_BATCH = {"cpu": 4, "cuda": 16}  # at most, by default: smaller ones leave a GPU waiting for its host
 
 # What `python train.py` does without --model: a tiny Llama and its rows, all of it made by demo/make.py
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
@@ -232,7 +235,8 @@ def make_parser() -> command.ArgumentParser:
 
     add = parser.group("optimisation (Appendix A.3)")
     add("--micro-batch-size", type=int, bound="at least 1",
-        help="samples per forward pass; default: the largest divisor up to 4")
+        help="samples per forward pass; default: the largest divisor up to 4, on a GPU up to 16, "
+        "in no more tokens than 4 of --max-length have")
     add("--warmup-ratio", type=float, default=0.03, bound="in [0, 1]",
         help="share of the steps in which the learning rate rises")
     add("--max-grad-norm", type=float, default=0.0, bound="at least 0",
@@ -257,8 +261,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.overwrite = args.overwrite or not (args.out or args.resume)
         args.out = args.out or f"runs/demo-{args.method}"
 
+    args.pass_tokens = None
     if args.micro_batch_size is None:
-        args.micro_batch_size = next((n for n in (4, 3, 2) if args.batch_size % n == 0), 1)
+        kind = "cpu" if machine.find_device(args.device).type == "cpu" else "cuda"
+        most, args.pass_tokens = MICRO_BATCH[kind], 4 * args.max_length if kind == "cuda" else None
+        args.micro_batch_size = max(n for n in range(1, most + 1) if args.batch_size % n == 0)
     if args.batch_size % args.micro_batch_size:
         raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
     if args.resume and (args.overwrite or not args.out):

@@ -148,7 +148,8 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
 
-    By the fused kernels, but short sequences on a CPU without a mask by `short_attention`.
+    By the fused kernels, but short sequences on a CPU without a mask by `short_attention`. On a GPU in float32 no fused
+    kernel groups queries: there k and v are repeated, so that memory grows with L and not with its square.
 
     mask: bool, (B, 1, n, S), true where one of the last n queries may look; the queries before those are causal, and
     without a mask all are.
@@ -157,6 +158,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
         if q.device.type == "cpu" and q.shape[2] <= SHORT:
             return short_attention(q, k, v)
+        if q.device.type == "cuda" and q.dtype == torch.float32:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     causal = q.shape[2] - mask.shape[2]
     if causal:  # without a mask tensor the kernel leaves out what nobody may see

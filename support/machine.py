@@ -77,6 +77,7 @@ def compute_exactly(device: torch.device):
     newer GPUs, is not.
     """
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums of a product: in float32
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -72,8 +72,11 @@ def check_arguments(folder: Path, arguments: dict, free: set[str]):
         return
     held = read_json(folder / "run.json").get("arguments", {})
     for name in sorted((held.keys() | arguments.keys()) - free):
-        if held.get(name) != arguments.get(name):
-            flag, then, now = f"--{name.replace('_', '-')}", held.get(name), arguments.get(name)
+        then, now = held.get(name), arguments.get(name)
+        if name == "device":  # each rank has a card of its own, and a run may go on on another
+            then, now = (str(device).split(":")[0] for device in (then, now))
+        if then != now:
+            flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{folder} holds a run of another configuration: {flag} was {then}, now it is {now}")
 
 
@@ -119,10 +122,14 @@ class StepRecord:
         for mask in selected:
             self.selected += mask.sum()
 
-    def line(self, lr: float, gradient_norm: Tensor) -> tuple[dict, float]:
-        """The step's line of the log, over all ranks, and the gradient's norm. The step's one read from the device."""
-        sums = sum_over_ranks([self.loss, self.selected])
-        loss, selected, norm = torch.stack([*sums, gradient_norm]).tolist()
+    def line(self, lr: float, gradient_norm: Tensor, signal: int = 0) -> tuple[dict, float, bool]:
+        """The step's line of the log, over all ranks; the gradient's norm; whether any rank has got a signal.
+
+        The step's one message but for the gradients, and its one read from the device.
+        """
+        signals = torch.full_like(self.loss, signal)
+        sums = sum_over_ranks([self.loss, self.selected, signals])
+        loss, selected, signalled, norm = torch.stack([*sums, gradient_norm]).tolist()
         line = {
             "step": self.number,
             "loss": loss,
@@ -133,7 +140,7 @@ class StepRecord:
             "seconds": round(time.perf_counter() - self.start, 3),
             "peak_memory_mb": round(peak_memory_mb(self.device), 1),
         }
-        return line, norm
+        return line, norm, signalled > 0
 
 
 class Stopped(Exception):
@@ -207,11 +214,10 @@ class Checkpoints:
             torch.cuda.set_rng_state(held[f"random.{rank()}.cuda"], device)
         return done
 
-    def after(self, step: int):
-        """Write a checkpoint if one is due after this step; end the script if a signal asked for it."""
+    def after(self, step: int, stop: bool):
+        """Write a checkpoint if one is due after this step; end the script if a signal, of any rank, asked for it."""
         if not self.folder:
             return
-        stop = int(sum_over_ranks([torch.tensor(float(self.signal), device=self.device)])[0])
         if stop or step % self.every == 0 or step == self.steps:
             self.write(step)
         if stop and step < self.steps:

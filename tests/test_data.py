@@ -234,6 +234,24 @@ def test_a_batch_is_cut_where_it_costs_least():
     assert cut_batch([50, 3, 3, 3], 4, 5) == [0, 1, 4]  # rather another pass than three rows of padding
 
 
+def test_no_pass_of_several_samples_has_more_tokens_than_it_may():
+    rng = random.Random(1)
+    for _ in range(30):
+        lengths = sorted((rng.randrange(1, 60) for _ in range(12)), reverse=True)
+        every = [
+            [0, *cuts, 12]
+            for count in range(12)
+            for cuts in itertools.combinations(range(1, 12), count)
+            if all(
+                b - a == 1 or (b - a <= 6 and (b - a) * lengths[a] <= 80) for a, b in itertools.pairwise([0, *cuts, 12])
+            )
+        ]
+        costs = [sum((b - a) * lengths[a] + 20 for a, b in itertools.pairwise(cuts)) for cuts in every]
+        assert costs[every.index(cut_batch(lengths, 6, 20, 80))] == min(costs)
+    (batch,) = plan_batches([50] * 8, 8, 8, 0, pass_tokens=100)
+    assert [len(samples) for samples in batch] == [2, 2, 2, 2]
+
+
 def test_collate_pads_on_the_right():
     a = Example(torch.tensor([5, 6, 7]), torch.tensor([False, True, True]))
     b = Example(torch.tensor([8]), torch.tensor([True]))

@@ -1,6 +1,7 @@
 """Algorithm 1 against the same step written naively, and what the loop promises around it."""
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from lora import add_lora, lora_layers, save_adapter
 from model import load_model, response_nll
 from paper.baselines import response_losses, select_at_random
 from sstoken import History
-from support import runs, start
+from support import machine, runs, start
 from support.files import UserError
 from train import learning_rate, parse_arguments, plan_steps, sample_weights, train
 
@@ -470,7 +471,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"reference": None, "reference_data": None, "reference_top": None, "rating_field": "score"},
         **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
         **{"max_length": 2048, "out": None, "overwrite": False, "merge": False, "merge_dtype": None},
-        **{"skip_bad_rows": False},
+        **{"skip_bad_rows": False, "pass_tokens": None},
         **{
             "checkpoint_every": None,
             "snapshot_every": None,
@@ -483,6 +484,38 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"dtype": "bfloat16", "device": "cpu"},
     }
     assert parse_arguments(["--model", "x", "--batch-size", "9"]).micro_batch_size == 3
+
+
+def test_on_a_gpu_a_pass_has_more_samples_by_default_and_no_more_tokens(monkeypatch):
+    monkeypatch.setattr(machine, "find_device", lambda name: torch.device("cuda"))
+    given = parse_arguments(["--model", "x", "--max-length", "100"])
+    assert (given.micro_batch_size, given.pass_tokens) == (16, 400)
+    assert parse_arguments(["--model", "x", "--batch-size", "10"]).micro_batch_size == 10
+    own = parse_arguments(["--model", "x", "--micro-batch-size", "24"])
+    assert (own.micro_batch_size, own.pass_tokens) == (24, None)
+    steps = plan_steps([100] * 48 + [20] * 48, given, torch.device("cpu"))
+    sizes = {len(samples) * (100 if min(samples) < 48 else 20) for batch in steps for samples in batch}
+    assert max(sizes) <= 400 and any(len(samples) > 4 for batch in steps for samples in batch)
+
+
+@pytest.mark.parametrize("method", ["sstoken", "full"])
+def test_a_step_reads_from_its_device_once(llama, rows, tmp_path, monkeypatch, method):
+    reads = []
+
+    def note(name, shape):  # what our own lines read; AdamW has its steps on the host
+        if "site-packages" not in sys._getframe(2).f_code.co_filename:
+            reads.append((name, shape))
+
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *a, r=real, n=name: note(n, x.shape) or r(x, *a))
+    args = parse_arguments(["--model", str(llama), "--data", "x", "--method", method, "--batch-size", "5"])
+    examples, _ = data.load_examples(str(rows), data.load_tokenizer(llama), 128)
+    model = add_lora(load_model(llama))
+    checkpoints, marks = runs.Checkpoints(tmp_path, 4, every=9), [0]
+    train(model, examples, args, lambda line: marks.append(len(reads)), checkpoints)
+    of_steps = [reads[start:end] for start, end in itertools.pairwise(marks)]
+    assert of_steps[1:] == [[("tolist", torch.Size([4]))]] * 3  # loss, selected, signal, norm: together
 
 
 def test_help_gives_every_default(capsys):

@@ -370,21 +370,50 @@ def flash(setting: Setting, report: Report):
     report("kernels of training", attention_kernels(setting, training))
     report("ms of the history pass, and of training", [setting.milliseconds(history), setting.milliseconds(training)])
     compare_kernels(setting, report, {"the history pass": history, "training": training})
+    at_the_first_step(setting, report)
+    masked_ways(setting, report)
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (
             torch.randn(2, n, setting.length, 64, device=setting.device, dtype=dtype, requires_grad=True)
             for n in ((12, 4, 4) if setting.dry_run else (24, 8, 8))
         )
-        groups = q.shape[1] // k.shape[1]
-        wide = lambda x, groups=groups: x.repeat_interleave(groups, dim=1)
-        ways = {
-            "grouped": lambda q=q, k=k, v=v: kernels.attention(q, k, v),
-            "k and v repeated": lambda q=q, k=k, v=v, wide=wide: kernels.attention(q, wide(k), wide(v)),
-        }
-        for name, way in ways.items():
-            work = lambda way=way: way().sum().backward()
+        for name, times in (("grouped", 1), ("k and v repeated", q.shape[1] // k.shape[1])):
+
+            def work(q=q, k=k, v=v, times=times):
+                wide = [x.repeat_interleave(times, dim=1) for x in (k, v)]
+                attend = torch.nn.functional.scaled_dot_product_attention
+                attend(q, *wide, is_causal=True, enable_gqa=True).sum().backward()
+
             said = {"kernels": attention_kernels(setting, work), "ms": setting.milliseconds(work)}
             report(f"{dtype}, {name}", said | {"GiB": setting.peak(work)})
+
+
+def at_the_first_step(setting: Setting, report: Report):
+    """REL where the adapters change nothing yet: the history pass and the current one are to take the same kernels."""
+    ids, response = data.collate(setting.mixture(6), setting.device)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = copy.deepcopy(setting.large().model.layers[:2]).to(dtype)
+        small = Transformer(setting.config((SMALL if setting.dry_run else LARGE) | {"num_hidden_layers": 2}))
+        small.model.layers.load_state_dict(model.state_dict())
+        small = lora.add_lora(small.to(setting.device, dtype))
+        with torch.no_grad(), lora.disabled(small):
+            history = response_nll(small, ids, response)
+        report(f"{dtype}: largest |REL| at step 1", differ(response_nll(small.train(), ids, response), history))
+
+
+def masked_ways(setting: Setting, report: Report):
+    """Attention with a mask, as evaluate.py has it: queries grouped, or k and v repeated."""
+    length = 64 if setting.dry_run else 512
+    mask = torch.ones(length, length, dtype=torch.bool, device=setting.device).tril().expand(4, 1, -1, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(4, n, length, 128, device=setting.device, dtype=dtype) for n in (24, 8, 8))
+        for name, times in (("grouped", 1), ("k and v repeated", 3)):
+            wide = [x.repeat_interleave(times, 1) for x in (k, v)]
+            work = lambda q=q, wide=wide: torch.nn.functional.scaled_dot_product_attention(
+                q, *wide, attn_mask=mask, enable_gqa=True
+            )
+            said = {"kernels": attention_kernels(setting, work), "ms": setting.milliseconds(work)}
+            report(f"with a mask, {dtype}, {name}", said | {"GiB": setting.peak(work)})
 
 
 def compare_kernels(setting: Setting, report: Report, works: dict):
@@ -610,6 +639,23 @@ def compiled(setting: Setting, report: Report, samples):
 # --------------------------------------------------------------------------------------------------- 5. evaluate
 
 
+@contextlib.contextmanager
+def repeated_keys():
+    """A context in which attention with a mask gets k and v repeated to all heads, which other kernels can take."""
+    functional, real = torch.nn.functional, torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q, k, v, attn_mask=None, **given):
+        if attn_mask is not None and given.pop("enable_gqa", False):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return real(q, k, v, attn_mask=attn_mask, **given)
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
+
+
 def answering(setting: Setting, report: Report):
     """Choices and written answers on the large model, beside a plain loop over transformers' model."""
     count, new = (8, 4) if setting.dry_run else (125, 64)
@@ -634,6 +680,13 @@ def answering(setting: Setting, report: Report):
         work = lambda tokens=tokens: evaluate.generations(model, setting.tokenizer, asked, tokens)
         title = f"{len(asked)} written answers of {new} tokens, --batch-tokens {tokens}: seconds"
         report(title, round(setting.milliseconds(work, 1) / 1e3, 2))
+    with repeated_keys():
+        for name, pairs in kinds.items():
+            work = lambda pairs=pairs: evaluate.loglikelihoods(model, setting.tokenizer, pairs, 2048)
+            report(f"{name}, k and v repeated: seconds", round(setting.milliseconds(work, 1) / 1e3, 2))
+        work = lambda: evaluate.generations(model, setting.tokenizer, asked, 2048)
+        report("written answers, k and v repeated: seconds", round(setting.milliseconds(work, 1) / 1e3, 2))
+    del work
     peer, encode = peer_model(setting), lambda text: setting.tokenizer.encode(text)[0]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_sstoken import random_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import RMSNorm, load_model
@@ -157,3 +158,14 @@ def test_the_losses_of_chunks_of_logits_and_their_gradient_are_the_formula_s(chu
         return chunked_nll(hidden, weight, targets, chunk, plain).double()  # kept in float32
 
     assert_gradients_equal(ours, formula, [hidden])
+
+
+def test_on_a_gpu_float32_attention_repeats_keys_for_a_kernel_whose_memory_does_not_grow_with_the_square(monkeypatch):
+    shapes = []
+    spy = lambda q, k, v, **given: shapes.append((q.shape, k.shape, v.shape)) or torch.empty_like(q)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with FakeTensorMode():  # tensors of a GPU that is not there
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = (torch.empty(2, n, 700, 64, device="cuda", dtype=dtype) for n in (6, 2, 2))
+            assert attention(q, k, v).shape == q.shape
+    assert [k[1] for _, k, _ in shapes] == [6, 2] and [v[1] for _, _, v in shapes] == [6, 2]
