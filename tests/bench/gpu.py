@@ -547,7 +547,10 @@ def fast(setting: Setting, report: Report):
                 f"mixture, {method}, micro-batches of {flags[-1]}", steps(setting, short, [*flags, "--method", method])
             )
     pass_costs(setting, report, short, batch)
-    report("the peer on the mixture, micro-batches of 4", peer_steps(setting, short, ["--batch-size", batch]))
+    report(
+        "the peer on the mixture, micro-batches of 4",
+        peer_steps(setting, short, ["--batch-size", batch, "--micro-batch-size", 4]),
+    )
     pieces(setting, report)
     compiled(setting, report, long)
 
