@@ -204,7 +204,12 @@ def reads_kept_history(args: argparse.Namespace) -> bool:
 
 def find_reference(name: str) -> Path:
     """The folder of a --reference, local or on the hub: of an adapter, or of a whole model."""
-    return find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
+    folder = find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
+    if not any((folder / file).exists() for file in ("adapter_config.json", "config.json")):
+        raise UserError(
+            f"--reference {name} holds neither an adapter nor a model: no adapter_config.json, no config.json"
+        )
+    return folder
 
 
 def is_adapter(name: str) -> bool:
@@ -221,7 +226,8 @@ def check_reference_model(model: Transformer, reference: str, examples: list[dat
 
 def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
     """UserError if the model that --reference names cuts texts into other ids; adapters may come without tokenizer."""
-    if is_adapter(args.reference) and not (find_reference(args.reference) / "tokenizer.json").exists():
+    folder = find_reference(args.reference)
+    if is_adapter(args.reference) and not (folder / "tokenizer.json").exists():
         return
     theirs = data.load_tokenizer(args.reference)
     parts = [json.loads(tokenizer.backend.to_str()) for tokenizer in (ours, theirs)]

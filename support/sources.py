@@ -136,7 +136,7 @@ def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
 
 
 def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
-    """Rows of JSON: an object a line, an array, one object, or one that has the rows under a name of WRAPPERS.
+    """Rows of JSON: objects, an array of them, or an object that has them under a name of WRAPPERS.
 
     What a file holds tells which, not its name. Of objects in lines only those that are asked for are read.
     """
@@ -149,7 +149,9 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
     except (ValueError, RecursionError) as reason:
         rest = file.read()
         try:
-            first, following = json.loads(text + rest), None
+            values = _values(text + rest)
+            yield from values if len(values) > 1 else _unwrapped(values[0], path)
+            return
         except (ValueError, RecursionError) as whole:
             broken = whole if kind_of(path) == ("json", "") and isinstance(whole, json.JSONDecodeError) else None
             line = number - 1 + broken.lineno if broken else number
@@ -168,6 +170,17 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
             account.refuse(f"{path}, line {number}", f"not JSON ({getattr(reason, 'msg', reason)})")
             continue
         yield row
+
+
+def _values(text: str) -> list:
+    """The JSON values of a text, one behind the other on as many lines as each may take."""
+    found, decoder, space = [], json.JSONDecoder(), re.compile(r"\s*")
+    place = space.match(text).end()
+    while place < len(text):
+        value, end = decoder.raw_decode(text, place)
+        found.append(value)
+        place = space.match(text, end).end()
+    return found
 
 
 def _unwrapped(value, path: Path) -> list:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from benchmark_rows import write_benchmarks
-from conftest import make_checkpoint
+from conftest import edit_json, make_checkpoint
 from hub import serve
 from test_lora import adapted
 
 import evaluate
+import train
 from evaluate import loglikelihoods, summarize, table, token_scores
 from lora import save_adapter
 from model import load_model, token_nll
@@ -309,6 +311,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(questions, tmp_path):
     folder = make_checkpoint(tmp_path / "small", "llama", vocab_size=300)
     with pytest.raises(UserError, match=r"token '.*', id \d+, is outside the embedding of 300 rows"):
         evaluate.main(["--model", str(folder), "--data", str(questions), "--tasks", "arc_easy"])
+
+
+def test_a_token_that_no_text_makes_may_lie_beyond_the_embedding(llama, questions, rows, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "padded")
+    pad = {"id": 400, "content": "<pad>", "special": True}
+    edit_json(folder / "tokenizer.json", lambda held: held["added_tokens"].append(held["added_tokens"][0] | pad))
+    flags = ["--model", str(folder), "--device", "cpu"]
+    evaluate.main([*flags, "--data", str(questions), "--tasks", "arc_easy"])
+    train.main([*flags, "--data", str(rows), "--out", str(tmp_path / "out"), "--max-steps", "1"])
+    asked = [("what is <pad>?", {"until": ["\x00"], "max_gen_toks": 2})]
+    with pytest.raises(UserError, match="token '<pad>', id 400, is outside the embedding of 400 rows"):
+        evaluate.generations(load_model(folder), load_tokenizer(folder), asked)
 
 
 def test_answers_end_where_the_checkpoint_says(llama, tmp_path):

@@ -5,12 +5,14 @@ import io
 import json
 import random
 import re
+import shutil
 from contextlib import redirect_stdout
 
 import pytest
 import torch
 from conftest import make_checkpoint, write_rows
 from playwright.sync_api import sync_playwright
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -414,12 +416,19 @@ def test_colours_of_the_terminal():
         (["--adapter", "nowhere"], "nowhere"),
         (["--out", "rows.jsonl/page.html"], "rows.jsonl/page.html cannot be written (File exists)"),
         (["--out", "."], ". cannot be written (Is a directory)"),
+        (["--adapter", "half"], "half/adapter_model.safetensors has no tensors for 3 of the 21 layers"),
+        (["--reference", "half"], "half/adapter_model.safetensors has no tensors for 3 of the 21 layers"),
         (["--reference", "nowhere"], "nowhere is neither a local folder nor available"),
     ],
 )
 def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "half").mkdir()
+    shutil.copy(made[0] / "better" / "adapter_config.json", tmp_path / "half")
+    tensors = load_file(made[0] / "better" / "adapter_model.safetensors")
+    part = {name: tensor for name, tensor in tensors.items() if "up_proj" not in name}
+    save_file(part, tmp_path / "half" / "adapter_model.safetensors")
     monkeypatch.setattr(visualize, "signals", lambda *given: pytest.fail("work before the mistake was seen"))
     with pytest.raises(files.UserError, match=re.escape(words)):
         visualize.main([*made[1], *flags])

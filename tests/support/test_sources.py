@@ -111,6 +111,7 @@ FORMS = {
     "rows.ndjson": LINES,
     "windows.jsonl": "\ufeff" + LINES.replace("\n", "\r\n"),
     "blank-lines.jsonl": "\n\n" + LINES.replace("\n", "\n\n"),
+    "pretty-one-by-one.jsonl": "\n".join(json.dumps(row, indent=2) for row in ROWS),
     "raw.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS),
     "rows.csv": as_csv(ROWS),
     "bom.CSV": "\ufeff" + as_csv(ROWS),
