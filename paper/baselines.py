@@ -206,9 +206,7 @@ def find_reference(name: str) -> Path:
     """The folder of a --reference, local or on the hub: of an adapter, or of a whole model."""
     folder = find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
     if not any((folder / file).exists() for file in ("adapter_config.json", "config.json")):
-        raise UserError(
-            f"--reference {name} holds neither an adapter nor a model: no adapter_config.json, no config.json"
-        )
+        raise UserError(f"--reference {name} holds neither an adapter_config.json nor a config.json")
     return folder
 
 

@@ -145,7 +145,7 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
     if not text:
         return
     try:
-        first, following = json.loads(text), next(lines, None)
+        first = [json.loads(text)]
     except (ValueError, RecursionError) as reason:
         rest = file.read()
         try:
@@ -156,13 +156,12 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
             broken = whole if kind_of(path) == ("json", "") and isinstance(whole, json.JSONDecodeError) else None
             line = number - 1 + broken.lineno if broken else number
             account.refuse(f"{path}, line {line}", f"not JSON ({getattr(broken or reason, 'msg', reason)})")
-            lines = ((n, line) for n, line in enumerate(io.StringIO(rest, newline=""), number + 1) if line.strip())
-            following, first = next(lines, None), None
-    if following is None:
-        yield from _unwrapped(first, path) if first is not None else ()
+        first = []
+        lines = ((n, line) for n, line in enumerate(io.StringIO(rest, newline=""), number + 1) if line.strip())
+    if (following := next(lines, None)) is None:
+        yield from (row for value in first for row in _unwrapped(value, path))
         return
-    if first is not None:
-        yield first
+    yield from first
     for number, line in itertools.chain([following], lines):
         try:
             row = json.loads(line)

@@ -385,7 +385,7 @@ FLAGS = [
         "has shape [96, 4], not [48, 4]"),
     ("a reference that is not whole", both(half_of_the_adapter, flags("--method", "rho1", "--reference", "AT/adapter")),
         "has no tensors for 6 of the 21 layers that target_modules names"),
-    ("a reference that is neither", flags("--method", "rho1", "--reference", "AT/benchmarks"), "holds neither an adapter"),
+    ("a reference that is neither", flags("--method", "rho1", "--reference", "AT/benchmarks"), "holds neither an ada"),
     ("a cache in a file", flags("--cache", "AT/rows.jsonl/cache"), "cache/losses cannot be written (Not a directory)"),
 ]
 
