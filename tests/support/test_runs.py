@@ -479,3 +479,31 @@ def test_a_run_goes_on_on_another_card_and_not_on_another_kind_of_device(tmp_pat
         runs.check_arguments(tmp_path, {"device": "cpu", "rho": 0.6}, runs.FREE)
     with pytest.raises(UserError, match="--rho was 0.6, now it is 0.5"):
         runs.check_arguments(tmp_path, {"device": "cuda:0", "rho": 0.5}, runs.FREE)
+
+
+NUMBERED = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch
+import train
+from support import ranks, start
+real = ranks.start_ranks
+def start_ranks(name):  # a device of its own for each rank, as GPUs have
+    device = real(name)
+    return torch.device("cpu:0") if os.environ["RANK"] == "1" else device
+ranks.start_ranks = start_ranks
+start.run_script(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_on_devices_of_different_numbers_resume_their_run(llama, rows, tmp_path):
+    (tmp_path / "script.py").write_text(NUMBERED)
+    found = []
+    for flags in ([], ["--resume"]):
+        process = torchrun(2, llama, rows, tmp_path / "run", *flags, script=[str(tmp_path / "script.py")])
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+        found.append(adapter(tmp_path / "run"))
+        (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    assert found[0] == found[1]
