@@ -28,7 +28,7 @@ from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
 from support import command, machine, ranks, runs
-from support.checkpoint import find_adapter, read_adapter
+from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell
 from support.decoding import SharedPrefix, generate, generation_settings
 from support.files import UserError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from model import Transformer
 from support import ranks
-from support.checkpoint import PREFIX, find_adapter, read_adapter, save_model, write_adapter
+from support.adapters import PREFIX, find_adapter, read_adapter, write_adapter
+from support.checkpoint import save_model
 from support.files import UserError
 from support.kernels import dropout
 

@@ -25,16 +25,8 @@ import lora
 from model import Transformer, load_model, response_nll
 from sstoken import excess_loss, select, share_of
 from support import ranks
-from support.checkpoint import (
-    ADAPTER_FILES,
-    CHECKPOINT_FILES,
-    TOKENIZER_FILES,
-    check_fits,
-    find_adapter,
-    find_folder,
-    read_adapter,
-    write_adapter,
-)
+from support.adapters import ADAPTER_FILES, find_adapter, read_adapter, write_adapter
+from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, check_fits, find_folder
 from support.files import UserError, read_json, read_log, write_lines
 from support.losses import kept_losses, losses_key
 

@@ -32,6 +32,7 @@ from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, runs
+from support.adapters import find_adapter, read_adapter
 from support.files import UserError, check_writable, write_whole
 from support.sources import Account, add_flags, source_names
 
@@ -64,11 +65,11 @@ def find_states(adapters: list[str], model: Transformer) -> list[tuple[str, Path
     """
     states = [("base model", None)]
     for adapter in adapters:
-        name, folder = Path(adapter).resolve().name, checkpoint.find_adapter(adapter)
+        name, folder = Path(adapter).resolve().name, find_adapter(adapter)
         states += [(f"{name}, step {int(part.name[5:])}", part) for part in runs.snapshots_in(folder)]
         states.append((name, folder))
     for _, folder in states[1:]:
-        checkpoint.read_adapter(folder, lora.decoder_linears(model))
+        read_adapter(folder, lora.decoder_linears(model))
     return states
 
 

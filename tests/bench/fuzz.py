@@ -31,7 +31,7 @@ import torch
 import data
 import lora
 from model import load_model
-from support import checkpoint, decoding, losses
+from support import adapters, decoding, losses
 from support.files import UserError
 
 SECONDS = 20  # of one case, on a busy machine too
@@ -141,7 +141,7 @@ def check_adapter(folder: Path):
             assert (layer.rank, layer.alpha) == (config["r"], config["lora_alpha"])
             assert layer.dropout == config.get("lora_dropout", 0.0)
             for part in ("lora_A", "lora_B"):
-                assert same_bits(getattr(layer, part), stored[f"{checkpoint.PREFIX}{name}.{part}.weight"].float())
+                assert same_bits(getattr(layer, part), stored[f"{adapters.PREFIX}{name}.{part}.weight"].float())
         base(IDS)
     finally:
         lora.remove_lora(base)

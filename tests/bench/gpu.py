@@ -225,49 +225,59 @@ def with_adapters(model: Transformer, device, dtype=torch.float32) -> Transforme
 def right(setting: Setting, report: Report):
     """The GPU's numbers beside the CPU's, in float32, for the three families; bfloat16's selection beside float32's."""
     samples = setting.rows[:5]
-    ids, response = data.collate(samples)
-    sizes = [int(sample.response.sum()) for sample in samples]
     for family in FAMILIES:
-        base, found = tiny(setting, family), []
-        for device in ("cpu", setting.device):
-            model = with_adapters(base, device)
-            probe = sstoken.AttentionProbe(model, -1)
-            nll = response_nll(model, ids.to(device), response)
-            scores = probe.scores(response)
-            probe.remove()
-            nll.mean().backward()
-            gradient = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.requires_grad])
-            with torch.no_grad():
-                hidden = model(ids.to(device))
-            hidden = torch.cat([states[: len(sample.ids)] for states, sample in zip(hidden, samples, strict=True)])
-            words = [setting.tokenizer.decode(sample.ids.tolist()).split() for sample in samples]
-            pairs = [(" ".join(w[:n]), " " + " ".join(w[n : n + 2])) for w in words for n in (2, 3, len(w) // 2)]
-            scored = torch.tensor([log_p for log_p, _ in evaluate.loglikelihoods(model, setting.tokenizer, pairs)])
-            prompts = [ids[0, :n].tolist() for n in (3, 30, 9, 17)] + [ids[1, :40].tolist()]
-            found.append((hidden, nll, gradient / gradient.abs().max(), scores, scored, generate(model, prompts, 12)))
-        names = ("hidden states", "losses", "their gradient, of its largest", "attention scores", "log-likelihoods")
-        differences = {name: differ(found[0][i], found[1][i]) for i, name in enumerate(names)}
+        base = tiny(setting, family)
+        theirs, ours = (computed(setting, with_adapters(base, device), samples) for device in ("cpu", setting.device))
+        written = theirs.pop("written") == ours.pop("written")
+        report(f"{family}: greedy decoding writes the same", written)
+        differences = {name: differ(value, ours[name]) for name, value in theirs.items()}
         report(f"{family}, float32, largest difference from the CPU", differences)
-        report(f"{family}: greedy decoding writes the same", found[0][-1] == found[1][-1])
         for method in baselines.METHODS:
             losses = [train_by(setting, method, base, torch.device(device)) for device in ("cpu", setting.device)]
             worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
             report(f"{family}, --method {method}: losses of its first steps differ by", worst)
-        picks = []
-        for dtype in (torch.float32, torch.bfloat16):
-            model = with_adapters(base, setting.device, dtype)
-            probe = sstoken.AttentionProbe(model, -1)
-            with torch.no_grad():
-                with lora.disabled(model):
-                    history = response_nll(model, ids.to(setting.device), response)
-                nll = response_nll(model, ids.to(setting.device), response)
-            attention = probe.scores(response).flatten()[response.flatten().to(setting.device)]
-            parts = zip(*(x.split(sizes) for x in (history - nll, attention)), strict=True)
-            picks += [[sstoken.select(sstoken.score(sstoken.normalize(r), a, 0.5), 0.6) for r, a in parts]]
-        changed = sum(int((a & ~b).sum()) for a, b in zip(*picks, strict=True)) / sum(int(a.sum()) for a in picks[0])
-        report(f"{family}, bfloat16: share of the selected tokens that differs from float32", changed)
+        picks = [
+            picked(with_adapters(base, setting.device, dtype), samples) for dtype in (torch.float32, torch.bfloat16)
+        ]
+        changed = (picks[0] & ~picks[1]).sum() / picks[0].sum()
+        report(f"{family}, bfloat16: share of the selected tokens that differs from float32", changed.item())
     masked_attention(setting, report)
     killed_and_resumed(setting, report)
+
+
+def computed(setting: Setting, model: Transformer, samples: list[data.Example]) -> dict:
+    """Whatever a model is asked for, by name: training, scoring, choices and written answers."""
+    (ids, response), device = data.collate(samples), model.lm_head.weight.device
+    probe = sstoken.AttentionProbe(model, -1)
+    found = {"losses": response_nll(model, ids.to(device), response), "attention scores": probe.scores(response)}
+    probe.remove()
+    found["losses"].mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    found["their gradient, of its largest"] = gradient / gradient.abs().max()
+    with torch.no_grad():
+        hidden = model(ids.to(device))
+    lengths = [len(sample.ids) for sample in samples]
+    found["hidden states"] = torch.cat([states[:n] for states, n in zip(hidden, lengths, strict=True)])
+    words = [setting.tokenizer.decode(sample.ids.tolist()).split() for sample in samples]
+    pairs = [(" ".join(w[:n]), " " + " ".join(w[n : n + 2])) for w in words for n in (2, 3, len(w) // 2)]
+    scored = evaluate.loglikelihoods(model, setting.tokenizer, pairs)
+    found["log-likelihoods"] = torch.tensor([log_p for log_p, _ in scored])
+    prompts = [ids[0, :n].tolist() for n in (3, 30, 9, 17)] + [ids[1, :40].tolist()]
+    return found | {"written": generate(model, prompts, 12)}
+
+
+@torch.no_grad()
+def picked(model: Transformer, samples: list[data.Example]) -> torch.Tensor:
+    """Which response tokens ssToken selects: a bool each, one sample after the other."""
+    (ids, response), device = data.collate(samples), model.lm_head.weight.device
+    probe = sstoken.AttentionProbe(model, -1)
+    with lora.disabled(model):
+        history = response_nll(model, ids.to(device), response)
+    rel = sstoken.retrospective_excess_loss(response_nll(model, ids.to(device), response), history)
+    attention = probe.scores(response).flatten()[response.flatten().to(device)]
+    sizes = [int(sample.response.sum()) for sample in samples]
+    parts = zip(rel.split(sizes), attention.split(sizes), strict=True)
+    return torch.cat([sstoken.select(sstoken.score(sstoken.normalize(r), a, 0.5), 0.6) for r, a in parts])
 
 
 def train_by(setting: Setting, method: str, base: Transformer, device: torch.device) -> list[float]:
