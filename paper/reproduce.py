@@ -10,6 +10,7 @@ share a cell share its run. All cells share every setting but what their row's n
 import argparse
 import math
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,8 @@ class Cells:
         self.args, self.out, self.model = args, Path(args.out).resolve(), model
         self.content = {}  # what the first cell found in --model and --data, to be the same in all
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
+        if not shutil.which(self.launcher[0]):
+            raise UserError(f"--launcher {self.launcher[0]} is no command of this machine")
 
     def train(self, row: Row, seed: int) -> Path:
         """The folder of a row's run with this seed, which is made unless it is there."""

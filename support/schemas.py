@@ -24,7 +24,8 @@ REFUSED_KEYS = {
 # Columns that do, in rows of any schema
 REFUSED_COLUMNS = {
     *("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "kto_tag"),
-    *("weight", "train", "history", *SYSTEM),
+    *("weight", "train", "mask", "loss_mask", "completion_mask", "assistant_masks", "history", *SYSTEM),
+    *("documents", "chat_template", "chat_template_kwargs"),
 }
 NOTHING = (None, "", [], {}, "[]", "{}", "null")  # how a column or key says that it does not apply
 

@@ -15,8 +15,9 @@ SCRIPTS = [ROOT, ROOT / "paper", ROOT / "demo"]  # the folders that they are in
 CLOSED_PIPE = 128 + signal.SIGPIPE
 
 started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-# Neither for a program that imports ours, such as a notebook, nor where Ctrl-C is ignored, as behind nohup
-if started.parent in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# Not for a program of somebody else that imports ours, nor where Ctrl-C is ignored, as behind nohup
+ours = started.parent in SCRIPTS and "run_script(main)" in started.read_text(encoding="utf-8")
+if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -189,6 +189,7 @@ def test_what_is_named_is_there_before_anything_is_made(llama, rows, benchmarks,
         (("--data", tmp_path / "no.jsonl"), "no rows|no.jsonl"),
         (("--benchmarks", tmp_path / "nothing"), "--benchmarks .*nothing is no folder"),
         (("--out", rows / "out"), "cannot be written"),
+        (("--launcher", "torchrun-of-nobody --nproc_per_node 2"), "--launcher torchrun-of-nobody is no command"),
         (("--reference-data", tmp_path / "folder-without"), "is neither a local folder nor available"),
     ]:
         with pytest.raises(UserError, match=message):

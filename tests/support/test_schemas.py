@@ -108,6 +108,8 @@ REFUSED = {
     "column input beside prompt/completion": {"prompt": "Q", "completion": "A", "input": "I"},
     "column rejected beside messages": {"messages": [QUESTION, ANSWER], "rejected": "B"},
     "column weight beside instruction/output": ALPACA | {"weight": 0.1},
+    "column loss_mask beside messages": {"messages": [QUESTION, ANSWER], "loss_mask": [0, 1]},
+    "column documents beside messages": {"messages": [QUESTION, ANSWER], "documents": [{"text": "D"}]},
     "column label says which answers are wanted": {"prompt": "Q", "completion": "A", "label": True},
     "history is no list of": ALPACA | {"history": "earlier"},
     "a message has function_call": {"messages": [QUESTION, assistant("", function_call={"name": "f"})]},
