@@ -28,6 +28,7 @@ import evaluate
 import lora
 import train
 from model import load_model
+from paper import baselines
 from sstoken import share_of
 from support import files, ranks, runs, start
 from support.files import UserError
@@ -745,3 +746,32 @@ def test_no_file_of_a_run_appears_half(place, capsys, name):
     status, lines = end(train.main, [*train_command(place), "--merge", "--max-steps", "1"], capsys)
     assert_refused(status, lines, f"out/{name} cannot be written (No space left on device)")
     assert not (place.at / "out" / name).exists() and not list((place.at / "out").rglob("*.tmp"))
+
+
+# ----------------------------------------------------------------------------------- what is named is opened first
+
+
+@pytest.mark.parametrize("adapters", [["adapter", "nothing"], ["adapter", "adapter of wider"]])
+def test_every_adapter_is_opened_before_the_first_is_asked(place, capsys, monkeypatch, adapters):
+    monkeypatch.setattr(evaluate, "answer", lambda *given: pytest.fail("work before the mistake was seen"))
+    named = [word for name in adapters for word in ("--adapter", place.at / name)]
+    assert_refused(*end(evaluate.main, [*evaluate_command(place), *named], capsys), adapters[1])
+
+
+@pytest.mark.parametrize("reference", ["half", "adapter of wider", "wider"])
+def test_a_reference_is_opened_before_anything_is_scored_or_written(place, capsys, monkeypatch, reference):
+    shutil.copytree(place.at / "adapter", place.at / "half")
+    held = load_file(place.at / "half" / "adapter_model.safetensors")
+    save_file(dict(list(held.items())[2:]), place.at / "half" / "adapter_model.safetensors")
+    edit_json(place.at / "wider" / "config.json", lambda config: config.update(num_hidden_layers=4))
+    monkeypatch.setattr(baselines, "response_losses", lambda *given: pytest.fail("work before the mistake was seen"))
+    flags = ["--method", "rho1", "--reference", place.at / reference]
+    assert_refused(*end(train.main, [*train_command(place), *flags], capsys), reference)
+    assert not (place.at / "out").exists()
+
+
+def test_what_a_checkpoint_s_decoding_asks_for_is_read_before_the_first_task(place, capsys, monkeypatch):
+    js("generation_config.json", num_beams=4)(place)
+    monkeypatch.setattr(evaluate, "answer", lambda *given: pytest.fail("work before the mistake was seen"))
+    command = [*evaluate_command(place), "--tasks", "arc_easy,triviaqa"]
+    assert_refused(*end(evaluate.main, command, capsys), "num_beams 4 is not implemented")
