@@ -16,7 +16,7 @@ CLOSED_PIPE = 128 + signal.SIGPIPE
 
 started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
 # Not for a program of somebody else that imports ours, nor where Ctrl-C is ignored, as behind nohup
-ours = started.parent in SCRIPTS and "run_script(main)" in started.read_text(encoding="utf-8")
+ours = started.parent in SCRIPTS and started.is_file() and "run_script(main)" in started.read_text(encoding="utf-8")
 if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -397,6 +397,7 @@ OUT = [
     ("in a file", both(lambda place: write(place, "x", ""), flags("--out", "AT/x/out")), "cannot be written (Not a di"),
     ("read-only above", refuses("mkdir", errno.EROFS), "out cannot be written (Read-only file system)"),
     ("read-only", refuses("write_text", errno.EROFS), "out/run.json cannot be written (Read-only file system)"),
+    ("read-only, seen at the first try", refuses("touch", errno.EROFS), "out/run.json cannot be written (Read-only"),
     ("someone else's", refuses("write_text", errno.EACCES), "out/run.json cannot be written (Permission denied)"),
 ]
 

@@ -68,5 +68,17 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(script, tmp_path):
     assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in errors, errors
 
 
+@pytest.mark.parametrize("form", ["typed in", "a file of the user's beside ours"])
+def test_a_program_of_somebody_else_keeps_its_own_ctrl_c(form, tmp_path):
+    program = "import signal, train\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    command, given = [sys.executable, "-"], program
+    if form != "typed in":
+        (tmp_path / "mine.py").write_text(program)
+        command, given = [sys.executable, str(tmp_path / "mine.py")], None
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, input=given, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr
+
+
 def test_a_program_that_imports_ours_keeps_its_own_ctrl_c():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and train.run_script is start.run_script
