@@ -392,7 +392,7 @@ def test_a_step_asks_the_device_for_numbers_only_where_it_logs_them(llama, rows,
 
     monkeypatch.setattr(torch.Tensor, "tolist", answer)
     train(model, examples, args, lambda line: None)
-    assert asked == [3, 3, 3]  # loss, tokens selected and the gradient's norm, once in each of three steps
+    assert asked == [4, 4, 4]  # loss, tokens selected, signals and the gradient's norm, once in each of three steps
     with pytest.raises(NotImplementedError):  # a mask on the device would have been such a question
         response_nll(model, torch.zeros(1, 4, dtype=torch.int64, device="meta"), torch.ones(1, 4, device="meta").bool())
 
@@ -499,7 +499,7 @@ def test_on_a_gpu_a_pass_has_more_samples_by_default_and_no_more_tokens(monkeypa
 
 
 @pytest.mark.parametrize("method", ["sstoken", "full"])
-def test_a_step_reads_from_its_device_once(llama, rows, tmp_path, monkeypatch, method):
+def test_a_step_that_may_leave_a_checkpoint_reads_from_its_device_once(llama, rows, tmp_path, monkeypatch, method):
     reads = []
 
     def note(name, shape):  # what our own lines read; AdamW has its steps on the host
