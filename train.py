@@ -30,6 +30,7 @@ from sstoken import GAINS, AttentionProbe, History, normalize, score, select, se
 from support import command, machine, ranks, runs, sources
 from support.checkpoint import check_fits
 from support.files import UserError, check_writable
+from support.template import write_tokenizer
 
 # ----------------------------------------------------------------------------------------- the schedule of a step
 
@@ -374,8 +375,11 @@ def main(argv: list[str] | None = None):
     seconds["losses"] = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
     report_held_out(run, model, held_out, "after")
     run.finish(seconds)
+    if ranks.first_rank():
+        write_tokenizer(tokenizer, model.folder, run.folder)  # with the template that the run was trained in
     if args.merge and ranks.first_rank():
         merge(model, args, run.folder)
+        write_tokenizer(tokenizer, model.folder, run.folder / "merged")
 
     run.say(f"wrote {', '.join(run.written())} to {run.folder}; go on with:")
     these, demo = ["--model", args.model, "--adapter", str(run.folder)], args.model == DEMO_FILES["model"]

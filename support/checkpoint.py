@@ -58,7 +58,8 @@ def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) ->
     """`find_folder` of a model (default: all of its files); what is an adapter gets an error that says what to type."""
     wanted = patterns or CHECKPOINT_FILES + TOKENIZER_FILES
     folder = find_folder(name_or_path, [*wanted, "adapter_config.json"], revision)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    here = [(folder / name).exists() for name in ("adapter_config.json", "config.json", "tokenizer.json")]
+    if here[0] and not (here[1] or (here[2] and wanted == TOKENIZER_FILES)):  # a run's tokenizer may be asked for
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         merged = f", or --model {name_or_path}/merged" if (folder / "merged").is_dir() else ""
         use = f"give --model {base} (and to evaluate.py or paper.visualize --adapter {name_or_path}){merged}"

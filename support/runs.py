@@ -52,6 +52,8 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     `resume`, which leaves them.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a model (config.json): choose another --out")
     old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder) + snapshots_in(folder)
     old += folder.glob(FAILED.replace("{:08d}", "*"))
     if (folder / "run.json").exists():
@@ -286,7 +288,7 @@ class Run:
             write_json(self.folder / "run.json", self.record)
 
     def written(self) -> list[str]:
-        return [file for file in FILES if (self.folder / file).exists()]
+        return [file for file in (*FILES, "tokenizer.json") if (self.folder / file).exists()]
 
     @contextlib.contextmanager
     def training(self, args, samples: list, content: dict, folder: Path, steps: int, save_adapter: Callable):
