@@ -8,6 +8,7 @@ read once and kept as keys and values; only the positions that are scored meet t
 """
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -27,7 +28,7 @@ import lora
 from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
-from support import command, machine, ranks, runs
+from support import chat, command, machine, ranks, runs
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell
 from support.decoding import SharedPrefix, generate, generation_settings
@@ -289,6 +290,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
         "default: 1024 on a CPU, 2048 on a GPU")
     # fmt: on
+    chat.add_flags(parser)
     command.add_flags(parser)
     args = parser.parse_args(argv)
     if args.data and not Path(args.data).is_dir():
@@ -298,7 +300,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    names, device = task_names(args.tasks), ranks.start_ranks(args.device)
+    names, device = task_names(args.tasks) if args.ask is None else [], ranks.start_ranks(args.device)
     reports = ranks.first_rank()
     forget_rows()
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
@@ -311,6 +313,8 @@ def main(argv: list[str] | None = None):
         read_adapter(find_adapter(adapter), lora.decoder_linears(model))
     if any(isinstance(asked.requests[0][0][1], dict) for asked in questions.values()):
         generation_settings(model, tokenizer)
+    if args.ask is not None:
+        return talk(model, tokenizer, args)
 
     records = []
     try:
@@ -330,6 +334,20 @@ def main(argv: list[str] | None = None):
     finally:
         if reports and records:
             print(table(records))
+
+
+def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
+    """--ask: answers of the base model and of each adapter, in the template that they were trained in."""
+
+    def become(adapter: str | None):
+        return lora.load_adapter(model, adapter) if adapter else lora.remove_lora(model)
+
+    def encode(messages: list[dict]) -> list[int]:
+        asked = [*messages, {"role": "assistant", "content": ""}]
+        return data.encode(asked, tokenizer, model.config.max_position_embeddings).ids[:-1].tolist()
+
+    who = {Path(name or args.model).name: functools.partial(become, name) for name in [None, *args.adapter]}
+    chat.converse(model, tokenizer, args.ask, who, encode)
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):

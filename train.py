@@ -27,10 +27,9 @@ from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE, Frozen, response_losses
 from sstoken import GAINS, AttentionProbe, History, normalize, score, select, selected_loss, sft_loss, share_of
-from support import command, machine, ranks, runs, sources
+from support import command, handoff, machine, ranks, runs, sources
 from support.checkpoint import check_fits
 from support.files import UserError, check_writable
-from support.template import write_tokenizer
 
 # ----------------------------------------------------------------------------------------- the schedule of a step
 
@@ -376,18 +375,16 @@ def main(argv: list[str] | None = None):
     report_held_out(run, model, held_out, "after")
     run.finish(seconds)
     if ranks.first_rank():
-        write_tokenizer(tokenizer, model.folder, run.folder)  # with the template that the run was trained in
+        handoff.write_tokenizer(tokenizer, model.folder, run.folder)  # with the template that the run was trained in
+        handoff.write_card(run.record, run.folder, vars(parse_arguments(["--model", args.model])))
     if args.merge and ranks.first_rank():
         merge(model, args, run.folder)
-        write_tokenizer(tokenizer, model.folder, run.folder / "merged")
+        handoff.write_tokenizer(tokenizer, model.folder, run.folder / "merged")
 
     run.say(f"wrote {', '.join(run.written())} to {run.folder}; go on with:")
-    these, demo = ["--model", args.model, "--adapter", str(run.folder)], args.model == DEMO_FILES["model"]
-    own_rows = ["--tasks", "instructions", "--data", DEMO_FOLDER] if demo else []
-    run.say(" ", shlex.join(["python", "evaluate.py", *these, *own_rows]))
-    run.say(" ", shlex.join(["python", "-m", "paper.visualize", *these, "--data", args.eval_data or args.data]))
-    if demo:
-        run.say("  python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data tatsu-lab/alpaca --limit 1000")
+    demo = DEMO_FOLDER if args.model == DEMO_FILES["model"] else None
+    for line in handoff.next_commands(args, run.folder, bool(reference_examples), demo):
+        run.say("  python", shlex.join(line))
 
 
 if __name__ == "__main__":

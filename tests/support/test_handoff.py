@@ -1,16 +1,19 @@
-"""The chat template of a run is data.encode, whoever reads it."""
+"""What a run leaves: a chat template that is data.encode whoever reads it, a model card, commands that work."""
 
+import importlib
 import json
+import shlex
 import shutil
 
 import pytest
 from conftest import BOS, EOS, make_checkpoint
+from huggingface_hub import ModelCard
 from hypothesis import given, settings, strategies
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train
-from support.template import write_tokenizer
+from support.handoff import write_card, write_tokenizer
 
 TEXT = strategies.text(max_size=40).filter(lambda text: BOS not in text and EOS not in text)
 ROLE = strategies.sampled_from(["system", "user", "assistant"])
@@ -73,3 +76,64 @@ def test_a_model_s_own_folder_is_no_place_for_a_run(llama, rows, tmp_path):
         with pytest.raises(Exception, match="holds a model .config.json.: choose another --out"):
             train.main(["--model", str(folder), "--data", str(rows), "--out", str(folder), *flags, "--device", "cpu"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# ------------------------------------------------------------------------------------------- the card, the next step
+
+
+def words(printed: str) -> list[list[str]]:
+    """The commands that train.py prints after a run."""
+    lines = printed.split("go on with:\n")[1].splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+def in_this_process(command: list[str]):
+    """Run what a line says, without a Python of its own."""
+    python, *rest = command
+    assert python == "python"
+    module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py")
+    importlib.import_module(module).main(rest[2:] if rest[0] == "-m" else rest[1:])
+
+
+@pytest.mark.parametrize("method", ["sstoken", "rho1"])
+def test_the_commands_that_a_run_ends_with_can_be_typed(llama, rows, tmp_path, monkeypatch, capsys, method):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", str(llama), "--data", str(rows), "--out", "my run", "--max-steps", "1", "--dtype", "float32"]
+    argv += ["--reference-data", str(rows)] if method == "rho1" else []
+    train.main([*argv, "--method", method, "--lora-rank", "4", "--max-length", "90", "--device", "cpu"])
+    asked, graded, shown = words(capsys.readouterr().out)
+    assert ("--reference" in shown) == (method == "rho1") and "--dtype" in asked and "90" in shown
+    assert graded == ["python", "evaluate.py", *asked[2:-2]]  # the benchmarks themselves are the hub's
+    in_this_process(asked)
+    said = capsys.readouterr().out
+    assert f"{llama.name}: " in said and "my run: " in said
+    in_this_process(shown)
+    assert (tmp_path / "explorer.html").exists()
+
+
+def test_a_card_is_what_the_hub_reads_and_nothing_in_it_is_markup(llama, rows, tmp_path):
+    odd = rows.rename(tmp_path / "a | b `c` <i>.jsonl")
+    out = tmp_path / "run_1"
+    train.main(
+        ["--model", str(llama), "--data", str(odd), "--eval-data", str(odd), "--out", str(out), "--max-steps", "1"]
+        + ["--lr", "0.01", "--gain", "probability", "--lora-rank", "4", "--device", "cpu", "--dtype", "float32"]
+    )
+    text = (out / "README.md").read_text()
+    head = ModelCard(text).data
+    assert (head.base_model, head.library_name, head.tags[1]) == (str(llama), "peft", "sstoken")
+    record = json.loads((out / "run.json").read_text())
+    for when in ("before", "after"):
+        assert f"| held-out response loss {when} | {record[f'held_out_loss_{when}']:.4f} nats a token |" in text
+    assert "<i>" not in text.split("The command:")[0] and "a \\| b" in text
+    (command,) = [line for line in text.splitlines() if line.startswith("    python train.py")]
+    again = shlex.split(command)[2:]
+    given = vars(train.parse_arguments([*again, "--device", "cpu"]))
+    same = {name: value for name, value in record["arguments"].items() if name not in ("out", "device")}
+    assert {name: given[name] for name in same} == same  # the command is the run's
+    assert "--rho" not in again and "--gain" in again  # and no longer than it must be
+
+
+def test_a_card_that_somebody_wrote_stays(tmp_path):
+    (tmp_path / "README.md").write_text("# mine")
+    write_card({}, tmp_path, {})
+    assert (tmp_path / "README.md").read_text() == "# mine"

@@ -1,0 +1,123 @@
+"""What a run leaves to whoever goes on with it: its chat template, a model card, the commands to type next."""
+
+import argparse
+import functools
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+from support.checkpoint import TOKENIZER_FILES
+from support.command import cell
+from support.files import read_json, write_json, write_whole
+from support.tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------------- the chat template
+
+# Appendix A.1, as data.encode builds it; BOS and EOS stand for the tokenizer's own
+FORM = """\
+{{ BOS }}{% for message in messages %}\
+{% if message['role'] not in ('system', 'user', 'assistant') %}\
+{{ raise_exception('role ' ~ message['role'] ~ ' is not system, user or assistant') }}\
+{% endif %}\
+{% if not loop.first %}{{ '\\n' }}{% endif %}\
+{{ '<|' ~ message['role'] ~ '|>\\n' ~ message['content'] | trim }}\
+{% if message['role'] == 'assistant' %}{{ EOS }}{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}{% if messages %}{{ '\\n' }}{% endif %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+
+def chat_template(tokenizer: Tokenizer) -> str:
+    """Jinja text that renders messages as the run has seen them, BOS and end tokens included."""
+    bos = "".join(tokenizer.backend.id_to_token(token) for token in tokenizer.prefix)
+    return FORM.replace("{{ BOS }}", f"{{{{ {json.dumps(bos)} }}}}" if bos else "").replace(
+        "{{ EOS }}", f"{{{{ {json.dumps(tokenizer.eos)} }}}}"
+    )
+
+
+def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
+    """Write to `folder` the tokenizer's files of `source`, with the run's template in place of any that they hold."""
+    for file in [path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()]:
+        if not file.name.startswith("chat_template"):
+            write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
+    path = source / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    known = {"eos_token": tokenizer.eos} | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
+    template = chat_template(tokenizer)  # in both places that are read, by older and by newer programs
+    write_json(folder / "tokenizer_config.json", known | config | {"chat_template": template})
+    write_whole(folder / "chat_template.jinja", lambda path: path.write_text(template, encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------- the model card
+
+MADE = "<!-- made by train.py from run.json; a file without this line is left alone -->"
+
+
+def write_card(record: dict, folder: Path, defaults: dict):
+    """README.md, as the hub shows it, from what run.json records; a card that somebody else wrote stays.
+
+    defaults: the arguments of a run that is given only its model, which the card's command leaves out.
+    """
+    path = folder / "README.md"
+    if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    text = card(record, folder.resolve().name, defaults)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def card(record: dict, name: str, defaults: dict) -> str:
+    """A model card: the head that the hub reads, in YAML, then what was done. What users named is escaped."""
+    args = record["arguments"]
+    head = {"base_model": args["model"], "library_name": "peft", "pipeline_tag": "text-generation"}
+    head["tags"] = ["lora", "sstoken", "token-selection", f"method:{args['method']}"]
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", MADE, ""]
+    lines += [
+        f"# {cell(name)}",
+        "",
+        f"A LoRA adapter of {cell(args['model'])}, trained with `--method {args['method']}` of",
+    ]
+    lines += ["ssToken (self-modulated and semantic-aware token selection).", "", "| | |", "|---|---|"]
+    rows = {"data": args["data"], "samples": record["samples"], "seed": args["seed"], "rho": args["rho"]}
+    rows |= {"gamma": args["gamma"], "rank, alpha": f"{args['lora_rank']}, {args['lora_alpha']}"}
+    rows |= {"learning rate, epochs, batch": f"{args['lr']}, {args['epochs']}, {args['batch_size']}"}
+    for when in ("before", "after"):
+        if f"held_out_loss_{when}" in record:
+            rows[f"held-out response loss {when}"] = f"{record[f'held_out_loss_{when}']:.4f} nats a token"
+    rows["versions"] = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    lines += [f"| {key} | {cell(str(value))} |" for key, value in rows.items()]
+    command = shlex.join(["python", "train.py", "--model", args["model"], *given_flags(args, defaults)])
+    lines += ["", "The command:", "", f"    {' '.join(command.split())}", ""]
+    lines += ["Ask it in the template that it was trained in, which its tokenizer carries (`apply_chat_template`).", ""]
+    return "\n".join(lines)
+
+
+def given_flags(args: dict, defaults: dict) -> list[str]:
+    """The flags that make these arguments of the defaults; where a run was written, and how it went on, left out."""
+    found = []
+    for name in args.keys() - {"model", "out", "overwrite", "resume", "pass_tokens", "device", "cache", "debug"}:
+        if args[name] not in (defaults.get(name), None, False):
+            found.append([f"--{name.replace('_', '-')}"] + ([str(args[name])] if args[name] is not True else []))
+    return sum(sorted(found), [])
+
+
+# ---------------------------------------------------------------------------------------------------- the next step
+
+
+def next_commands(args: argparse.Namespace, folder: Path, reference: bool, demo: str | None) -> list[list[str]]:
+    """What to type after a run, without `python`: whatever it was given that those commands need as well.
+
+    reference: whether the run trained one, into its folder. demo: the folder of the demo, if this was it.
+    """
+    these = ["--model", args.model, *(["--revision", args.revision] if args.revision else [])]
+    these += ["--adapter", str(folder), *(["--dtype", args.dtype] if args.dtype != "bfloat16" else [])]
+    better = str(folder / "reference") if reference else args.reference
+    shown = ["--data", args.eval_data or args.data, *(["--reference", better] if better else [])]
+    shown += ["--max-length", str(args.max_length)] if args.max_length != 2048 else []
+    question = "Now say up, hot in opposites." if demo else "What is the capital of France?"
+    graded = ["--tasks", "instructions", "--data", demo] if demo else []
+    commands = [["evaluate.py", *these, "--ask", question], ["evaluate.py", *these, *graded]]
+    commands.append(["-m", "paper.visualize", *these, *shown])
+    if demo:
+        larger = ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--data", "tatsu-lab/alpaca", "--limit", "1000"]
+        commands.append(["train.py", *larger])
+    return commands
