@@ -192,7 +192,7 @@ def differ(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.detach().double().cpu() - b.detach().double().cpu()).abs().max())
 
 
-def run_python(*command, timeout=150, **environment) -> subprocess.CompletedProcess:
+def run_python(*command, timeout=300, **environment) -> subprocess.CompletedProcess:
     environment = os.environ | {key: str(value) for key, value in environment.items()}
     words = [sys.executable, *map(str, command)]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -12,8 +12,8 @@ import torch
 
 @pytest.mark.slow
 def test_a_dry_run_asks_every_question_of_every_stage(tmp_path):
-    command = [sys.executable, str(Path(gpu.__file__)), "--dry-run", "--out", str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, str(Path(gpu.__file__)), "--dry-run", "--minutes", "60", "--out", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
     assert stages.keys() == gpu.STAGES.keys() and not any(stage["error"] for stage in stages.values())
