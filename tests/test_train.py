@@ -549,11 +549,14 @@ def test_a_run_from_the_command_line_writes_its_folder_and_repeats_bit_for_bit(l
     assert "20 samples" in result.stdout and "1 dropped" in result.stdout
     assert "loss " in result.stderr and "tokens/s" in result.stderr and "% selected" in result.stderr
     left = [runs.CHECKPOINT.format(step) for step in (10, 12)]
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES, *left}
-    wrote, *commands = result.stdout.splitlines()[-3:]
+    handed_on = {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {*runs.FILES, *left, *handed_on}
+    wrote, asked, *commands = result.stdout.splitlines()[-4:]
     these = f"--model {llama} --adapter {tmp_path / 'a'}"
     assert wrote.startswith("wrote ") and str(tmp_path / "a") in wrote
-    assert commands == [f"  python evaluate.py {these}", f"  python -m paper.visualize {these} --data {rows}"]
+    assert asked == f"  python evaluate.py {these} --ask 'What is the capital of France?'"
+    shown = f"{these} --data {rows} --max-length 300"
+    assert commands == [f"  python evaluate.py {these}", f"  python -m paper.visualize {shown}"]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (record["samples"], record["dropped"]) == (20, 1)
     assert record["arguments"]["rho"] == 0.6 and record["arguments"]["seed"] == 42 and record["versions"]["torch"]
