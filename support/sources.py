@@ -195,21 +195,30 @@ def _unwrapped(value, path: Path) -> list:
 # ------------------------------------------------------------------------------------------------------ data sets
 
 
+def files_below(folder: Path) -> list[str]:
+    """The paths of all files in a folder and its folders, from there, in order."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def stem(path: str) -> str:
+    """A path without what says its kind and how it is packed."""
+    return path[: path.lower().rindex(f".{kind_of(Path(path))[0]}")]
+
+
 def file_of_split(path: str, split: str, configuration: str | None = None) -> bool:
     """Whether a file of a data set, by its path there, is one of a split's: split.parquet, split-*.csv, split/*.json.
 
     It stands at the top or in a folder, that of its configuration where the data set has several.
     """
-    if not (kind := kind_of(Path(path))):
+    if not kind_of(Path(path)):
         return False
-    stem = path[: path.lower().rindex(f".{kind[0]}")]
     folders = (f"{configuration}/",) if configuration else ("", "*/")
-    return any(fnmatch(stem, f"{folder}{split}{rest}") for folder in folders for rest in ("", "-*", "/*"))
+    return any(fnmatch(stem(path), f"{folder}{split}{rest}") for folder in folders for rest in ("", "-*", "/*"))
 
 
 def choose_files(name: str, folder: Path, split: str, configuration: str | None) -> list[Path]:
     """The files of a split in `folder`, of the first of KINDS that has any; [] if none has."""
-    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    paths = files_below(folder)
     for kind in KINDS:
         found = [path for path in paths if kind_of(Path(path)) and kind_of(Path(path))[0] == kind]
         found = [path for path in found if file_of_split(path, split, configuration)]
@@ -224,8 +233,7 @@ def choices(name: str, paths: list[str]) -> list[str]:
     """How a user names each split that a data set's files are of, by their paths there."""
     found = {}
     for path in filter(lambda path: kind_of(Path(path)), paths):
-        stem = path[: path.lower().rindex(f".{kind_of(Path(path))[0]}")]
-        *folders, split = re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", stem).split("/")
+        *folders, split = re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", stem(path)).split("/")
         configuration = [part for part in folders[:1] if part != "data"]
         found[":".join([name, *configuration, split])] = True
     return list(found)
@@ -254,7 +262,7 @@ def _listed(name: str, folder: Path) -> list[str]:
     try:
         return list_repo_files(name, repo_type="dataset")
     except Exception:  # whatever the client or its network says: this is only to help with another error
-        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        return files_below(folder)
 
 
 def _no_split(name: str, split: str, configuration: str | None, paths: list[str]) -> UserError:
@@ -288,8 +296,7 @@ def folder_files(folder: Path, split: str | None, configuration: str | None, acc
         kind = min((KINDS.index(kind_of(path)[0]) for path in beside), default=None)
         found = [path for path in beside if KINDS.index(kind_of(path)[0]) == kind]
     if not found:
-        paths = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        raise _no_split(name, split or "train", configuration, paths)
+        raise _no_split(name, split or "train", configuration, files_below(folder))
     account.pass_over("files", [str(path) for path in beside if path not in found])
     return found
 
