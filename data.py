@@ -80,13 +80,22 @@ class Example(NamedTuple):
     response: Tensor
 
 
-def prompt_text(messages: list[Message], eos: str) -> str:
-    """The template's text up to where the last message, an answer, would begin: what a model is asked with."""
+def prompt_text(messages: list[Message], tokenizer: Tokenizer) -> str:
+    """The template's text up to where an answer to `messages` would begin: what a model is asked with."""
+    if tokenizer.template:
+        return tokenizer.template.render(messages, ask=True)
     text = ""
-    for message in messages[:-1]:
+    for message in messages:
         text += f"<|{message['role']}|>\n{message['content'].strip()}"
-        text += (eos if message["role"] == "assistant" else "") + "\n"
+        text += (tokenizer.eos if message["role"] == "assistant" else "") + "\n"
     return text + "<|assistant|>\n"
+
+
+def prompt_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """What a model is asked with as ids, with no control token that a message spells."""
+    if tokenizer.template:
+        return tokenizer.template.prompt(messages)
+    return encode([*messages, {"role": "assistant", "content": ""}], tokenizer, 10**9).ids[:-1].tolist()
 
 
 def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Example:
@@ -95,8 +104,10 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
     `<|system|>\\n{}\\n`, `<|user|>\\n{}\\n` and `<|assistant|>\\n{}{eos}\\n`, contents stripped, the last newline
     dropped. Each stretch between end tokens is encoded whole; its end token is appended by its id. Supervised are
     the assistant's tokens and their end token, but for a message of weight 0; a token that straddles the boundary
-    belongs to the prompt.
+    belongs to the prompt. With --template model: support/templates.py, in the checkpoint's own template.
     """
+    if tokenizer.template:
+        return Example(*map(torch.tensor, tokenizer.template.encode(messages, max_length)))
     ids, response = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
     reach = 2 * max_length * tokenizer.longest  # characters, twice what the tokens that are kept can cover
 
@@ -137,7 +148,8 @@ def load_examples(
     """
     account = account or Account()
     found = load_conversations(sources, limit, seed, top, rating_field, account)
-    examples = [encode(messages, tokenizer, max_length + 1) for messages in found]  # one more tells what is cut
+    # one token more tells what is cut
+    examples = account.each(sources, found, lambda messages: encode(messages, tokenizer, max_length + 1))
     kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")

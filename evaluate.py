@@ -28,13 +28,13 @@ import lora
 from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
-from support import chat, command, machine, ranks, runs
+from support import chat, command, machine, ranks, runs, templates
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell
 from support.decoding import SharedPrefix, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
-from support.packing import encode_pairs, encode_texts, pack, plant, price_ratio, shared_prefix, tree_tensors
+from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
 from support.runs import digest, weights_key
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
@@ -111,8 +111,8 @@ def generations(
     "max_gen_toks" (default: 256) bounds an answer's tokens; a context is cut on the left to leave room for them.
     Under torchrun as `loglikelihoods`.
     """
-    answers, ids = {}, encode_texts(tokenizer, [context for context, _ in requests], model.config.vocab_size)
-    indices = ranks.share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[requests[i][0]]))))
+    answers, ids = {}, encode_contexts(tokenizer, requests, model.config.vocab_size)
+    indices = ranks.share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[i]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until = list(same), settings["until"]
         new = settings.get("max_gen_toks", MAX_NEW_TOKENS)
@@ -125,7 +125,7 @@ def generations(
 
         found = generate(
             model,
-            [ids[requests[i][0]][-room:] for i in group],
+            [ids[i][-room:] for i in group],
             new,
             stop=lambda tokens, until=until: any(stop in text(tokens) for stop in until),
             batch_tokens=batch_tokens,
@@ -291,6 +291,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "default: 1024 on a CPU, 2048 on a GPU")
     # fmt: on
     chat.add_flags(parser)
+    templates.add_flags(parser)
     command.add_flags(parser)
     args = parser.parse_args(argv)
     if args.data and not Path(args.data).is_dir():
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None):
     forget_rows()
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
     report = runs.Report(Path(args.out) if args.out else None)
-    tokenizer = data.load_tokenizer(args.model, args.revision)
+    tokenizer = data.load_tokenizer(args.model, args.revision, args.template or templates.trained_in(args.adapter))
     folder = Path(args.data) if args.data else None
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
@@ -342,12 +343,8 @@ def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
     def become(adapter: str | None):
         return lora.load_adapter(model, adapter) if adapter else lora.remove_lora(model)
 
-    def encode(messages: list[dict]) -> list[int]:
-        asked = [*messages, {"role": "assistant", "content": ""}]
-        return data.encode(asked, tokenizer, model.config.max_position_embeddings).ids[:-1].tolist()
-
     who = {Path(name or args.model).name: functools.partial(become, name) for name in [None, *args.adapter]}
-    chat.converse(model, tokenizer, args.ask, who, encode)
+    chat.converse(model, tokenizer, args.ask, who, lambda messages: data.prompt_ids(messages, tokenizer))
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):

@@ -27,7 +27,7 @@ from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE, Frozen, response_losses
 from sstoken import GAINS, AttentionProbe, History, normalize, score, select, selected_loss, sft_loss, share_of
-from support import command, handoff, machine, ranks, runs, sources
+from support import command, handoff, machine, ranks, runs, sources, templates
 from support.checkpoint import check_fits
 from support.files import UserError, check_writable
 
@@ -246,6 +246,7 @@ def make_parser() -> command.ArgumentParser:
     add("--seed", type=int, default=42, bound="from 0 to 2^63 - 1",
         help="of the data order, the adapters, dropout and random selection")
     # fmt: on
+    templates.add_flags(parser, "model and data", "paper")
     for module in (sources, lora, baselines, runs, command, ranks):
         module.add_flags(parser)
     return parser
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None):
     if args.shard and not ranks.started_by_torchrun():
         raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
 
-    tokenizer = data.load_tokenizer(args.model, args.revision)
+    tokenizer = data.load_tokenizer(args.model, args.revision, args.template)
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
 

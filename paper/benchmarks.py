@@ -428,7 +428,8 @@ def instructions_rows(load: Callable, tokenizer) -> list[Row]:
         answer = None if answer is None else str(answer).strip()
         if not (output.strip() if answer is None else answer):
             raise UserError(f"row {number}: its answer is empty, which anything would match")
-        graded.append({"prompt": prompt_text(turns, tokenizer.eos), "output": output, "answer": answer})
+        whole = {"whole": True} if tokenizer.template else {}  # the checkpoint's own template says itself where BOS is
+        graded.append({"prompt": prompt_text(turns[:-1], tokenizer), "output": output, "answer": answer} | whole)
     return graded
 
 
@@ -479,7 +480,7 @@ INSTRUCTIONS: Task = {
     "hub": None,
     "file": "instructions",
     "rows": instructions_rows,
-    "requests": lambda row: [(row["prompt"], {"until": []})],
+    "requests": lambda row: [(row["prompt"], {"until": []} | ({"whole": True} if "whole" in row else {}))],
     "metrics": instructions_metrics,
 }
 

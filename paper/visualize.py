@@ -31,7 +31,7 @@ import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
-from support import checkpoint, command, machine, runs
+from support import checkpoint, command, machine, runs, templates
 from support.adapters import find_adapter, read_adapter
 from support.files import UserError, check_writable, write_whole
 from support.sources import Account, add_flags, source_names
@@ -282,6 +282,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
     # fmt: on
     add_flags(parser, "data")
+    templates.add_flags(parser, "models")
     command.add_flags(parser)
     args = parser.parse_args(argv)
     bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
@@ -299,7 +300,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     device = machine.find_device(args.device)
-    tokenizer = data.load_tokenizer(args.model, args.revision)
+    tokenizer = data.load_tokenizer(args.model, args.revision, args.template or templates.trained_in(args.adapter))
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
     account, path = Account(args.skip_bad_rows), Path(args.out or "explorer.html")

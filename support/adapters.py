@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from support.checkpoint import find_folder, open_safetensors
 from support.files import UserError, is_count, is_number, read_json, write_json, write_whole, writing
 
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.*"]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "run.json"]
 PREFIX = "base_model.model."
 # Keys of adapter_config.json that are read here, or change nothing where the others are as they are checked to be
 READ_KEYS = {

@@ -246,7 +246,7 @@ NEUTRAL |= dict.fromkeys(
 def generation_settings(model: nn.Module, tokenizer) -> dict:
     """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
 
-    stop_ids: the tokenizer's end of text and those that the file names, or config.json where there is no such file.
+    stop_ids: the tokenizer's ends of an answer, and those that the file names, or config.json where there is none.
     UserError for a setting that would change what is written and is not implemented.
     """
     path = model.folder / "generation_config.json"
@@ -263,4 +263,4 @@ def generation_settings(model: nn.Module, tokenizer) -> dict:
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(token) is int for token in named) or not is_number(penalty) or penalty <= 0:
         raise UserError(f"{model.folder}: eos_token_id {named} or repetition_penalty {penalty!r} of its configuration")
-    return {"stop_ids": {tokenizer.eos_id, *named}, "repetition_penalty": penalty}
+    return {"stop_ids": {*tokenizer.end_ids, *named}, "repetition_penalty": penalty}

@@ -36,16 +36,28 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
-    """Write to `folder` the tokenizer's files of `source`, with the run's template in place of any that they hold."""
+    """Write to `folder` the tokenizer's files of `source`, with the run's template in place of any that they hold.
+
+    Where a whole model lies there, what generates from it is told of the run's end of an answer.
+    """
+    own = tokenizer.template is not None  # the run was trained in the checkpoint's template
     for file in [path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()]:
-        if not file.name.startswith("chat_template"):
+        if own or not file.name.startswith("chat_template"):
             write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
     path = source / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     known = {"eos_token": tokenizer.eos} | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
-    template = chat_template(tokenizer)  # in both places that are read, by older and by newer programs
-    write_json(folder / "tokenizer_config.json", known | config | {"chat_template": template})
+    held = {key: value for key, value in config.items() if value is not None}
+    # in both places that are read, by older and by newer programs
+    template = tokenizer.template.text if own else chat_template(tokenizer)
+    write_json(folder / "tokenizer_config.json", known | held | {"chat_template": template})
     write_whole(folder / "chat_template.jinja", lambda path: path.write_text(template, encoding="utf-8"))
+    if (path := folder / "generation_config.json").exists():
+        told = read_json(path)
+        ends = told.get("eos_token_id")
+        ends = dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *sorted(tokenizer.end_ids)])
+        ends = [end for end in ends if end is not None]
+        write_json(path, told | {"eos_token_id": ends[0] if len(ends) == 1 else ends})
 
 
 # --------------------------------------------------------------------------------------------------- the model card

@@ -17,7 +17,7 @@ class Scored(NamedTuple):
     targets: list[int]
 
 
-def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None) -> dict[str, list[int]]:
+def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, with_prefix=True) -> dict[str, list[int]]:
     """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it already.
 
     UserError for a token that an embedding of `vocab_size` rows does not have, such as a padding token added later.
@@ -25,11 +25,19 @@ def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None) -> 
     bos, ids = tokenizer.bos or tokenizer.eos, {}
     for spelled in (False, True):
         some = [text for text in dict.fromkeys(texts) if text.startswith(bos) == spelled]
-        ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=not spelled), strict=True)
+        ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=with_prefix and not spelled), strict=True)
     if vocab_size and (largest := max(map(max, filter(None, ids.values())), default=0)) >= vocab_size:
         token = tokenizer.decode([largest])
         raise UserError(f"token {token!r}, id {largest}, is outside the embedding of {vocab_size} rows")
     return ids
+
+
+def encode_contexts(tokenizer, requests: list[tuple[str, dict]], vocab_size: int) -> list[list[int]]:
+    """The ids of each request's context; one whose settings call it "whole" gets no BOS that it does not spell."""
+    whole = {context for context, settings in requests if settings.get("whole")}
+    ids = encode_texts(tokenizer, [context for context, _ in requests if context not in whole], vocab_size)
+    ids |= encode_texts(tokenizer, list(whole), vocab_size, with_prefix=False)
+    return [ids[context] for context, _ in requests]
 
 
 def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int, vocab_size=None) -> list[Scored]:

@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -54,6 +54,16 @@ class Account:
             raise UserError(f"{where}: {reason}{way_on}")
         count, first = self.skipped.get(reason, (0, where))
         self.skipped[reason] = (count + 1, first)
+
+    def each(self, source: str, conversations: list, encode: Callable) -> list:
+        """What `encode` makes of each conversation of a source, without those that it cannot use."""
+        found = []
+        for number, messages in enumerate(conversations, 1):
+            try:
+                found.append(encode(messages))
+            except UserError as reason:
+                self.refuse(f"{source}, conversation {number}", str(reason))
+        return found
 
     def pass_over(self, what: str, names):
         """Take note of columns, keys or files that are not read since they change neither the text nor the mask."""

@@ -7,6 +7,7 @@ import tokenizers
 
 from support.checkpoint import TOKENIZER_FILES, find_checkpoint, special_token
 from support.files import UserError
+from support.templates import ChatTemplate, find_template
 
 
 @contextmanager
@@ -43,7 +44,8 @@ class Tokenizer:
 
     eos_id: the tokenizer's end of text. prefix: the ids that its own post-processor puts in front (BOS, or nothing).
     bos: what tokenizer_config.json calls its beginning of text, if anything; many a tokenizer names one it never adds.
-    longest: the characters of its longest token.
+    longest: the characters of its longest token. end_ids: the tokens at which an answer ends. template: the
+    checkpoint's own, where conversations are written in that (--template model).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos: str, bos: str | None = None):
@@ -58,23 +60,42 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.backend, vocabulary = backend, backend.get_vocab()
         self.vocab_size, self.longest = max(vocabulary.values()) + 1, max(map(len, vocabulary))
+        self.template, self.end_ids = None, {self.eos_id}
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of `text`, without BOS or EOS, and the character at which each token starts."""
-        with told(f"the tokenizer cannot encode {text[:60]!r}"):
+        found = self.places(text)
+        return [token for token, _, _ in found], [start for _, start, _ in found]
+
+    def places(self, text: str, control: bool = False) -> list[tuple[int, int, int]]:
+        """(id, first character, the one after its last) of each token, without BOS or EOS.
+
+        control: whether special tokens that `text` spells are those, as in a text that a program has written.
+        """
+        with told(f"the tokenizer cannot encode {text[:60]!r}"), self.reading(control):
             encoding = self.backend.encode(text, add_special_tokens=False)
-        if self.eos_id in encoding.ids:  # a vocabulary that is looked up word by word, as no Llama's or Qwen's is
+        if not control and self.eos_id in encoding.ids:  # a vocabulary looked up word by word, as no Llama's or Qwen's
             raise UserError(f"this tokenizer reads {self.eos!r} in a text as its end-of-text token")
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @contextmanager
+    def reading(self, control: bool):
+        """A context in which special tokens that a text spells are special, or are not."""
+        self.backend.encode_special_tokens = not control
+        try:
+            yield
+        finally:
+            self.backend.encode_special_tokens = True
+
+    def control_tokens(self) -> list[str]:
+        """The texts of the special tokens, the longest first."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
     def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
         """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
-        self.backend.encode_special_tokens = False
-        try:
-            with told("the tokenizer cannot encode a benchmark's texts"):
-                return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
-        finally:
-            self.backend.encode_special_tokens = True
+        with told("the tokenizer cannot encode a benchmark's texts"), self.reading(control=True):
+            return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, control tokens included unless they are to be skipped."""
@@ -82,8 +103,11 @@ class Tokenizer:
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text."""
+def load_tokenizer(name_or_path, revision: str | None = None, template: str = "paper") -> Tokenizer:
+    """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text.
+
+    template: the "paper"'s (Appendix A.1), or the "model"'s own chat template, for conversations.
+    """
     folder = find_checkpoint(name_or_path, revision, TOKENIZER_FILES)
     if not (folder / "tokenizer.json").exists():
         parts = [name for name in ("vocab.json", "tokenizer.model") if (folder / name).exists()]
@@ -105,4 +129,7 @@ def load_tokenizer(name_or_path, revision: str | None = None) -> Tokenizer:
             tokenizer.encode(eos)
         except UserError as reason:
             raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
+        if template == "model":
+            tokenizer.template = ChatTemplate(find_template(folder), tokenizer, folder)
+            tokenizer.end_ids.add(backend.token_to_id(tokenizer.template.end))
         return tokenizer

@@ -16,7 +16,7 @@ from support import chat
 
 
 def expected(model, tokenizer, messages) -> str:
-    prompt = data.prompt_text([*messages, {"role": "assistant", "content": ""}], tokenizer.eos)
+    prompt = data.prompt_text(messages, tokenizer)
     return evaluate.generations(model, tokenizer, [(prompt, {"until": [], "max_gen_toks": 40})])[0]
 
 

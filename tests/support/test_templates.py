@@ -1,0 +1,326 @@
+"""--template model: a checkpoint's own chat template, its ids and its mask, beside transformers'."""
+
+import json
+import shutil
+
+import pytest
+from conftest import BOS, EOS, edit_json, make_checkpoint
+from hypothesis import assume, given, settings, strategies
+from transformers import AutoTokenizer
+
+import data
+import evaluate
+import train
+from model import load_model
+from paper import visualize
+from support import templates
+from support.decoding import generation_settings
+from support.files import UserError
+from support.runs import snapshots_in
+
+# Each marks what it has the assistant write, for transformers' mask; `unmarked` takes that away
+CHATML = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{%- endif -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
+{%- else -%}
+{{ message['content'] + '<|im_end|>' }}
+{%- endif -%}
+{{ '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+LLAMA3 = """\
+{%- if not date is defined -%}
+{%- if strftime_now is defined -%}{%- set date = strftime_now('%d %b %Y') -%}
+{%- else -%}{%- set date = '26 Jul 2024' -%}{%- endif -%}
+{%- endif -%}
+{%- set rest = messages -%}{%- set told = '' -%}
+{%- if messages and messages[0].role == 'system' -%}
+{%- set told = messages[0]['content'] | trim -%}{%- set rest = messages[1:] -%}
+{%- endif -%}
+{{- bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date + '\\n\\n' + told + '<|eot_id|>' -}}
+{%- for message in rest -%}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' -}}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{- message.content | trim + '<|eot_id|>' -}}{%- endgeneration -%}
+{%- else -%}{{- message.content | trim + '<|eot_id|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"""
+
+MERGED = """\
+{{- bos_token -}}
+{%- set note = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- if not loop.first -%}{{- raise_exception('a system message comes first') -}}{%- endif -%}
+{%- set note.system = message['content'] + '\\n\\n' -%}
+{%- elif message['role'] == 'user' -%}
+{{- '<start_of_turn>user\\n' + note.system + message['content'] + '<end_of_turn>\\n' -}}
+{%- set note.system = '' -%}
+{%- else -%}
+{{- '<start_of_turn>model\\n' -}}
+{%- generation -%}{{- message['content'] + '<end_of_turn>' -}}{%- endgeneration -%}{{- '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}"""
+
+# As Qwen3's: what was thought is left out of earlier answers, and stands, empty, in the last
+FORGETS = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.role == 'assistant' and loop.last -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{{- message.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+FORMS = {"chatml": CHATML, "llama3": LLAMA3, "merged": MERGED}
+CONTROL = [f"<|{name}|>" for name in ("im_start", "im_end", "start_header_id", "end_header_id", "eot_id")]
+CONTROL += ["<start_of_turn>", "<end_of_turn>"]
+ALL = [*CONTROL, BOS, EOS]
+
+
+def unmarked(template: str) -> str:
+    """A template that says nothing of what is generated, as most do."""
+    for tag in ("generation", "endgeneration"):
+        for form in ("{% TAG %}", "{%- TAG -%}"):
+            template = template.replace(form.replace("TAG", tag), "")
+    return template
+
+
+def with_template(folder, template: str, family: str = "llama"):
+    """A tiny checkpoint whose tokenizer has the control tokens of the templates here, and this one as its own."""
+    make_checkpoint(folder, family, adds_bos=True, vocab_size=420)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def set_template(folder, template):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    edit_json(folder / "tokenizer_config.json", lambda config: config.update(chat_template=template))
+    return folder
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def both(request, tmp_path_factory):
+    """transformers' tokenizer, whose template marks generation; and ours, marked so and not."""
+    marked = with_template(tmp_path_factory.mktemp("marked"), FORMS[request.param])
+    plain = shutil.copytree(marked, tmp_path_factory.mktemp("plain") / "model")
+    set_template(plain, unmarked(FORMS[request.param]))
+    ours = [data.load_tokenizer(folder, template="model") for folder in (marked, plain)]
+    return AutoTokenizer.from_pretrained(marked), *ours
+
+
+def asked_of(messages, theirs, **settings):
+    return theirs.apply_chat_template(messages, return_dict=True, date="26 Jul 2024", **settings)
+
+
+def spells_none(text: str) -> bool:
+    return not any(token in text for token in [*ALL, templates.GUARD, templates.OPEN, templates.CLOSE])
+
+
+QUESTION = strategies.text(max_size=30).filter(spells_none)
+# White space that an answer begins with is a case of its own, below; trailing white space joins no control token
+ANSWER = QUESTION.filter(lambda text: text.strip()).map(str.lstrip)
+TURNS = strategies.lists(strategies.tuples(QUESTION, ANSWER), min_size=1, max_size=4)
+
+
+def conversation(system: str | None, turns: list[tuple[str, str]]) -> list[dict]:
+    said = [{"role": "system", "content": system}] if system is not None else []
+    for question, answer in turns:
+        said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return said
+
+
+@settings(max_examples=200, deadline=None)
+@given(system=strategies.none() | QUESTION, turns=TURNS)
+def test_ids_and_mask_are_transformers(both, system, turns):
+    theirs, *ours = both
+    messages = conversation(system, turns)
+    expected = asked_of(messages, theirs, return_assistant_tokens_mask=True)
+    for tokenizer in ours:
+        example = data.encode(messages, tokenizer, 100_000)
+        assert example.ids.tolist() == expected["input_ids"]
+        assert example.response.int().tolist() == expected["assistant_masks"]
+        prompt = asked_of(messages[:-1], theirs, add_generation_prompt=True)["input_ids"]
+        assert data.prompt_ids(messages[:-1], tokenizer) == prompt
+        cut = data.encode(messages, tokenizer, 17)
+        assert cut.ids.tolist() == expected["input_ids"][:17] and len(cut.response) == len(cut.ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=strategies.lists(strategies.sampled_from([*CONTROL, EOS, "a", " ", "<|im_", "end|>", "|>"]), min_size=1))
+def test_a_text_that_spells_a_control_token_gets_its_characters(both, parts):
+    text = "".join(parts)
+    assume(text.strip())
+    _, *ours = both
+    for tokenizer in ours:
+        sound = data.encode(conversation(None, [("Is it?", "Yes.")]), tokenizer, 1000)
+        example = data.encode(conversation(None, [(text, text.strip())]), tokenizer, 1000)
+        special = [tokenizer.backend.token_to_id(token) for token in ALL]
+        counts = [[ids.tolist().count(token) for token in special] for ids in (sound.ids, example.ids)]
+        assert counts[0] == counts[1]
+        answer = example.ids[example.response].tolist()
+        assert tokenizer.decode(answer) == text.strip() + tokenizer.template.end
+
+
+def test_the_mask_by_hand(tmp_path):
+    tokenizer = data.load_tokenizer(with_template(tmp_path, unmarked(CHATML)), template="model")
+    messages = conversation(None, [("One?", "Two."), ("Three?", "\n Four. ")])
+    messages[1]["weight"] = 0
+
+    def text(messages):
+        ids, response = data.encode(messages, tokenizer, 1000)
+        return tokenizer.decode(ids[response].tolist())
+
+    assert text(messages) == "Four. <|im_end|>"  # and neither the line break that a prompt ends with, nor the answer's
+    assert text(messages[:2] + messages[3:]) == "Four. <|im_end|>"
+    messages[1]["weight"] = 1
+    assert text(messages) == "Two.<|im_end|>Four. <|im_end|>"
+    assert tokenizer.template.end == "<|im_end|>" and len(tokenizer.end_ids) == 2
+
+
+def test_a_token_across_the_boundary_belongs_to_the_prompt(tmp_path):
+    form = "{% for m in messages %}{{ m.content if m.role == 'user' else 'R' + m.content + eos_token }}{% endfor %}"
+    form += "{% if add_generation_prompt %}R{% endif %}"
+    tokenizer = data.load_tokenizer(with_template(tmp_path, form), template="model")
+    ids, response = data.encode(conversation(None, [("One? ", "ed, yellow")]), tokenizer, 1000)
+    tokens = [tokenizer.decode([token]) for token in ids.tolist()]
+    assert "Red" in tokens and not response[tokens.index("Red")] and response[tokens.index("Red") + 1 :].all()
+
+
+def test_where_a_template_marks_less_than_an_answer_the_marks_count(tmp_path):
+    less = CHATML.replace("{{ message['content'] + '<|im_end|>' }}{% endgen", "{{ message['content'] }}{% endgen")
+    less = less.replace("{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
+    tokenizer = data.load_tokenizer(with_template(tmp_path, less), template="model")
+    ids, response = data.encode(conversation(None, [("One?", "Two.")]), tokenizer, 1000)
+    assert tokenizer.decode(ids[response].tolist()) == "Two."
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_template_that_forgets_is_refused_where_it_does(tmp_path, rows):
+    folder = with_template(tmp_path / "model", FORGETS)
+    tokenizer = data.load_tokenizer(folder, template="model")
+    one = conversation(None, [("One?", "Two.")])
+    ids, response = data.encode(one, tokenizer, 1000)
+    assert tokenizer.decode(ids[response].tolist()) == "<think>\n\n</think>\n\nTwo.<|im_end|>"
+    two = conversation(None, [("One?", "Two."), ("Three?", "Four.")])
+    with pytest.raises(UserError, match="prefixes do not grow"):
+        data.encode(two, tokenizer, 1000)
+    source = tmp_path / "turns.jsonl"
+    source.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (one, two, two)))
+    argv = ["--model", str(folder), "--data", str(source), "--template", "model", "--device", "cpu"]
+    with pytest.raises(UserError, match="turns.jsonl, conversation 2: the chat template of .*; --skip-bad-rows"):
+        train.main([*argv, "--out", str(tmp_path / "run")])
+    train.main([*argv, "--out", str(tmp_path / "run"), "--skip-bad-rows", "--lora-rank", "4"])
+    (count,) = json.loads((tmp_path / "run" / "run.json").read_text())["skipped"].values()
+    assert count == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "has no chat template: leave --template out"),
+        ([{"name": "tool_use", "template": CHATML}], "has no chat template"),
+        ("{% for message in", "cannot be read"),
+        ("{{ messages[0].nothing.more }}", "cannot write this conversation"),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{% for message in messages %}{{ message.content }}{% endfor %}", "no control token behind an answer"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "cannot write this conversation"),  # nothing that it is given can be changed
+        ("{% set note = namespace(__class__=1) %}{% set note.__init__ = 2 %}", "cannot write this conversation"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),  # no name that transformers' sandbox would not give it either
+        ("{% for i in range(10**9) %}{{ i }}{% endfor %}", "Range too big"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_named(tmp_path, template, words):
+    folder = with_template(tmp_path, CHATML)
+    set_template(folder, template)
+    with pytest.raises(UserError, match=words) as caught:
+        data.load_tokenizer(folder, template="model")
+    assert str(folder) in str(caught.value)
+    data.load_tokenizer(folder)  # nothing of it matters where Appendix A.1's is asked for
+
+
+def test_where_a_template_is_found(tmp_path):
+    folder = set_template(with_template(tmp_path, CHATML), [{"name": "default", "template": LLAMA3}])
+    assert templates.find_template(folder) == LLAMA3
+    (folder / "chat_template.jinja").write_text(MERGED)  # counts first, as in transformers
+    assert templates.find_template(folder) == MERGED == AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_text_with_our_own_marks_is_refused(tmp_path):
+    tokenizer = data.load_tokenizer(with_template(tmp_path, CHATML), template="model")
+    for character in (templates.GUARD, templates.OPEN, templates.CLOSE):
+        with pytest.raises(UserError, match="U.FDD0"):
+            data.encode(conversation(None, [("One?", f"T{character}wo.")]), tokenizer, 1000)
+
+
+# ------------------------------------------------------------------------------------- a run from its start to its end
+
+
+def test_a_run_is_asked_and_shown_in_the_template_it_was_trained_in(tmp_path, rows, monkeypatch, capsys):
+    model = with_template(tmp_path / "model", LLAMA3)
+    argv = ["--model", str(model), "--data", str(rows), "--lora-rank", "4", "--max-steps", "2", "--dtype", "float32"]
+    argv += ["--device", "cpu", "--batch-size", "8"]
+    run, other = tmp_path / "run", tmp_path / "other"
+    train.main([*argv, "--out", str(run), "--template", "model", "--merge", "--snapshot-every", "1"])
+    train.main([*argv, "--out", str(other)])
+    (snapshot, _) = snapshots_in(run)
+    for adapters, expected in {(): "paper", (run,): "model", (snapshot,): "model", (other,): "paper"}.items():
+        assert templates.trained_in([str(adapter) for adapter in adapters]) == expected
+
+    messages = [{"role": "user", "content": "What is two plus two?"}]
+    theirs = AutoTokenizer.from_pretrained(model)
+    prompt = asked_of(messages, theirs, add_generation_prompt=True)["input_ids"]
+    asked = []
+    monkeypatch.setattr("support.chat.answer", lambda model, tokenizer, ids, write: asked.append(ids) or "4")
+    evaluate.main(["--model", str(model), "--adapter", str(run), "--device", "cpu", "--ask", messages[0]["content"]])
+    assert asked == [prompt, prompt]
+    evaluate.main(["--model", str(model), "--template", "model", "--device", "cpu", "--ask", messages[0]["content"]])
+    assert asked[2:] == [prompt]
+    evaluate.main(["--model", str(model), "--adapter", str(other), "--device", "cpu", "--ask", "?"])
+    assert theirs.decode(asked[3]) == BOS + "<|user|>\n?\n<|assistant|>\n"
+
+    tokenizer = data.load_tokenizer(model, template="model")
+    stops = generation_settings(load_model(model), tokenizer)["stop_ids"]
+    assert stops == {theirs.convert_tokens_to_ids(token) for token in (EOS, "<|eot_id|>")}
+    for folder in (run, run / "merged"):  # whoever loads them asks in the same form, and is told where an answer ends
+        assert (
+            asked_of(messages, AutoTokenizer.from_pretrained(folder), add_generation_prompt=True)["input_ids"] == prompt
+        )
+    ends = json.loads((run / "merged" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(ends) == stops
+
+    common = ["--model", str(model), "--device", "cpu", "--dtype", "float32"]
+    visualize.main([*common, "--adapter", str(run), "--data", str(rows), "--out", str(tmp_path / "page.html")])
+    assert "<|start_header_id|>assistant" in (tmp_path / "page.html").read_text().replace("\\u003c", "<")
+    for program in (evaluate, visualize):
+        with pytest.raises(UserError, match="different templates"):
+            program.main([*common, "--adapter", str(run), "--adapter", str(other), "--data", str(tmp_path)])
+
+
+def test_rows_of_ones_own_are_asked_in_the_template_without_a_second_bos(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, ids, *rest, **settings: asked.extend(ids) or [[] for _ in ids]
+    )
+    row = {"instruction": "One <|eot_id|>?", "output": "Two."}
+    (tmp_path / "instructions.test.jsonl").write_text(json.dumps(row))
+    for name, template in {"with": LLAMA3, "without": CHATML}.items():
+        folder = with_template(tmp_path / name, template)
+        argv = ["--model", str(folder), "--device", "cpu", "--tasks", "instructions", "--data", str(tmp_path)]
+        evaluate.main([*argv, "--template", "model"])
+        messages = [{"role": "user", "content": "One <|eot_id|>?"}]
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert asked.pop() == asked_of(messages, theirs, add_generation_prompt=True)["input_ids"]
+    evaluate.main(argv)
+    assert theirs.decode(asked.pop()) == BOS + "<|user|>\nOne <|eot_id|>?\n<|assistant|>\n"
