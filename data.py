@@ -148,8 +148,7 @@ def load_examples(
     """
     account = account or Account()
     found = load_conversations(sources, limit, seed, top, rating_field, account)
-    # one token more tells what is cut
-    examples = account.each(sources, found, lambda messages: encode(messages, tokenizer, max_length + 1))
+    examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1))  # + 1: is it cut?
     kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")

@@ -291,7 +291,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "default: 1024 on a CPU, 2048 on a GPU")
     # fmt: on
     chat.add_flags(parser)
-    templates.add_flags(parser)
+    templates.add_flags(parser, "model", default=None)
     command.add_flags(parser)
     args = parser.parse_args(argv)
     if args.data and not Path(args.data).is_dir():

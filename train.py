@@ -178,7 +178,8 @@ MICRO_BATCH = {"cpu": 4, "cuda": 16}  # at most, by default: smaller ones leave 
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
 DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
 DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}
-DEMO_SETTINGS = {"lr": 4e-3, "epochs": 4, "micro_batch_size": 24, "max_length": 128, "snapshot_every": 28}
+DEMO_SETTINGS = {"lr": 4e-3, "epochs": 4, "micro_batch_size": 24, "max_length": 128}
+DEMO_SETTINGS |= {"snapshot_every": 28, "eval_every": 28}
 
 
 def make_parser() -> command.ArgumentParser:
@@ -246,8 +247,7 @@ def make_parser() -> command.ArgumentParser:
     add("--seed", type=int, default=42, bound="from 0 to 2^63 - 1",
         help="of the data order, the adapters, dropout and random selection")
     # fmt: on
-    templates.add_flags(parser, "model and data", "paper")
-    for module in (sources, lora, baselines, runs, command, ranks):
+    for module in (sources, templates, lora, baselines, runs, command, ranks):
         module.add_flags(parser)
     return parser
 
@@ -269,8 +269,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.micro_batch_size = max(n for n in range(1, most + 1) if args.batch_size % n == 0)
     if args.batch_size % args.micro_batch_size:
         raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
-    if args.resume and (args.overwrite or not args.out):
-        raise UserError("--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite")
+    runs.check_flags(args)
     baselines.check_reference(args)
     return args
 
@@ -308,11 +307,9 @@ def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: 
         train(model, samples, args, log, checkpoints, frozen)
 
 
-def report_held_out(run: runs.Run, model: Transformer, held_out: list[data.Example], when: str):
-    """Say and record the loss over all response tokens of `held_out`, before or after training."""
-    if held_out:
-        loss = run.record[f"held_out_loss_{when}"] = sft_loss(torch.cat(response_losses(model, held_out))).item()
-        run.say(f"held-out response loss {when} training: {loss:.4f} nats a token, {len(held_out)} samples")
+def held_out_loss(model: Transformer, samples: list[data.Example]) -> float:
+    """Eq. 1 over all response tokens of the samples, in nats a token."""
+    return sft_loss(torch.cat(response_losses(model, samples))).item()
 
 
 def merge(model: Transformer, args: argparse.Namespace, folder: Path):
@@ -332,11 +329,9 @@ def merge(model: Transformer, args: argparse.Namespace, folder: Path):
 
 def main(argv: list[str] | None = None):
     start, args = time.perf_counter(), parse_arguments(argv)
-    device = ranks.start_ranks(args.device)
+    device = ranks.start_ranks(args.device, args.shard)
     args.device = str(device)
     machine.compute_exactly(device)
-    if args.shard and not ranks.started_by_torchrun():
-        raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
 
     tokenizer = data.load_tokenizer(args.model, args.revision, args.template)
     if args.reference:
@@ -345,35 +340,30 @@ def main(argv: list[str] | None = None):
     def load(names, top=None):
         account = sources.Account(args.skip_bad_rows)
         choice = (args.limit, args.seed, top, args.rating_field)
-        found, _ = data.load_examples(names, tokenizer, args.max_length, *choice, account)
+        found = data.load_examples(names, tokenizer, args.max_length, *choice, account)[0] if names else []
         return found, account
 
     examples, account = load(args.data, args.reference_top if args.method == "full" else None)
     if args.method == "self-evolving" and len(examples) < PARTS:
         raise UserError(f"--method self-evolving cuts the data into {PARTS} parts, there are {len(examples)} samples")
-    nothing = ([], sources.Account())
-    held_out, of_held_out = load(args.eval_data) if args.eval_data else nothing
+    held_out, of_held_out = load(args.eval_data)
     trains_reference = args.method in WITH_REFERENCE and not args.reference
-    of_reference = load(args.reference_data or args.data, args.reference_top) if trains_reference else nothing
-    reference_examples = of_reference[0]
+    of_reference = (args.reference_data or args.data) if trains_reference else None
+    reference_examples, of_reference = load(of_reference, args.reference_top)
     model = prepare(args, device, examples + held_out + reference_examples)
     run = runs.Run(args, model, examples, account)
+    run.held_out_loss = functools.partial(held_out_loss, model, held_out) if held_out else None
     seconds = {"loading": time.perf_counter() - start}
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens, answers = sum(len(e.ids) for e in examples), sum(int(e.response.sum()) for e in examples)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    run.say(f"model: {args.model}, {frozen:,} frozen parameters, {trained:,} trained")
-    lengths = account.lengths(args.max_length)
-    run.say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {lengths}")
+    run.introduce(model, examples, account.lengths(args.max_length))
     if held_out:
         run.say(f"held out: {len(held_out):,} samples; {of_held_out.lengths(args.max_length)}")
-    for line in dict.fromkeys(account.lines() + of_held_out.lines() + of_reference[1].lines()):
+    for line in dict.fromkeys(account.lines() + of_held_out.lines() + of_reference.lines()):
         run.say(line)
-    report_held_out(run, model, held_out, "before")
+    run.report_held_out("before")
     train_into = functools.partial(fit, run, model)
     seconds["losses"] = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
-    report_held_out(run, model, held_out, "after")
+    run.report_held_out("after")
     run.finish(seconds)
     if ranks.first_rank():
         handoff.write_tokenizer(tokenizer, model.folder, run.folder)  # with the template that the run was trained in

@@ -1,11 +1,13 @@
 """What was selected: the token explorer, one HTML page that makes the case studies of Appendix D move.
 
     python -m paper.visualize --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
+    python -m paper.visualize --run DIR [--run DIR ...]
 
 The page holds, for every response token, the losses of the base model and of each adapter, its attention score at the
 chosen layers and, with a reference, that model's loss. The reader moves gamma and rho, and the page selects as
 sstoken.py does: from the same values, rounded as they are stored, in the same order of operations. It needs no network
-and no server. `--text` prints the same highlighting on the terminal instead.
+and no server. `--text` prints the same highlighting on the terminal instead. Its second view are the runs' curves
+(curves.py), which `--run` shows alone.
 """
 
 import argparse
@@ -29,11 +31,11 @@ from torch import Tensor
 import data
 import lora
 from model import Transformer, load_model, response_nll, response_places
-from paper import baselines
+from paper import baselines, curves
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, runs, templates
 from support.adapters import find_adapter, read_adapter
-from support.files import UserError, check_writable, write_whole
+from support.files import UserError, check_writable, read_log, write_whole
 from support.sources import Account, add_flags, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
@@ -58,18 +60,33 @@ class Sample(NamedTuple):
     reference: Tensor | None
 
 
-def find_states(adapters: list[str], model: Transformer) -> list[tuple[str, Path | None]]:
-    """(label, adapter's folder) of each model on the page: the base, then a run's snapshots and its last adapter.
+class State(NamedTuple):
+    """A model on the page: its label, its adapter's folder, and of which run it is the adapter after which step."""
+
+    label: str
+    adapter: Path | None = None
+    run: Path | None = None
+    step: int = 0
+
+
+def find_states(adapters: list[str], model: Transformer) -> list[State]:
+    """The models on the page: the base, then of each run its snapshots and, if it has ended, its last adapter.
 
     UserError for an adapter that does not fit `model`.
     """
-    states = [("base model", None)]
+    states = [State("base model")]
     for adapter in adapters:
-        name, folder = Path(adapter).resolve().name, find_adapter(adapter)
-        states += [(f"{name}, step {int(part.name[5:])}", part) for part in runs.snapshots_in(folder)]
-        states.append((name, folder))
-    for _, folder in states[1:]:
-        read_adapter(folder, lora.decoder_linears(model))
+        name, run = Path(adapter).resolve().name, Path(adapter)
+        parts = runs.snapshots_in(run)
+        going = parts and not (run / "adapter_config.json").exists()
+        run = run if going else find_adapter(adapter)
+        for part in runs.snapshots_in(run):
+            step = runs.snapshot_step(part)
+            states.append(State(f"{name}, step {step}", part, run, step))
+        if not going:
+            states.append(State(name, run, run, len(read_log(run))))
+    for state in states[1:]:
+        read_adapter(state.adapter, lora.decoder_linears(model))
     return states
 
 
@@ -197,7 +214,13 @@ def content(samples: list[Sample], head: dict) -> str:
 
 def static_text(samples: list[Sample], head: dict) -> str:
     """What is read where no script runs: every sample's text, highlighted for the last state."""
-    articles = []
+    settings = f"gamma {head['gamma'] / 100}, rho {head['rho'] / 100}, {html.escape(head['states'][-1])}"
+    articles = [
+        f"<p>Response tokens selected by ssToken ({settings}): <mark>selected</mark>, <em>selected because of "
+        "attention</em>; the prompt is <i>pale</i>. With JavaScript, gamma and rho can be moved here.</p>"
+    ]
+    if head["runs"]:
+        articles.append('<p>How each run went stands in <a href="#tables">tables</a> below.</p>')
     for sample in samples:
         chosen = choose(sample, len(head["states"]) - 1, 0, head["gamma"] / 100, head["rho"] / 100)
         tags = {"prompt": "i", "plain": "span", "blue": "mark", "orange": "em"}
@@ -209,7 +232,8 @@ def static_text(samples: list[Sample], head: dict) -> str:
 def build_page(samples: list[Sample], head: dict) -> str:
     """The page, complete: template, style and script with their digests in its security policy, and the samples.
 
-    head: model, data, states (labels), layers (numbers), gamma and rho in hundredths, NATS, SHARE.
+    head: about (the line under the title), states (labels), layers (numbers), gamma and rho in hundredths, NATS, SHARE,
+    and runs, as curves.py reads them. Without samples the page has its second view alone.
     """
     template = TEMPLATE.read_text(encoding="utf-8")
 
@@ -219,9 +243,9 @@ def build_page(samples: list[Sample], head: dict) -> str:
 
     filled = {
         "policy": f"default-src 'none'; style-src {allow('style')}; script-src {allow('script')}; base-uri 'none'",
-        "about": html.escape(f"{head['model']} on {head['data']}"),
-        "settings": f"gamma {head['gamma'] / 100}, rho {head['rho'] / 100}, {html.escape(head['states'][-1])}",
-        "static": static_text(samples, head),
+        "title": "Which tokens are selected" if samples else "How it went",
+        "about": html.escape(head["about"]),
+        "static": (static_text(samples, head) if samples else "") + curves.static_tables(samples, head),
         "content": content(samples, head),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], template)
@@ -263,7 +287,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.ArgumentParser("Write the token explorer: one page that shows which tokens are selected, and why.")
     # fmt: off
     add = parser.group("models")
-    add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
+    add("--run", action="append", default=[], metavar="DIR",
+        help="a run's folder whose curves are to be shown, while it trains or after; needs no --model. May be given "
+        "again; those of every --adapter are shown anyway")
+    add("--model", help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--adapter", action="append", default=[], metavar="NAME|DIR",
         help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page. May be given again")
@@ -272,7 +299,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", default="deep",
         help="decoder layers whose attention is held: shallow, medium, deep (Table 2) or numbers, comma-separated")
     add = parser.group("data")
-    add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows to show, as train.py's --data")
+    add("--data", metavar="SOURCE[,SOURCE...]", help="rows to show, as train.py's --data")
     add("--limit", type=int, default=50, metavar="N", help="the first N rows of each source")
     add("--max-length", type=int, default=2048, help="cut samples to this many tokens (Appendix A.3)")
     add = parser.group("output")
@@ -282,7 +309,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
     # fmt: on
     add_flags(parser, "data")
-    templates.add_flags(parser, "models")
+    templates.add_flags(parser, "models", default=None)
     command.add_flags(parser)
     args = parser.parse_args(argv)
     bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
@@ -294,18 +321,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--limit must be at least 1, and --max-length at least 2")
     if args.text and args.out:
         raise UserError("--text prints to the terminal: it does not go with --out")
+    if not (args.model and args.data) and (args.model or args.data or args.adapter or args.text or not args.run):
+        raise UserError("--model and --data are needed to show tokens; for curves alone give --run")
     return args
 
 
-def main(argv: list[str] | None = None):
-    args = parse_arguments(argv)
+def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
+    """What the page shows of the tokens: samples, what its head says of them, and the models."""
     device = machine.find_device(args.device)
     tokenizer = data.load_tokenizer(args.model, args.revision, args.template or templates.trained_in(args.adapter))
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
-    account, path = Account(args.skip_bad_rows), Path(args.out or "explorer.html")
-    if not args.text:
-        check_writable(path)
+    account = Account(args.skip_bad_rows)
     examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.limit, account=account)
     for line in account.lines():
         print(line, file=sys.stderr)
@@ -317,9 +344,9 @@ def main(argv: list[str] | None = None):
     layers = layer_numbers(args.layers, model.config.num_hidden_layers)
 
     found = []
-    for _, adapter in states:
-        if adapter:
-            lora.load_adapter(model, adapter)
+    for state in states:
+        if state.adapter:
+            lora.load_adapter(model, state.adapter)
         found.append(list(signals(model, examples, layers)))
         lora.remove_lora(model)
     reference = [None] * len(examples)
@@ -336,19 +363,32 @@ def main(argv: list[str] | None = None):
         losses = in_steps(torch.stack([nll for nll, _ in of_states]), NATS)
         attention = in_steps(torch.stack([attention for _, attention in of_states]), SHARE)
         samples.append(Sample(split_parts(example, tokenizer), losses[0], losses, attention, its_reference))
+    name = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"
+    return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
+
+
+def main(argv: list[str] | None = None):
+    args = parse_arguments(argv)
+    path = Path(args.out or "explorer.html")
+    if not args.text:
+        check_writable(path)
+    logs = [curves.read_run(Path(run)) for run in args.run]
+    samples, head, states = look(args) if args.model else ([], {"states": [], "layers": []}, [])
     if args.text:
         coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for sample in samples:
             print(terminal_text(sample, choose(sample, -1, 0, args.gamma, args.rho), coloured), end="\n\n")
         return
-    name = Path(args.model).name if Path(args.model).is_absolute() else args.model
-    head = {"model": name, "data": ", ".join(Path(source).name for source in source_names(args.data))}
-    head |= {"states": [label for label, _ in states], "layers": layers, "nats": NATS, "share": SHARE}
-    head |= {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}
-    page = build_page(samples, head)
+    shown = curves.with_states(logs, states)
+    head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
+    page = build_page(samples, head | {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)})
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    tokens = sum(len(sample.history) for sample in samples)
-    print(f"wrote {path}: {len(samples)} samples, {tokens:,} response tokens, {len(page.encode()) / 1e6:.1f} MB")
+    tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)
+    print(
+        f"wrote {path}: {len(samples)} samples, {tokens:,} response tokens; {len(shown)} runs, {steps:,} steps; "
+        f"{len(page.encode()) / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -109,9 +109,19 @@ def write_json(path: Path, value):
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log, one for each optimizer step that it holds; none before the first."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The lines of a run's log, one for each optimizer step that it holds; none before the first.
+
+    A last line that is not whole is left out: the run may be writing it, or the disk was full.
+    """
+    path, found = folder / "log.jsonl", []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as reason:
+            if line.endswith("\n"):
+                raise UserError(f"{path}, line {number}: {reason}") from None
+    return found
 
 
 def append_line(path: Path, value: dict):

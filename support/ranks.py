@@ -6,12 +6,18 @@ import torch
 from torch import Tensor, distributed, nn
 
 from support.checkpoint import find_weights, read_weights
+from support.files import UserError
 from support.machine import cores, find_device
 
 
-def start_ranks(device: str) -> torch.device:
-    """Join the other ranks if torchrun started this process. Returns the device of this one, as `find_device`."""
+def start_ranks(device: str, shard: bool = False) -> torch.device:
+    """Join the other ranks if torchrun started this process. Returns the device of this one, as `find_device`.
+
+    shard: whether there must be others, to cut the weights between them.
+    """
     if "LOCAL_RANK" not in os.environ:
+        if shard:
+            raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
         return find_device(device)
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -21,10 +27,6 @@ def start_ranks(device: str) -> torch.device:
         torch.set_num_threads(max(1, cores() // here))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     return find_device(f"cuda:{local}" if on_gpu else device)
-
-
-def started_by_torchrun() -> bool:
-    return distributed.is_initialized()
 
 
 def rank() -> int:

@@ -98,6 +98,11 @@ def snapshots_in(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / "adapter_config.json").exists())
 
 
+def snapshot_step(folder: Path) -> int:
+    """After how many steps of its run a snapshot was taken."""
+    return int(folder.name.removeprefix(SNAPSHOT.partition("{")[0]))
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """What tells these tensors from others without reading all of them: a digest of shapes and of first elements."""
     digest = hashlib.sha256()
@@ -278,6 +283,21 @@ class Run:
         content = {"--model": self.weights, "--data": fingerprint_of(examples)}
         self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
         self.record |= {"samples": len(examples)} | account.record()
+        self.held_out_loss: Callable[[], float] | None = None  # where there are held-out samples: measures their loss
+
+    def introduce(self, model: nn.Module, examples: list, lengths: str):
+        """Say how large the model and the data are, and what became of long samples."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in model.parameters()) - trained
+        tokens, answers = sum(len(ids) for ids, _ in examples), sum(int(response.sum()) for _, response in examples)
+        self.say(f"model: {self.record['arguments']['model']}, {frozen:,} frozen parameters, {trained:,} trained")
+        self.say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {lengths}")
+
+    def report_held_out(self, when: str):
+        """Say and record the loss of the held-out samples, "before" or "after" training."""
+        if self.held_out_loss:
+            loss = self.record[f"held_out_loss_{when}"] = self.held_out_loss()
+            self.say(f"held-out response loss {when} training: {loss:.4f} nats a token")
 
     def say(self, *words):
         if self.first:
@@ -307,12 +327,16 @@ class Run:
         with tqdm(total=steps, desc=folder.name, unit="step", disable=not self.first) as bar, checkpoints:
 
             def log(line):
+                held_out = ""
+                if args.eval_every and line["step"] % args.eval_every == 0:
+                    line["held_out_loss"] = self.held_out_loss()  # of all ranks together
+                    held_out = f", held out {line['held_out_loss']:.3f}"
                 if self.first:
                     append_line(folder / "log.jsonl", line)
                     if args.snapshot_every and line["step"] % args.snapshot_every == 0:
                         save_adapter(folder / SNAPSHOT.format(line["step"]))
                 share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
-                bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:.0f} tokens/s, {share:.1%} selected")
+                bar.set_postfix_str(f"loss {line['loss']:.3f}{held_out}, {speed:.0f} tokens/s, {share:.1%} selected")
                 bar.update(line["step"] - bar.n)
 
             yield log, checkpoints
@@ -374,7 +398,7 @@ def weights_key(model: Path, adapter: Path | None) -> str:
 # What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
 # ssToken's history comes from there, of which `settings` is told.
 FREE = {"out", "overwrite", "resume", "checkpoint_every", "snapshot_every", "merge", "eval_data", "cache", "debug"}
-FREE |= {"merge_dtype", "skip_bad_rows"}  # the content of --data is compared, whatever was left out of it
+FREE |= {"merge_dtype", "skip_bad_rows", "eval_every"}  # the content of --data is compared, whatever was left out of it
 
 
 def settings(arguments: dict, content: dict) -> dict:
@@ -386,6 +410,14 @@ def settings(arguments: dict, content: dict) -> dict:
     return flags | {"--device": torch.device(arguments["device"]).type, "the number of ranks": ranks()} | content
 
 
+def check_flags(args: argparse.Namespace):
+    """UserError for flags of a run that do not go together."""
+    if args.resume and (args.overwrite or not args.out):
+        raise UserError("--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite")
+    if args.eval_every and not args.eval_data:
+        raise UserError("--eval-every measures the loss of held-out rows: give them as --eval-data")
+
+
 def add_flags(parser):
     """The flags of a run's folder, and of how it goes on after a stop."""
     add = parser.group("folder of the run")
@@ -395,6 +427,8 @@ def add_flags(parser):
         help="steps between two checkpoints, of which OUT keeps the last two; default: a tenth of the run")
     add("--snapshot-every", type=int, bound="at least 1", metavar="N",
         help="keep the adapter as it is after every N steps, in OUT/step-...: paper.visualize shows them one by one")
+    add("--eval-every", type=int, bound="at least 1", metavar="N",
+        help="add the loss of --eval-data to the log at every N-th step; default: before and after alone")
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --out, with the same adapter in the end as a run that never stopped; "
         "where there is none, start")

@@ -203,7 +203,7 @@ def trained_in(adapters: list[str]) -> str:
     """One of TEMPLATES: what the runs that these adapters are of were trained in; the paper's where no run says."""
     found = {}
     for adapter in adapters:
-        folder = find_adapter(adapter)
+        folder = Path(adapter) if (Path(adapter) / "run.json").exists() else find_adapter(adapter)
         records = [place / "run.json" for place in (folder, folder.parent)]  # a snapshot lies in its run
         held = next((read_json(record) for record in records if record.exists()), {})
         found[adapter] = held.get("arguments", {}).get("template", "paper")
@@ -213,7 +213,7 @@ def trained_in(adapters: list[str]) -> str:
     return next(iter(found.values()), "paper")
 
 
-def add_flags(parser, group: str = "model", default: str | None = None):
+def add_flags(parser, group: str = "model and data", default: str | None = "paper"):
     """Which template a conversation is written in."""
     add = parser.group(group)
     of = "" if default else "; default: what the adapters were trained in"

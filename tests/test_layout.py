@@ -29,7 +29,7 @@ ORDER = [
     {"data", "sstoken"},
     {"paper.baselines", "paper.benchmarks"},
     {"train", "evaluate"},
-    {"paper.visualize", "paper.reproduce"},
+    {"paper.curves", "paper.visualize", "paper.reproduce"},
 ]
 
 

@@ -687,3 +687,28 @@ def test_a_rate_of_dropout_that_rounds_to_nothing_drops_nothing(llama, rows, tmp
         train_module.main([*argv, "--lora-dropout", rate, "--out", str(tmp_path / name)])
     held = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("none", "tiny")}
     assert all(torch.equal(held["none"][key], held["tiny"][key]) for key in held["none"])
+
+
+def test_eval_every_measures_held_out_rows_on_the_way_and_changes_nothing(llama, rows, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(rows.read_text().splitlines(keepends=True)[:5]))
+    argv = ["--model", str(llama), "--data", str(rows), "--lora-rank", "4", "--batch-size", "4", "--lr", "0.01"]
+    argv += ["--eval-data", str(held_out), "--dtype", "float32", "--device", "cpu", "--snapshot-every", "2"]
+    train_module.main([*argv, "--out", str(tmp_path / "plain")])
+    train_module.main([*argv, "--out", str(tmp_path / "run"), "--eval-every", "2"])
+    adapters = [tmp_path / name / "adapter_model.safetensors" for name in ("plain", "run")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "held_out_loss" in line] == [2, 4]
+
+    tokenizer = data.load_tokenizer(llama)
+    examples, _ = data.load_examples(str(held_out), tokenizer, 2048)
+    for step in (2, 4):
+        peer = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        peer = PeftModel.from_pretrained(peer, tmp_path / "run" / f"step-{step:08d}").eval()
+        nll = []
+        for example in examples:
+            logits = peer(example.ids[None]).logits[0, :-1].detach()
+            losses = torch.nn.functional.cross_entropy(logits, example.ids[1:], reduction="none")
+            nll.append(losses[example.response[1:]])
+        assert log[step - 1]["held_out_loss"] == pytest.approx(torch.cat(nll).mean().item(), abs=1e-5)

@@ -8,6 +8,7 @@ import re
 import shutil
 from contextlib import redirect_stdout
 
+import numpy
 import pytest
 import torch
 from conftest import make_checkpoint, write_rows
@@ -19,6 +20,7 @@ import data
 import sstoken
 import train
 from paper import visualize
+from paper.curves import read_run, with_states
 from support import files
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -351,11 +353,266 @@ def test_right_to_left_text_is_one(explorer, made, browser):
     page = browser.new_page()
     sample = visualize.Sample([[(word, 1) for word in HEBREW.split()]], *(torch.ones(2, dtype=torch.int64),) * 4)
     sample = sample._replace(losses=torch.ones(1, 2), attention=torch.ones(1, 1, 2), reference=None)
-    head = {"model": "m", "data": "d", "states": ["base model"], "layers": [0], "nats": 2000, "share": 65535}
+    head = {"about": "m on d", "runs": [], "states": ["base model"], "layers": [0], "nats": 2000, "share": 65535}
     page.set_content(visualize.build_page([sample], head | {"gamma": 50, "rho": 60}))
     first, second = (page.locator(".t").nth(i).bounding_box()["x"] for i in (0, 1))
     assert first > second  # reading starts on the right
     page.close()
+
+
+# ----------------------------------------------------------------------------------------- the second view: how it went
+
+
+@pytest.fixture(scope="module")
+def runs_made(made, tmp_path_factory):
+    """Two runs with held-out losses on the way, one of them with snapshots: their page with tokens, and one without."""
+    folder, model, rows = tmp_path_factory.mktemp("curves"), made[1][1], made[1][3]
+    common = ["--model", model, "--data", rows, "--eval-data", rows, "--batch-size", "4", "--lora-rank", "4"]
+    common += ["--dtype", "float32", "--epochs", "2"]
+    train.main([*common, "--out", str(folder / "a"), "--lr", "0.02", "--snapshot-every", "4", "--eval-every", "5"])
+    train.main([*common, "--out", str(folder / "b"), "--method", "full", "--max-steps", "7"])
+    flags = ["--model", model, "--data", rows, "--dtype", "float32", "--layers", "deep,0"]
+    flags += ["--adapter", str(folder / "a"), "--run", str(folder / "b")]
+    visualize.main([*flags, "--out", str(folder / "page.html")])
+    visualize.main(["--run", str(folder / "a"), "--run", str(folder / "b"), "--out", str(folder / "logs.html")])
+    return folder
+
+
+@pytest.fixture(params=["page", "logs"])
+def curves(runs_made, browser, request):
+    """The view with curves, of a page with tokens and of one of logs alone; it must ask for nothing and say nothing."""
+    page, noise = browser.new_page(viewport={"width": 1300, "height": 900}), []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto(f"file://{runs_made / request.param}.html")
+    if request.param == "page":
+        page.locator("#see-curves").click()
+    yield page
+    page.close()
+    assert not noise
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def plot(page, title):
+    return page.locator("#plots .card", has=page.locator("h2", has_text=title))
+
+
+def drawn(card, number) -> list[list[float]]:
+    """The points of a run's curve, as fractions of the plot: of its steps, and from its lowest value to its highest."""
+    path = card.locator(f".run{number} .curve").get_attribute("d")
+    points = [list(map(float, point.split())) for point in re.findall(r"[ML]([\d.]+ [\d.]+)", path)]
+    return [[(x - 8) / 324, (178 - y) / 162] for x, y in points]
+
+
+def test_every_step_of_every_run_is_on_one_axis(curves, runs_made):
+    logs = [log_of(runs_made / name) for name in "ab"]
+    assert [len(log) for log in logs] == [12, 7]
+    read = {
+        "loss of what": lambda line: line["loss"],
+        "share selected": lambda line: line["selected_tokens"] / line["response_tokens"],
+        "learning rate": lambda line: line["lr"],
+        "tokens/s": lambda line: line["tokens"] / line["seconds"],
+    }
+    for title, value in read.items():
+        values = [[value(line) for line in log] for log in logs]
+        low = min(map(min, values)) if title == "loss of what" else 0
+        high = max(map(max, values))
+        for number, of_run in enumerate(values):
+            expected = [[step / 12, (y - low) / (high - low)] for step, y in enumerate(of_run, 1)]
+            for point, wanted in zip(drawn(plot(curves, title), number), expected, strict=True):
+                assert point == pytest.approx(wanted, abs=0.001)
+
+
+def test_held_out_losses_are_those_of_the_log_and_of_the_record(curves, runs_made):
+    log, record = log_of(runs_made / "a"), json.loads((runs_made / "a" / "run.json").read_text())
+    measured = {line["step"]: line["held_out_loss"] for line in log if "held_out_loss" in line}
+    assert measured.keys() == {5, 10}
+    assert measured[10] < measured[5] < record["held_out_loss_before"]
+    assert [round(12 * x) for x, _ in drawn(plot(curves, "held-out"), 0)] == [0, 5, 10, 12]
+    assert [round(12 * x) for x, _ in drawn(plot(curves, "held-out"), 1)] == [0, 7]
+    move(curves, "cursor", 6)
+    first = curves.locator("#readout tr").nth(1).inner_text().split("\t")
+    assert [first[i].strip() for i in (0, 2)] == ["a", "6"]
+    assert first[3:5] == [f"{log[5]['loss']:.4f}", f"{measured[5]:.4f} (step 5)"]
+    share = log[5]["selected_tokens"] / log[5]["response_tokens"]
+    assert first[5] == f"{100 * share:.1f} %"
+
+
+def test_a_point_opens_the_tokens_as_they_were_at_that_step(runs_made, browser):
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.goto(f"file://{runs_made / 'page.html'}")
+    assert page.locator("#tokens").is_visible() and not page.locator("#curves").is_visible()
+    page.locator("#see-curves").click()
+    assert not page.locator("#tokens").is_visible()
+    dots = plot(page, "loss of what").locator(".dot")
+    assert [dots.nth(i).get_attribute("data-step") for i in range(dots.count())] == ["0", "4", "8", "12"]
+    label = "#state-a option:checked"
+    for place, state in ((1, "a, step 4"), (0, "base model"), (3, "a")):
+        dots.nth(place).click()
+        assert page.locator("#tokens").is_visible() and page.locator(label).inner_text() == state
+        page.locator("#see-curves").click()
+    move(page, "cursor", 9)  # the nearest snapshot, by its button
+    page.get_by_role("button", name="tokens after step 8").first.click()
+    assert page.locator(label).inner_text() == "a, step 8"
+    page.close()
+
+
+def test_curves_by_keyboard_alone(runs_made, browser):
+    page = browser.new_page()
+    page.goto(f"file://{runs_made / 'page.html'}")
+    page.locator("#see-curves").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "cursor"
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#cursor-value").inner_text() == "11 of 12"
+    page.keyboard.press("Tab")  # the button that opens the run's tokens there
+    page.keyboard.press("Tab")  # the first plot's dots, one stop for all of them
+    assert page.evaluate("document.activeElement.dataset.step") == "0"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.step") == "4"
+    page.keyboard.press("Enter")
+    assert page.locator("#state-a option:checked").inner_text() == "a, step 4"
+    assert page.evaluate("document.activeElement.matches('.t')")  # the reader stands in the text
+    page.close()
+
+
+def test_distributions_are_those_of_the_tokens_on_the_page(runs_made, browser):
+    text = (runs_made / "page.html").read_text(encoding="utf-8")
+    held_page = json.loads(re.search(r'id="content">(.*?)</script>', text, re.DOTALL)[1])
+
+    def numbers(value):
+        raw = base64.b64decode(value)
+        return [raw[i] + 256 * raw[i + 1] for i in range(0, len(raw), 2)]
+
+    quartiles = {}
+    for name, unit in (("REL", 2000), ("AttnScore", 65535)):
+        for state in (0, 1, 2, 4):  # the third snapshot is the end of the run
+            values = []
+            for sample in held_page["samples"]:
+                if name == "REL":
+                    history, losses = numbers(sample["history"]), numbers(sample["losses"][state])
+                    values += [(a - b) / unit for a, b in zip(history, losses, strict=True)]
+                else:
+                    values += [x / unit for x in numbers(sample["attention"][state][0])]
+            quartiles[name, state] = numpy.quantile(values, [0.1, 0.5, 0.9])
+    assert held_page["runs"][0]["states"] == {"0": 0, "4": 1, "8": 2, "12": 4}
+    page = browser.new_page()
+    page.goto(f"file://{runs_made / 'page.html'}")
+    page.locator("#see-curves").click()
+    for name in ("REL", "AttnScore"):
+        found = [quartiles[name, state] for state in (0, 1, 2, 4)]
+        low, high = min(f[0] for f in found), max(f[2] for f in found)
+        shown = drawn(plot(page, name), 0)
+        for (x, y), step, of_state in zip(shown, (0, 4, 8, 12), found, strict=True):
+            assert [x, y] == pytest.approx([step / 12, (of_state[1] - low) / (high - low)], abs=0.001)
+        assert plot(page, name).locator(".band").count() == 1
+    page.close()
+    # and so does the table that is read without JavaScript
+    for (name, state), (low, middle, high) in quartiles.items():
+        assert f"<td>{middle:.3f} ({low:.3f} to {high:.3f})</td>" in text, (name, state)
+
+
+@pytest.mark.parametrize("name", ["page", "logs"])
+def test_curves_are_tables_without_javascript(runs_made, browser, name):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"file://{runs_made / name}.html")
+    tables = page.locator("#tables table")
+    assert tables.count() == 2 and not page.locator("#app").is_visible()
+    rows = [row.split("\t") for row in tables.nth(0).inner_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["step", *map(str, range(13))]
+    for line, row in zip(log_of(runs_made / "a"), rows[2:], strict=True):
+        assert row[1] == f"{line['loss']:.4f}" and row[3] == f"{line['lr']:.2e}"
+        held_out = line.get("held_out_loss")
+        assert line["step"] == 12 or row[2] == (f"{held_out:.4f}" if held_out else "")
+    context.close()
+
+
+@pytest.mark.parametrize("width", [320, 390, 1300])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_curves_fit_any_width_in_light_and_dark(runs_made, browser, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.goto(f"file://{runs_made / 'page.html'}")
+    page.locator("#see-curves").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    style = "getComputedStyle(document.querySelector('#plots .curve'))"
+    ground = "getComputedStyle(document.querySelector('#plots .card')).backgroundColor"
+    light = [sum(map(int, re.findall(r"\d+", page.evaluate(of))[:3])) / 765 for of in (f"{style}.stroke", ground)]
+    assert abs(light[0] - light[1]) > 0.3
+    page.close()
+
+
+def test_a_run_is_shown_while_it_trains(runs_made, made, tmp_path):
+    """Its log and snapshots are there, its last line half written, and no adapter yet."""
+    shutil.copytree(runs_made / "a", tmp_path / "going")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "going" / name).unlink()
+    log = (tmp_path / "going" / "log.jsonl").read_text()
+    (tmp_path / "going" / "log.jsonl").write_text(log[:-20])
+    flags = ["--model", made[1][1], "--data", made[1][3], "--dtype", "float32", "--limit", "2"]
+    visualize.main([*flags, "--adapter", str(tmp_path / "going"), "--out", str(tmp_path / "page.html")])
+    text = re.search(r'id="content">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)[1]
+    (run,) = json.loads(text)["runs"]
+    assert run["steps"] == 11 and run["states"] == {"0": 0, "4": 1, "8": 2, "12": 3}
+
+
+def test_a_long_run_is_thinned_to_means(tmp_path):
+    lines = [
+        {
+            "step": i,
+            "loss": float((i + 1) % 3),
+            "lr": 1 / i,
+            "tokens": 10,
+            "response_tokens": 4,
+            "selected_tokens": i % 2 * 4,
+        }
+        for i in range(1, 1501)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line | {"seconds": 2.0}) + "\n" for line in lines))
+    run = read_run(tmp_path)
+    assert run["every"] == 3 and run["steps"] == 1500 and len(run["points"]["step"]) == 500
+    assert run["points"]["step"][:2] == [3, 6] and set(run["points"]["loss"]) == {1.0}
+    assert run["points"]["share"][:2] == pytest.approx([2 / 3, 1 / 3]) and set(run["points"]["speed"]) == {5.0}
+    assert run["held_out"] == []
+
+
+def test_two_runs_of_one_name_are_told_apart(runs_made, tmp_path):
+    shutil.copytree(runs_made / "a", tmp_path / "x" / "a")
+    shown = with_states([read_run(runs_made / "a"), read_run(tmp_path / "x" / "a"), read_run(runs_made / "b")], [])
+    assert [run["name"] for run in shown] == [str(runs_made / "a"), str(tmp_path / "x" / "a"), "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "has no log.jsonl, or no step in it yet; inside it there are"),
+        ("", "has no log.jsonl, or no step in it yet"),
+        ("nothing\n{}\n", "log.jsonl, line 1: Expecting value"),
+        ('{"step": 1, "loss": "high"}\n', "log.jsonl, line 1: no number loss"),
+        ("[1]\n", "log.jsonl, line 1: no number step"),
+    ],
+)
+def test_a_log_that_is_none_is_named(tmp_path, content, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part-1").mkdir()
+    (tmp_path / "part-1" / "log.jsonl").write_text("")
+    if content is not None:
+        (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(files.UserError, match=re.escape(words)):
+        visualize.main(["--run", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--model", "m"], ["--data", "d"], ["--run", "r", "--adapter", "a"], ["--run", "r", "--text"]]
+)
+def test_tokens_need_a_model_and_rows(flags):
+    with pytest.raises(files.UserError, match="--model and --data are needed"):
+        visualize.parse_arguments(flags)
 
 
 # ------------------------------------------------------------------------------------------------- size, text, flags
@@ -374,7 +631,14 @@ def test_two_hundred_samples_of_five_hundred_tokens_take_less_than_five_megabyte
         words = [(vocabulary[i], 1) for i in torch.randint(0, 5000, (500,), generator=generator).tolist()]
         numbers = draw(500), draw(3, 500), draw(3, 1, 500), draw(500)
         samples.append(visualize.Sample(["<|user|>\n" + "a question " * 20, words], *numbers))
-    head = {"model": "m", "data": "d", "states": ["base model", "a", "b"], "layers": [0], "nats": 2000, "share": 65535}
+    head = {
+        "about": "m on d",
+        "runs": [],
+        "states": ["base model", "a", "b"],
+        "layers": [0],
+        "nats": 2000,
+        "share": 65535,
+    }
     text = visualize.build_page(samples, head | {"gamma": 50, "rho": 60})
     assert len(text.encode()) < 5e6
     page = browser.new_page()

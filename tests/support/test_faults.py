@@ -316,6 +316,9 @@ MODEL = [  # both scripts refuse these
     ("no end of text", js("tokenizer_config.json", eos_token=None), "eos_token None is no token of the vocabulary"),
     ("end of text unknown", js("tokenizer_config.json", eos_token="<x>"), "eos_token '<x>' is no token of the vocab"),
     ("vocabulary larger than the embedding", smaller_vocabulary, "the embedding"),
+    ("no chat template", flags("--template", "model"), "model has no chat template: leave --template out"),
+    ("a chat template that is none", both(js("tokenizer_config.json", chat_template="{% if"),
+        flags("--template", "model")), "the chat template of "),
 ]
 
 EXCHANGE, ALPACA = {"prompt": "Q", "completion": "A"}, {"instruction": "Q", "output": "A"}
@@ -381,6 +384,7 @@ FLAGS = [
     ("batches that do not divide", flags("--micro-batch-size", "3"), "--micro-batch-size 3 does not divide --batch-s"),
     ("a flag that does not exist", flags("--roh", "0.5"), "unrecognized arguments: --roh"),
     ("a value of another kind", flags("--batch-size", "many"), "argument --batch-size: invalid int value: 'many'"),
+    ("held-out losses without held-out rows", flags("--eval-every", "2"), "--eval-every measures the loss of held-out"),
     ("resume and overwrite", flags("--resume", "--overwrite"), "--resume goes"),
     ("a reference of another base", flags("--method", "rho1", "--reference", "AT/adapter of wider"),
         "has shape [96, 4], not [48, 4]"),
@@ -410,6 +414,9 @@ ADAPTER = [  # of evaluate.py
     ("pickled", both(pickled_adapter, flags("--adapter", "AT/adapter")), "has only adapter_model.bin: pickled w"),
     ("something new switched on", both(adapter_says(use_new=True), flags("--adapter", "AT/adapter")), "use_new is not"),
     ("the second of two", flags("--adapter", "AT/adapter", "--adapter", "AT/nothing"), "nothing is neither a local"),
+    ("trained in another template than the other", both(
+        lambda place: write(place, "adapter/run.json", '{"arguments": {"template": "model"}}'),
+        flags("--adapter", "AT/adapter", "--adapter", "AT/adapter of wider")), "trained in different templates"),
     ("of another base", flags("--adapter", "AT/adapter of wider"), "has shape [96, 4], not [48, 4]"),
     ("of another rank", both(adapter_says(r=8), flags("--adapter", "AT/adapter")), "has shape [4, 96], not [8, 96]"),
     ("without weights", both(lambda place: (place.at / "adapter" / "adapter_model.safetensors").unlink(),

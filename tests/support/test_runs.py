@@ -311,10 +311,11 @@ def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
         save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     paths = {"ROWS": str(rows), "OTHER": str(tmp_path / "other")}
     of = lambda name: [(paths | {"CACHE": tmp_path / f"cache-{name}"}).get(flag, flag) for flag in flags]
-    process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *of("two"), "--eval-data", rows)
+    held_out = "--eval-data", rows, "--eval-every", "2"
+    process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *of("two"), *held_out)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    main(model, rows, tmp_path / "one", *EXACT, *(f for f in of("one") if f != "--shard"), "--eval-data", rows)
+    main(model, rows, tmp_path / "one", *EXACT, *(f for f in of("one") if f != "--shard"), *held_out)
     if "CACHE" in flags:
         kept = [{path.name: path for path in (tmp_path / f"cache-{name}").iterdir()} for name in ("one", "two")]
         shared = kept[0].keys() & kept[1].keys()  # a reference trained by two ranks may differ in a last digit
@@ -325,8 +326,10 @@ def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == (10 if "self-evolving" in flags else 6)
     for a, b in zip(one, two, strict=True):
-        assert a.pop("loss") == pytest.approx(b.pop("loss"), abs=1e-5)
+        for loss in ("loss", "held_out_loss") if "held_out_loss" in a else ("loss",):
+            assert a.pop(loss) == pytest.approx(b.pop(loss), abs=1e-5)
         assert a == b
+    assert "held_out_loss" in log(tmp_path / "one")[1]
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     assert files[0].keys() == files[1].keys()
     assert any(files[0][name].abs().max() > 1e-3 for name in files[0] if "lora_B" in name)  # it has learned something

@@ -1,0 +1,151 @@
+"""How a run went: the curves of its log, and what the tokens' two signals were at its snapshots.
+
+The second view of the explorer (visualize.py). All of it comes from a run's folder, while it trains or after; the
+distributions, from the samples that the page holds.
+"""
+
+import html
+import math
+from pathlib import Path
+
+import torch
+
+from support.files import UserError, read_json, read_log
+from support.runs import INNER
+
+MOST = 600  # points of a curve: of a longer run, each is the mean of several steps
+ROWS = 20  # of a table, at most
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+READ = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")
+
+
+def read_run(folder: Path) -> dict:
+    """A run as the page holds it; UserError where the folder has no log that train.py has written.
+
+    name; folder; steps (those done); every (steps that one point stands for); points, a list for each of CURVES: step,
+    loss, lr, share (of the response tokens, selected) and speed (tokens/s); held_out, [[step, nats a token], ...], from
+    0 on; states, which `with_states` fills.
+    """
+    lines, inner = read_log(folder), [path.parent for name in INNER for path in folder.glob(f"{name}/log.jsonl")]
+    if not lines:
+        instead = f"; inside it there are {', '.join(map(str, sorted(inner)))}" if inner else ""
+        raise UserError(f"{folder} has no log.jsonl, or no step in it yet{instead}")
+    for number, line in enumerate(lines, 1):
+        wrong = [key for key in READ if not isinstance(line.get(key) if isinstance(line, dict) else None, int | float)]
+        if wrong:
+            raise UserError(f"{folder / 'log.jsonl'}, line {number}: no number {wrong[0]}")
+    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    held_out = {0: record.get("held_out_loss_before")}
+    held_out |= {line["step"]: line.get("held_out_loss") for line in lines}
+    if (after := record.get("held_out_loss_after")) is not None:
+        held_out[lines[-1]["step"]] = after
+    every = math.ceil(len(lines) / MOST)
+    blocks = [lines[start : start + every] for start in range(0, len(lines), every)]
+    return {
+        "name": folder.resolve().name,
+        "folder": str(folder),
+        "steps": lines[-1]["step"],
+        "every": every,
+        "points": {key: [value(block) for block in blocks] for key, value in CURVES.items()},
+        "held_out": [[step, loss] for step, loss in held_out.items() if is_finite(loss)],
+        "states": {},
+    }
+
+
+def total(block: list[dict], key: str) -> float:
+    return sum(line[key] for line in block)
+
+
+def ratio(above: float, below: float) -> float | None:
+    return above / below if below > 0 else None
+
+
+# What is drawn of a few lines of a log that stand beside each other
+CURVES = {
+    "step": lambda block: block[-1]["step"],
+    "loss": lambda block: finite(total(block, "loss") / len(block)),
+    "lr": lambda block: finite(block[-1]["lr"]),
+    "share": lambda block: ratio(total(block, "selected_tokens"), total(block, "response_tokens")),
+    "speed": lambda block: ratio(total(block, "tokens"), total(block, "seconds")),
+}
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def finite(value: float) -> float | None:
+    """The number, or None, as JSON knows no other."""
+    return value if is_finite(value) else None
+
+
+def with_states(logs: list[dict], states: list) -> list[dict]:
+    """The runs of the page: those of `logs`, and those of its models that have a log.
+
+    Each with "states", {step: the number of the model after it}. Of two runs with one name, each is called by its
+    folder.
+    """
+    given, shown = {run["folder"]: run for run in logs}, {}
+    for number, state in enumerate(states):
+        folder = str(state.run)
+        if state.run and folder not in shown and (state.run / "log.jsonl").exists():
+            shown[folder] = given.get(folder) or read_run(state.run)
+        if folder in shown:
+            shown[folder]["states"][state.step] = number
+    shown |= {folder: run for folder, run in given.items() if folder not in shown}
+    for run in shown.values():
+        if run["states"]:
+            run["states"][0] = 0
+    names = [run["name"] for run in shown.values()]
+    return [run | {"name": run["folder"] if names.count(run["name"]) > 1 else run["name"]} for run in shown.values()]
+
+
+# ----------------------------------------------------------------------------------------------- without JavaScript
+
+
+def distribution(samples: list, state: int, signal: str, layer: int = 0) -> list[float]:
+    """QUANTILES of all tokens' "rel" (in stored units, Eq. 3) or "attention" (Eq. 7) under one of the page's models."""
+    if signal == "rel":
+        values = [sample.history - sample.losses[state] for sample in samples]
+    else:
+        values = [sample.attention[state, layer] for sample in samples]
+    return torch.quantile(torch.cat(values).double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+
+
+def static_tables(samples: list, head: dict) -> str:
+    """The runs as tables: ROWS steps of each, evenly spaced, and every snapshot's; head as visualize.build_page's."""
+    return "".join(['\n<div id="tables">', *(table(run, samples, head) for run in head["runs"]), "</div>"])
+
+
+def table(run: dict, samples: list, head: dict) -> str:
+    points, held_out = run["points"], dict(run["held_out"])
+    steps = points["step"]
+    kept = {steps[round(i * (len(steps) - 1) / ROWS)] for i in range(ROWS + 1)} | run["states"].keys() | held_out.keys()
+    columns = ["step", "loss", "held-out loss", "learning rate", "share selected", "tokens/s"]
+    columns += ["REL, nats: median (10 % to 90 %)", "AttnScore: median (10 % to 90 %)"] if run["states"] else []
+    rows = []
+    for step in sorted(kept):
+        i = points["step"].index(step) if step in points["step"] else None
+        curve = {key: values[i] if i is not None else None for key, values in points.items()}
+        row = [str(step), number(curve["loss"], "{:.4f}"), number(held_out.get(step), "{:.4f}")]
+        row += [number(curve["lr"], "{:.2e}"), number(curve["share"], "{:.1%}"), number(curve["speed"], "{:,.0f}")]
+        if run["states"]:
+            state = run["states"].get(step)
+            row += [spread(samples, state, "rel", head["nats"]), spread(samples, state, "attention", head["share"])]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
+    names = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    about = html.escape(run["name"]) + (f"; loss and speed are means of {run['every']} steps" * (run["every"] > 1))
+    return (
+        f'<div class="scroll"><table><caption>{about}</caption><tr>{names}</tr>\n' + "\n".join(rows) + "</table></div>"
+    )
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def spread(samples: list, state: int | None, signal: str, unit: int) -> str:
+    if state is None:
+        return ""
+    low, _, middle, _, high = (f"{value / unit:.3f}" for value in distribution(samples, state, signal))
+    return f"{middle} ({low} to {high})"
