@@ -340,10 +340,8 @@ def main(argv: list[str] | None = None):
 def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
     """--ask: answers of the base model and of each adapter, in the template that they were trained in."""
 
-    def become(adapter: str | None):
-        return lora.load_adapter(model, adapter) if adapter else lora.remove_lora(model)
-
-    who = {Path(name or args.model).name: functools.partial(become, name) for name in [None, *args.adapter]}
+    who = {Path(args.model).name: functools.partial(lora.remove_lora, model)}
+    who |= {Path(name).name: functools.partial(lora.load_adapter, model, name) for name in args.adapter}
     chat.converse(model, tokenizer, args.ask, who, lambda messages: data.prompt_ids(messages, tokenizer))
 
 

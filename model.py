@@ -252,17 +252,17 @@ def centred_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
     return logits.scatter_(1, targets.unsqueeze(1), target_logit), target_logit
 
 
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, watch=None) -> Tensor:
     """Negative log-likelihood of each target: -log P(targets_t | hidden_t), the summands of Eq. 1.
 
     hidden (T, D), weight (V, D), targets (T,) -> (T,) float32, in nats. Equal to cross entropy on hidden @ weight.T,
     but the (T, V) logits never exist: `chunk` rows at a time (default: 2^23 logits, 2^26 on a GPU), one pass that also
     keeps each token's gradient for its hidden state. So whatever weights a selection gives the tokens later, backward
     is one multiplication. In bfloat16 the loss is right to a few tenths of a percent of itself. There is no gradient
-    for `weight`: it is frozen here. To train it, use plain cross entropy.
+    for `weight`: it is frozen here. To train it, use plain cross entropy. watch: `kernels.chunked_nll`'s.
     """
     chunk = chunk or logits_at_once(len(weight), hidden.device)
-    return chunked_nll(hidden, weight, targets, chunk, centred_logits)
+    return chunked_nll(hidden, weight, targets, chunk, centred_logits, watch)
 
 
 def response_places(response: Tensor, device) -> Tensor:
@@ -270,13 +270,13 @@ def response_places(response: Tensor, device) -> Tensor:
     return response.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 
-def response_nll(model: Transformer, input_ids: Tensor, response: Tensor) -> Tensor:
+def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, watch=None) -> Tensor:
     """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (response.sum(),) float32.
 
     The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary. No row
-    starts with a response token. With `response` on the host, nothing waits for a GPU.
+    starts with a response token. With `response` on the host, nothing waits for a GPU. watch: as token_nll's.
     """
     hidden = model(input_ids)
     places = response_places(response, hidden.device)
     before = hidden.flatten(0, 1).index_select(0, places - 1)
-    return token_nll(before, model.lm_head.weight, input_ids.flatten()[places])
+    return token_nll(before, model.lm_head.weight, input_ids.flatten()[places], watch=watch)

@@ -69,6 +69,8 @@ class SSToken:
     sizes: the number of response tokens of each sample. kept: the base model's losses, where they are known already.
     """
 
+    watch = None  # no more is asked of a predicted distribution than its loss
+
     def __init__(
         self, model: Transformer, sizes: list[int], args: argparse.Namespace, kept: list[Tensor] | None = None
     ):
@@ -132,7 +134,7 @@ def train(
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=args.lr, weight_decay=0.0)
     model.train()
-    selection = baselines.make_selection(sizes, args, frozen) or SSToken(model, sizes, args, frozen.base)
+    selection = baselines.make_selection(model, sizes, args, frozen) or SSToken(model, sizes, args, frozen.base)
     done = checkpoints.restore(adapters, optimizer, selection.history, device)
     seen = sum(len(samples) for batch in steps[:done] for samples in batch)
 
@@ -143,7 +145,7 @@ def train(
         for samples in ranks.share_passes(batch):  # Alg. 1, line 4
             ids, response = data.collate([examples[i] for i in samples], device)
             selection.look_back(samples, ids, response)  # L_his
-            nll = response_nll(model, ids, response)  # L_theta
+            nll = response_nll(model, ids, response, selection.watch)  # L_theta
             selected = selection.choose(samples, response, nll.detach())  # Alg. 1, lines 5 to 9
             loss = 0 * nll.sum()  # all ranks go backward equally often, also one without a selected token
             parts = zip(samples, nll.split([sizes[i] for i in samples]), selected, strict=True)

@@ -23,11 +23,13 @@ from tqdm import tqdm
 import data
 import lora
 from model import Transformer, load_model, response_nll
+from paper.objectives import OBJECTIVES, asks, weigh
 from sstoken import excess_loss, select, share_of
 from support import ranks
 from support.adapters import ADAPTER_FILES, find_adapter, read_adapter, write_adapter
 from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, check_fits, find_folder
 from support.files import UserError, read_json, read_log, write_lines
+from support.kernels import DESCRIPTIONS, Watch
 from support.losses import kept_losses, losses_key
 
 # --------------------------------------------------------------------------------- masks made before training starts
@@ -76,7 +78,7 @@ METHODS = {
     "rho1": select_in_each_sample,  # with --excess current, anew in every step too
     "tokencleaning": select_in_the_pool,
     "self-evolving": select_in_the_pool,  # of each of PARTS parts, see `train_in_parts`
-}
+} | OBJECTIVES
 WITH_REFERENCE = ("rho1", "tokencleaning")
 OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample would undo what they rank
 PARTS = 5
@@ -88,7 +90,7 @@ PARTS = 5
 class Fixed:
     """A selection that was made before training started: a bool tensor (L_resp,) a sample, on the host."""
 
-    history = None
+    history = watch = None
 
     def __init__(self, masks: list[Tensor]):
         self.masks, self.counts = masks, [int(mask.sum()) for mask in masks]
@@ -122,8 +124,36 @@ class ExcessOfCurrent(Fixed):
         return [select(excess_loss(current, ref), self.rho) for current, ref in parts]
 
 
-def make_selection(sizes: list[int], args: argparse.Namespace, frozen: "Frozen") -> Fixed | None:
+class Objective(Fixed):
+    """One of OBJECTIVES that asks for something of the current model, in every step. frozen: of the base model.
+
+    How many tokens a sample keeps is known before only where rho says it; otherwise, where --loss-mean batch weighs
+    samples by that, it counts all of its response tokens.
+    """
+
+    def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: "Frozen"):
+        self.sizes = sizes
+        self.counts = [share_of(args.rho, size) for size in sizes] if "rho" in asks(args.method) else sizes
+        self.args, self.frozen, self.asks = args, frozen, asks(args.method)
+        described = self.asks & DESCRIPTIONS.keys()
+        self.watch = Watch(sorted(described)) if described else None
+
+    def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
+        current = {"nll": nll} | (self.watch.take() if self.watch else {})
+        parts = {name: values.split([self.sizes[i] for i in samples]) for name, values in current.items()}
+        found = []
+        for place, i in enumerate(samples):
+            known = {name: values[place] for name, values in parts.items()} | self.frozen.of_base(i, nll.device)
+            found.append(weigh(self.args.method, known | {"rho": self.args.rho}))
+        return found
+
+
+def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: "Frozen") -> Fixed | None:
     """The selection of the method that `args` names for samples with `sizes` response tokens; None: it is ssToken's."""
+    if args.method in OBJECTIVES:
+        if asks(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
+            return Fixed([weigh(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
+        return Objective(sizes, args, frozen)
     if args.excess == "current" and frozen.reference:
         return ExcessOfCurrent(frozen.reference, args.rho)
     if not METHODS[args.method]:
@@ -141,11 +171,20 @@ SCORING_BATCH = 4  # samples a pass, whatever the run's micro-batches are
 class Frozen(NamedTuple):
     """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
 
-    base: before training. reference: L_ref of Eq. 2.
+    base: before training; where they are asked for, (3, L_resp): losses, entropy and spread of what was predicted.
+    reference: L_ref of Eq. 2.
     """
 
     base: list[Tensor] | None = None
     reference: list[Tensor] | None = None
+
+    def of_base(self, sample: int, device) -> dict[str, Tensor]:
+        """What is known of the base model's predictions of a sample, by the names that objectives ask for."""
+        if not self.base:
+            return {}
+        rows = self.base[sample].to(device, non_blocking=True)
+        names = ("history_nll", "history_entropy", "history_spread")
+        return dict(zip(names, rows.view(-1, rows.shape[-1]), strict=False))
 
 
 def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
@@ -158,18 +197,21 @@ def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def response_losses(model: Transformer, examples: list[data.Example]) -> list[Tensor]:
+def response_losses(model: Transformer, examples: list[data.Example], described: bool = False) -> list[Tensor]:
     """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
 
-    All ranks take part in `scoring_passes`, and each returns all.
+    described: (3, L_resp) instead, with the entropy and the spread of each token's predicted distribution below. All
+    ranks take part in `scoring_passes`, and each returns all.
     """
     training, device, found = model.training, model.lm_head.weight.device, {}
+    watch = Watch(["entropy", "spread"]) if described else None
     model.eval()
     passes = ranks.share_passes(scoring_passes(examples))
     for samples in tqdm(passes, "losses", leave=False, disable=not ranks.first_rank()):
         batch = [examples[i] for i in samples]
-        nll = response_nll(model, *data.collate(batch, device)).cpu()
-        found |= zip(samples, nll.split([int(e.response.sum()) for e in batch]), strict=True) if batch else {}
+        nll = response_nll(model, *data.collate(batch, device), watch)
+        nll = torch.stack([nll, *watch.take().values()]).cpu() if watch else nll.cpu()
+        found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
     model.train(training)
     found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}
     if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
@@ -177,13 +219,19 @@ def response_losses(model: Transformer, examples: list[data.Example]) -> list[Te
     return [found[i] for i in range(len(examples))]
 
 
-def frozen_losses(model: Transformer, adapter: Path | None, examples, args) -> tuple[list[Tensor], float]:
+def frozen_losses(
+    model: Transformer, adapter: Path | None, examples, args, described: bool = False
+) -> tuple[list[Tensor], float]:
     """`response_losses` of a frozen model, by way of --cache, and their seconds; adapter: the folder of its adapter."""
     cache, key = Path(args.cache) if args.cache else None, ""
     if cache and ranks.first_rank():
         key = losses_key(model.folder, adapter, examples, args.dtype, torch.device(args.device).type)
-    nll, seconds = kept_losses(cache, key, lambda: torch.cat(response_losses(model, examples)))
-    return list(nll.split([int(example.response.sum()) for example in examples])), seconds
+        key += "-described" * described
+    sizes = [int(example.response.sum()) for example in examples]
+    found, seconds = kept_losses(
+        cache, key, lambda: torch.cat(response_losses(model, examples, described), -1).flatten()
+    )
+    return list((found.view(3, -1) if described else found).split(sizes, -1)), seconds
 
 
 def reads_kept_history(args: argparse.Namespace) -> bool:
@@ -269,6 +317,8 @@ def run_method(
     base = reference = None
     if args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static" or reads_kept_history(args):
         base, seconds = frozen_losses(model, None, examples, args)  # new adapters change nothing
+    if any(name.startswith("history") for name in asks(args.method)):
+        base, seconds = frozen_losses(model, None, examples, args, "history_entropy" in asks(args.method))
     if reference_examples:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
         fit(reference_examples, Frozen(), plain, folder / "reference")

@@ -26,6 +26,7 @@ from data import RELEASED_POOL
 from model import read_config
 from paper.baselines import WITH_REFERENCE
 from paper.benchmarks import GROUPS, TABLE, task_names
+from paper.objectives import OBJECTIVES
 from support import command, machine, runs
 from support.checkpoint import find_checkpoint
 from support.files import UserError, check_writable, read_json, write_json, write_whole
@@ -88,6 +89,18 @@ def table_rows(table: int, rho: float, layers: int) -> list[Row]:
     return [BASE, FULL] + [
         method(name, share, label=f"{label} (rho {share})") for name, label in LABELS.items() for share in (0.6, 0.8)
     ]
+
+
+def asked_rows(args: argparse.Namespace, layers: int) -> list[Row]:
+    """The rows of --table that --methods names; in table 1, behind the paper's, other objectives too."""
+    everything = table_rows(args.table, args.rho, layers)
+    if args.table == 1:
+        everything += [method(name, args.rho, label=name.upper()) for name in OBJECTIVES]
+    rows = [row for row in everything if row.method in args.methods]
+    if not rows:
+        of_table = ", ".join(dict.fromkeys(row.method for row in everything))
+        raise UserError(f"--table {args.table} has none of the rows of --methods; it has {of_table}")
+    return rows
 
 
 def plain_name(model: str) -> str:
@@ -349,7 +362,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
         help="1: methods, with Figure 2. 2: the attention's layer. 3: gamma, with Figure 3a. 4: rho, with Figure 3b. "
         "5: methods x rho")
-    add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...)")
+    add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...); "
+        "table 1 takes those of paper/objectives.py too")
     add("--seeds", type=int, bound="above 0", default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
     add("--rho", type=float, bound="in (0, 1]",
         help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 for others, as in "
@@ -388,8 +402,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
     if not args.asked:
         raise UserError(f"--tasks {args.tasks} holds none of the table's columns as a whole")
-    known = ("base", "full", *LABELS)
-    args.methods = args.methods.split(",") if args.methods else list(known)
+    known = ("base", "full", *LABELS, *OBJECTIVES)
+    args.methods = args.methods.split(",") if args.methods else ["base", "full", *LABELS]
     if args.benchmarks and not Path(args.benchmarks).is_dir():
         raise UserError(f"--benchmarks {args.benchmarks} is no folder")
     if unknown := sorted(set(args.methods) - set(known)):
@@ -435,11 +449,7 @@ def main(argv: list[str] | None = None):
     write_json(settings, shared)
 
     folder = find_checkpoint(args.model, args.revision)
-    everything = table_rows(args.table, args.rho, read_config(folder).num_hidden_layers)
-    rows = [row for row in everything if row.method in args.methods]
-    if not rows:
-        of_table = ", ".join(dict.fromkeys(row.method for row in everything))
-        raise UserError(f"--table {args.table} has none of the rows of --methods; it has {of_table}")
+    rows = asked_rows(args, read_config(folder).num_hidden_layers)
     columns = [column for column in TABLE if column[1] in args.asked]
     cells, lines = Cells(args, folder), {row: Line(row.label, [], [], []) for row in rows}
     for seed in range(42, 42 + args.seeds):

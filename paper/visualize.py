@@ -36,6 +36,7 @@ from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score,
 from support import checkpoint, command, machine, runs, templates
 from support.adapters import find_adapter, read_adapter
 from support.files import UserError, check_writable, read_log, write_whole
+from support.kernels import Watch
 from support.sources import Account, add_flags, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
@@ -50,7 +51,8 @@ class Sample(NamedTuple):
 
     parts: the text in its order, a str for what is prompt, a list of pieces (text, number of tokens) for what is
     response. history: L_his (L_resp,). losses: L_theta (states, L_resp). attention: AttnScore (states, layers, L_resp).
-    reference: L_ref (L_resp,) or None.
+    reference: L_ref (L_resp,) or None. For other objectives, in units of NATS: base, H and sigma of the base model's
+    predictions (2, L_resp); top_entropy (states, L_resp).
     """
 
     parts: list
@@ -58,6 +60,8 @@ class Sample(NamedTuple):
     losses: Tensor
     attention: Tensor
     reference: Tensor | None
+    base: Tensor | None = None
+    top_entropy: Tensor | None = None
 
 
 class State(NamedTuple):
@@ -91,17 +95,20 @@ def find_states(adapters: list[str], model: Transformer) -> list[State]:
 
 
 @torch.no_grad()
-def signals(model: Transformer, examples: list[data.Example], layers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """L_theta (L_resp,) and AttnScore (layers, L_resp) of each sample, adapters on, dropout off."""
-    device, found = model.lm_head.weight.device, {}
+def signals(model: Transformer, examples: list[data.Example], layers: list[int]) -> Iterator[tuple[Tensor, ...]]:
+    """Of each sample L_theta (L_resp,), AttnScore (layers, L_resp), and H, sigma and the entropy of the 20 likeliest
+    tokens (3, L_resp); adapters on, dropout off."""
+    device, found, watch = model.lm_head.weight.device, {}, Watch(["entropy", "spread", "top_entropy"])
     probes = [AttentionProbe(model, layer) for layer in layers]
     model.eval()
     for members in baselines.scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
-        nll, places = response_nll(model, ids, response), response_places(response, device)
+        nll, places = response_nll(model, ids, response, watch), response_places(response, device)
+        described = torch.stack(list(watch.take().values()))
         attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])
         sizes = [int(examples[i].response.sum()) for i in members]
-        found |= zip(members, zip(nll.cpu().split(sizes), attention.cpu().split(sizes, 1), strict=True), strict=True)
+        parts = nll.cpu().split(sizes), attention.cpu().split(sizes, 1), described.cpu().split(sizes, 1)
+        found |= zip(members, zip(*parts, strict=True), strict=True)
     for probe in probes:
         probe.remove()
     return (found[i] for i in range(len(examples)))
@@ -207,6 +214,8 @@ def content(samples: list[Sample], head: dict) -> str:
         row["attention"] = [[pack(x) for x in layers] for layers in sample.attention]
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
+        if sample.base is not None:
+            row["base"], row["topEntropy"] = ([pack(x) for x in rows] for rows in (sample.base, sample.top_entropy))
         rows.append(row)
     text = json.dumps(head | {"samples": rows}, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
@@ -360,9 +369,10 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
 
     samples = []
     for example, of_states, its_reference in zip(examples, zip(*found, strict=True), reference, strict=True):
-        losses = in_steps(torch.stack([nll for nll, _ in of_states]), NATS)
-        attention = in_steps(torch.stack([attention for _, attention in of_states]), SHARE)
-        samples.append(Sample(split_parts(example, tokenizer), losses[0], losses, attention, its_reference))
+        nll, attention, described = (torch.stack(values) for values in zip(*of_states, strict=True))
+        losses, described = in_steps(nll, NATS), in_steps(described, NATS)
+        parts = split_parts(example, tokenizer), losses[0], losses, in_steps(attention, SHARE), its_reference
+        samples.append(Sample(*parts, base=described[0, :2], top_entropy=described[:, 2]))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"
     return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states

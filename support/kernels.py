@@ -1,6 +1,6 @@
 """Operations that keep less or run faster than their formula: each says its formula, and a test holds it to that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -174,13 +174,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, logits_of, with_gradient):
+    def forward(ctx, hidden, weight, targets, chunk, logits_of, with_gradient, watch):
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if with_gradient else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             target = targets[rows].unsqueeze(1)
             logits, target_logit = logits_of(hidden[rows], weight, targets[rows])
+            if watch is not None:
+                watch(logits.log_softmax(dim=1))
             largest = logits.amax(dim=1, keepdim=True)
             total = (logits.sub_(largest).exp_()).sum(dim=1, keepdim=True)
             nll[rows] = (total.log() + largest - target_logit).squeeze(1)
@@ -194,18 +196,59 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_nll):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_nll.unsqueeze(1)).to(gradient.dtype), None, None, None, None, None
+        return (gradient * grad_nll.unsqueeze(1)).to(gradient.dtype), None, None, None, None, None, None
 
 
-def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, logits_of: Callable) -> Tensor:
+def chunked_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, logits_of: Callable, watch: Callable | None = None
+) -> Tensor:
     """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
 
     logits_of: (hidden, weight, targets) -> logits (n, V) and the targets' own (n, 1), float32, of `chunk` rows at a
     time; no more exist at once. One pass that also keeps each loss's gradient for its hidden state, (softmax -
-    onehot(target)) weight, so backward is one multiplication. There is no gradient for `weight`.
+    onehot(target)) weight, so backward is one multiplication. There is no gradient for `weight`. watch: is shown the
+    log-probabilities (n, V) of each chunk in its turn, such as a `Watch`.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
-    return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted)
+    return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, watch)
+
+
+TOP = 20  # the likeliest tokens, of `top_entropy`
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """H = -sum p log p of each row of log-probabilities, in nats: (n, V) -> (n,)."""
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
+def spread(log_p: Tensor) -> Tensor:
+    """sigma = sqrt(sum p (log p)^2 - H^2), by how much the loss of a token drawn from p deviates: (n, V) -> (n,)."""
+    return (log_p.exp() * (log_p + entropy(log_p).unsqueeze(1)).square()).sum(dim=1).sqrt()
+
+
+def top_entropy(log_p: Tensor) -> Tensor:
+    """The entropy of the TOP likeliest tokens of each row, as if there were no others: (n, V) -> (n,)."""
+    return entropy(log_p.topk(min(TOP, log_p.shape[1]), dim=1).values.log_softmax(dim=1))
+
+
+DESCRIPTIONS = {"entropy": entropy, "spread": spread, "top_entropy": top_entropy}
+
+
+class Watch:
+    """What is asked of each token's predicted distribution, one of DESCRIPTIONS or several, kept as chunks go by."""
+
+    def __init__(self, names: Iterable[str]):
+        self.found = {name: [] for name in names}
+
+    def __call__(self, log_p: Tensor):
+        for name, chunks in self.found.items():
+            chunks.append(DESCRIPTIONS[name](log_p))
+
+    def take(self) -> dict[str, Tensor]:
+        """{name: (T,) float32} of all rows since the last call."""
+        found = {name: torch.cat(chunks) if chunks else torch.zeros(0) for name, chunks in self.found.items()}
+        self.found = {name: [] for name in self.found}
+        return found
 
 
 def logits_at_once(vocabulary: int, device: torch.device) -> int:

@@ -124,10 +124,10 @@ class StepRecord:
         self.loss, self.selected = torch.zeros(2, device=device)
 
     def add(self, loss: Tensor, selected: list[Tensor]):
-        """A micro-batch's part of the loss, and which tokens of its samples were selected."""
+        """A micro-batch's part of the loss, and which tokens of its samples were selected, or have a weight."""
         self.loss += loss.detach()
         for mask in selected:
-            self.selected += mask.sum()
+            self.selected += (mask != 0).sum()
 
     def line(self, lr: float, gradient_norm: Tensor, signal: int = 0) -> tuple[dict, float, bool]:
         """The step's line of the log, over all ranks; the gradient's norm; whether any rank has got a signal.

@@ -27,6 +27,7 @@ ORDER = [
     {"model"},
     {"lora"},
     {"data", "sstoken"},
+    {"paper.objectives"},
     {"paper.baselines", "paper.benchmarks"},
     {"train", "evaluate"},
     {"paper.curves", "paper.visualize", "paper.reproduce"},

@@ -471,7 +471,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"reference": None, "reference_data": None, "reference_top": None, "rating_field": "score"},
         **{"model": "x", "revision": None, "data": "jlpang888/DS2_50k", "eval_data": None, "limit": None},
         **{"max_length": 2048, "out": None, "overwrite": False, "merge": False, "merge_dtype": None},
-        **{"skip_bad_rows": False, "pass_tokens": None},
+        **{"skip_bad_rows": False, "pass_tokens": None, "template": "paper", "eval_every": None},
         **{
             "checkpoint_every": None,
             "snapshot_every": None,

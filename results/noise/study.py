@@ -1,6 +1,7 @@
-"""When selection fails: noise planted in the responses, and which of the scores can tell it from clean tokens.
+"""When selection fails: noise planted in the responses, and what each method makes of it.
 
-    python results/noise/study.py --model DIR --data rows.jsonl --out DIR
+    python results/noise/study.py --model DIR --data rows.jsonl --out DIR                  # which score sees noise
+    python results/noise/study.py --model DIR --data rows.jsonl --out DIR --objectives     # every method side by side
 
 Of each response 20 % of the tokens are replaced, the end token left out: by random entries of the vocabulary, or by
 words of other responses. Then a model is trained on that, on all tokens (full), on ssToken's choice, or on ssToken's
@@ -15,10 +16,15 @@ choice with `--gain probability`, and at some steps every score is computed for 
 
 Reported are the AUROC of clean over noise within a sample (1: every clean token before every noisy one; 0.5: chance;
 below: the score prefers the noise), and the share of noise among the best rho of each sample (by chance 20 %).
+With --objectives every method is trained instead, at one rate, also on noise as real data has it (`plant_faults`), and
+beside them the oracle, which is told which tokens are clean. Reported are the held-out loss before and after, the
+share of the tokens that a method keeps, the share of its weight that lies on noise, and tokens that it alone keeps.
+
 Each training is a JSON file in --out and is not run again; tables and figures are made from those files.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -38,6 +44,7 @@ import lora
 import train
 from model import load_model
 from paper import baselines, visualize
+from paper.objectives import OBJECTIVES, asks
 from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
 from support import command
 from support.files import UserError, read_json, write_json, write_whole
@@ -46,7 +53,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of other responses"}
+FAULTS = {"faults": "wrong answers, cut ends, boilerplate"}
 METHODS = {"full": ["--method", "full"], "sstoken": [], "probability": ["--gain", "probability"]}
+ALL = METHODS | {"random": ["--method", "random"], "rho1": ["--method", "rho1", "--reference-data", "-"]}
+ALL |= {name: ["--method", name] for name in OBJECTIVES} | {"oracle": ["--method", "full"]}
 SHARE, RHO, GAMMA = 0.2, 0.6, 0.5
 STEPS = (1, 3, 6, 12)  # at which the scores are computed
 BATCH = 8
@@ -85,6 +95,39 @@ def plant_noise(
     return noisy, masks
 
 
+SWAPPED, CUT, WRAPPED = 0.2, 0.1, 0.2  # shares of the rows
+BOILERPLATE = ["As an AI language model, I am happy to help with that. ", "Sure! Here is the answer to your question: "]
+
+
+def plant_faults(examples: list[data.Example], tokenizer, seed: int) -> tuple[list[data.Example], list[Tensor]]:
+    """Noise as real data has it: answers to another row, answers cut in the middle, phrases in front that say nothing.
+
+    Noise is all of a swapped answer, the end token that comes too early, and the phrase.
+    """
+    rng, eos = random.Random(f"faults {seed}"), tokenizer.eos_id
+    order = rng.sample(range(len(examples)), len(examples))
+    counts = [round(share * len(order)) for share in (SWAPPED, CUT, WRAPPED)]
+    swapped, cut, wrapped = (order[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(3))
+    faulty, masks = [], []
+    for number, (ids, response) in enumerate(examples):
+        prompt, answer = ids[~response].tolist(), ids[response].tolist()
+        noise = [False] * len(answer)
+        if number in swapped:
+            other = examples[swapped[(swapped.index(number) + 1) % len(swapped)]]
+            answer = other.ids[other.response].tolist()
+            noise = [True] * len(answer)
+        elif number in cut:
+            answer = [*answer[: max(1, len(answer) // 2)], eos]
+            noise = [False] * (len(answer) - 1) + [True]
+        elif number in wrapped:
+            phrase, _ = tokenizer.encode(rng.choice(BOILERPLATE).rstrip())
+            answer, noise = [*phrase, *answer], [True] * len(phrase) + noise
+        supervised = torch.tensor([False] * len(prompt) + [True] * len(answer))
+        faulty.append(data.Example(torch.tensor(prompt + answer), supervised))
+        masks.append(torch.tensor(noise))
+    return faulty, masks
+
+
 # ----------------------------------------------------------------------------------------------------- the scores
 
 
@@ -121,12 +164,39 @@ def measure(nll: list, attention: list, history: list, reference: list, noise: l
 
 
 def arguments(args, method: str, lr: float, seed: int) -> argparse.Namespace:
+    """train.py's, for one of ALL."""
     flags = ["--model", args.model, "--data", args.data, "--max-length", str(args.max_length), "--epochs", "2"]
     flags += ["--batch-size", str(BATCH), "--lr", str(lr), "--seed", str(seed)]
-    return train.parse_arguments(flags + ["--rho", str(RHO), "--gamma", str(GAMMA), *METHODS[method]])
+    return train.parse_arguments(flags + ["--rho", str(RHO), "--gamma", str(GAMMA), *ALL[method]])
 
 
-def fit(model, examples, run: argparse.Namespace, base=None, at_step=lambda step: None) -> list[dict]:
+@contextlib.contextmanager
+def watched(chosen: dict[int, Tensor], clean: list[Tensor] | None = None):
+    """A context in which the loop's selection leaves in `chosen` each sample's last weights; clean: for the oracle."""
+
+    def make(model, sizes, run, frozen):
+        made = real(model, sizes, run, frozen) or train.SSToken(model, sizes, run, frozen.base)
+        selection = baselines.Fixed(clean) if clean else made
+        choose = selection.choose
+
+        def record(samples, response, nll):
+            weights = choose(samples, response, nll)
+            chosen.update(zip(samples, [w.float().cpu() for w in weights], strict=True))
+            return weights
+
+        selection.choose = record
+        return selection
+
+    real, baselines.make_selection = baselines.make_selection, make
+    try:
+        yield
+    finally:
+        baselines.make_selection = real
+
+
+def fit(
+    model, examples, run: argparse.Namespace, base=None, at_step=lambda step: None, reference: list | None = None
+) -> list[dict]:
     """Train new adapters on `examples`; at_step is called after each optimizer step. Returns the log."""
     lines = []
 
@@ -136,7 +206,7 @@ def fit(model, examples, run: argparse.Namespace, base=None, at_step=lambda step
         model.train()
 
     lora.new_adapters(model, run)
-    train.train(model, examples, run, log, frozen=baselines.Frozen(base))
+    train.train(model, examples, run, log, frozen=baselines.Frozen(base, reference))
     return lines
 
 
@@ -161,7 +231,7 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
 
         def at_step(step, found=found):
             if noise and step in STEPS:
-                nll, attention = zip(*visualize.signals(model, examples, [-1]), strict=True)
+                nll, attention, _ = zip(*visualize.signals(model, examples, [-1]), strict=True)
                 found[step] = measure(nll, [layers[0] for layers in attention], history, reference, noise)
                 if step == STEPS[-1]:
                     drop = torch.cat(history) - torch.cat(nll)
@@ -181,6 +251,49 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
             },
         )
         print(file.name, json.dumps(found.get(STEPS[-1])), flush=True)
+
+
+def compare(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, seed: int):
+    """Every method on one kind of data, each into its file: what it keeps, and the held-out loss."""
+    names = [name for name in args.only.split(",") if kind != "clean" or name != "oracle"]
+    files = {method: Path(args.out) / f"{kind}-{method}-lr{lr}-seed{seed}.json" for method in names}
+    if all(file.exists() for file in files.values()):
+        return
+    examples, noise = rows["train"], [torch.zeros(int(e.response.sum()), dtype=torch.bool) for e in rows["train"]]
+    if kind == "faults":
+        examples, noise = plant_faults(examples, tokenizer, seed)
+    elif kind != "clean":
+        examples, noise = plant_noise(examples, kind, tokenizer, seed)
+    lora.remove_lora(model)
+    described = baselines.response_losses(model, examples, described=True)
+    losses = [values[0] for values in described]
+    before = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
+    reference = None
+    for method, file in files.items():
+        if file.exists():
+            continue
+        if method == "rho1" and reference is None:
+            fit(model, rows["reference"], arguments(args, "full", lr, seed))
+            reference = baselines.response_losses(model, examples)
+        run, chosen = arguments(args, method, lr, seed), {}
+        base = described if "history_entropy" in asks(run.method) else losses
+        clean = [~mask for mask in noise] if method == "oracle" else None
+        with watched(chosen, clean):
+            lines = fit(model, examples, run, base, reference=reference if method == "rho1" else None)
+        weights = torch.cat([chosen[i] for i in range(len(examples))])
+        planted = torch.cat(noise)
+        found = {"kept": (weights != 0).float().mean().item(), "noise": planted.float().mean().item()}
+        found["noise_kept"] = (weights[planted] != 0).float().mean().item() if planted.any() else None
+        found["noise_weight"] = (weights[planted].sum() / weights.sum()).item()
+        found |= {"kind": kind, "method": method, "lr": lr, "seed": seed, "loss": [line["loss"] for line in lines]}
+        found |= {"weights": [[round(w, 3) for w in chosen[i].tolist()] for i in range(len(examples))]}
+        after = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
+        write_json(file, found | {"held_out_before": before, "held_out_after": after})
+        print(
+            file.name,
+            f"kept {found['kept']:.3f}, noise {found['noise_weight']:.3f}, {before:.4f} -> {after:.4f}",
+            flush=True,
+        )
 
 
 # ------------------------------------------------------------------------------------------------- tables and figures
@@ -252,6 +365,51 @@ def figure(results: list[dict], what: str, label: str, chance: float, path: Path
     pyplot.close(grid)
 
 
+def compared(results: list[dict]) -> str:
+    """What each method keeps and what comes of it, as markdown: a row a method, for each kind of data."""
+    heads = [
+        "data",
+        "trained by",
+        "seeds",
+        "held-out clean loss, before",
+        "after",
+        "tokens kept",
+        "of what it trains on, noise",
+    ]
+    text = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    for kind in ("clean", *KINDS, *FAULTS):
+        of_kind = [r for r in results if r["kind"] == kind]
+        by = {method: [r for r in of_kind if r["method"] == method] for method in ALL}
+        for method in sorted(filter(by.get, by), key=lambda name: mean(r["held_out_after"] for r in by[name])):
+            found = by[method]
+            cells = [
+                spread([r[key] for r in found], 3)
+                for key in ("held_out_before", "held_out_after", "kept", "noise_weight")
+            ]
+            text.append(f"| {kind} | {method} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def compared_figure(results: list[dict], path: Path):
+    """The change of the held-out loss by every method, a dot a seed, the best method on top; a panel a kind of data."""
+    kinds = [kind for kind in ("clean", *KINDS, *FAULTS) if any(r["kind"] == kind for r in results)]
+    grid, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 5), layout="constrained", squeeze=False)
+    for kind, ax in zip(kinds, axes[0], strict=True):
+        change = {}
+        for r in results:
+            if r["kind"] == kind:
+                change.setdefault(r["method"], []).append(r["held_out_after"] - r["held_out_before"])
+        order = sorted(change, key=lambda name: -mean(change[name]))
+        for place, name in enumerate(order):
+            colour = {"full": "black", "oracle": "tab:green", "sstoken": "tab:blue"}.get(name, "tab:gray")
+            ax.plot(change[name], [place] * len(change[name]), "o", color=colour, alpha=0.7)
+        ax.axvline(0, color="gray", linewidth=0.8, linestyle="--")
+        ax.set(title={**KINDS, **FAULTS}.get(kind, kind), yticks=range(len(order)), yticklabels=order)
+        ax.set_xlabel("\u2190 better    held-out loss, change    worse \u2192")
+    grid.savefig(path, dpi=130)
+    pyplot.close(grid)
+
+
 def main():
     parser = command.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
@@ -262,6 +420,8 @@ def main():
     add("--max-length", type=int, default=256)
     add("--lrs", default="1e-4,1e-3")
     add("--seeds", type=int, default=3)
+    add("--objectives", action="store_true", help="train with every method, on every kind of data")
+    add("--only", default=",".join(ALL), help="with --objectives: these methods alone")
     add("--report", action="store_true", help="only write tables and figures from what is there")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -281,10 +441,13 @@ def main():
         model = load_model(args.model, torch.bfloat16)
         for seed in range(args.seeds):
             for lr in map(float, args.lrs.split(",")):
-                for kind in (*KINDS, "clean"):
-                    study(args, model, tokenizer, rows, kind, lr, seed)
+                for kind in (*KINDS, *FAULTS, "clean") if args.objectives else (*KINDS, "clean"):
+                    (compare if args.objectives else study)(args, model, tokenizer, rows, kind, lr, seed)
     results = [json.loads(path.read_text()) for path in sorted(Path(args.out).glob("*-seed*.json"))]
-    write_whole(Path(args.out) / "tables.md", lambda path: path.write_text(tables(results), encoding="utf-8"))
+    text = (compared if args.objectives else tables)(results)
+    write_whole(Path(args.out) / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    if args.objectives:
+        return compared_figure(results, Path(args.out) / "objectives.png")
     figure(results, "auroc", "AUROC", 0.5, Path(args.out) / "auroc.png")
     figure(results, "noise_selected", "share of noise", SHARE, Path(args.out) / "noise_selected.png")
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
 import torch
 from benchmark_rows import write_benchmarks
+from conftest import write_rows
 from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
@@ -32,6 +34,17 @@ import study
 ROOT = Path(__file__).parents[2]
 
 # ------------------------------------------------------------------------------------------------ rows, statistics
+
+
+def test_table_1_takes_other_objectives_where_they_are_named():
+    given = SimpleNamespace(table=1, rho=0.6, methods=["surprise", "full", "dft"])
+    rows = reproduce.asked_rows(given, 28)
+    assert [(row.label, row.flags[1]) for row in rows] == [("FULL", "full"), ("DFT", "dft"), ("SURPRISE", "surprise")]
+    given.table = 3
+    assert [row.method for row in reproduce.asked_rows(given, 28)] == ["full"]
+    given.methods = ["dft"]
+    with pytest.raises(UserError, match="--table 3 has none of the rows of --methods; it has base, full, sstoken"):
+        reproduce.asked_rows(given, 28)
 
 
 @pytest.mark.parametrize("table", [1, 2, 3, 4, 5])
@@ -349,3 +362,49 @@ def test_a_figure_without_matplotlib_is_one_line_that_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     with pytest.raises(UserError, match="figures need matplotlib: pip install matplotlib"):
         reproduce.new_figure()
+
+
+def test_planted_faults_are_those_of_real_data_and_marked(llama, tmp_path):
+    tokenizer = data.load_tokenizer(llama)
+    examples, _ = data.load_examples(str(write_rows(tmp_path / "rows.jsonl")), tokenizer, 256)
+    faulty, masks = study.plant_faults(examples, tokenizer, seed=1)
+    kinds = {"swapped": 0, "cut": 0, "wrapped": 0, "as it was": 0}
+    answers = [e.ids[e.response].tolist() for e in examples]
+    for before, after, noise in zip(examples, faulty, masks, strict=True):
+        assert len(noise) == int(after.response.sum())
+        old, new = before.ids[before.response].tolist(), after.ids[after.response].tolist()
+        assert after.ids[~after.response].tolist() == before.ids[~before.response].tolist()
+        if noise.all():
+            kinds["swapped"] += 1
+            assert new != old and new in answers
+        elif noise.tolist() == [False] * (len(new) - 1) + [True]:
+            kinds["cut"] += 1
+            assert new[-1] == tokenizer.eos_id and new[:-1] == old[: len(new) - 1] and len(new) < len(old)
+        elif noise.any():
+            kinds["wrapped"] += 1
+            assert new[int(noise.sum()) :] == old and tokenizer.decode(new).startswith(("As an AI", "Sure!"))
+        else:
+            kinds["as it was"] += 1
+            assert new == old
+    assert kinds == {"swapped": 4, "cut": 2, "wrapped": 4, "as it was": 10}
+
+
+def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypatch, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    rows.write_text(rows.read_text() * 3)
+    argv = ["study", "--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--samples", "24"]
+    argv += ["--objectives", "--only", "full,sstoken,surprise,dft,rho1,oracle", "--lrs", "0.001", "--seeds", "1"]
+    monkeypatch.setattr(study, "STEPS", (1, 6))
+    monkeypatch.setattr(sys, "argv", argv)
+    study.main()
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-seed0.json")}
+    assert len(found) == 4 * 6 - 1  # on clean data there is nothing that an oracle could know
+    of = {(record["kind"], record["method"]): record for record in found.values()}
+    for kind in ("vocabulary", "words", "faults"):
+        assert of[kind, "oracle"]["noise_kept"] == 0 == of[kind, "oracle"]["noise_weight"]
+        assert of[kind, "oracle"]["kept"] == pytest.approx(1 - of[kind, "oracle"]["noise"])
+        assert of[kind, "full"]["noise_weight"] == pytest.approx(of[kind, "full"]["noise"])
+        assert 0.6 <= of[kind, "sstoken"]["kept"] < 0.65 and of[kind, "dft"]["kept"] == 1
+        assert of[kind, "full"]["held_out_before"] == of[kind, "oracle"]["held_out_before"]
+    assert of["clean", "full"]["noise_kept"] is None and of["clean", "full"]["noise"] == 0
+    assert "kept" in capsys.readouterr().out

@@ -21,6 +21,7 @@ import sstoken
 import train
 from paper import visualize
 from paper.curves import read_run, with_states
+from paper.objectives import weigh
 from support import files
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -88,6 +89,7 @@ def held(folder) -> dict:
         sample["history"], sample["reference"] = numbers(sample["history"]), numbers(sample["reference"])
         sample["losses"] = [numbers(x) for x in sample["losses"]]
         sample["attention"] = [[numbers(x) for x in layers] for layers in sample["attention"]]
+        sample["base"], sample["topEntropy"] = ([numbers(x) for x in sample[name]] for name in ("base", "topEntropy"))
     return page
 
 
@@ -154,6 +156,44 @@ def test_other_methods_on_the_page(explorer, made):
         differs = explorer.eval_on_selector_all('[data-side="0"] .t', "all => all.map(t => t.matches('.differs'))")
         pieces = explorer.eval_on_selector_all('[data-side="0"] .t', "all => all.map(t => t.dataset.selected)")
         assert differs == ["0" in piece for piece in pieces]
+
+
+def test_other_objectives_are_shown_as_shades_of_their_weights(explorer, made):
+    page, state = held(made[0]), 4
+    names = {"DFT": "dft", "EAFT": "eaft", "STM": "stm", "ProFit": "profit", "low loss": "low-loss"}
+    names |= {"REL reversed": "rel-reversed", "surprise": "surprise"}
+    for number in (0, 3, 9):
+        go_to(explorer, number)
+        sample = page["samples"][number]
+        known = {"nll": sample["losses"][state], "history_nll": sample["history"]}
+        known |= {"history_entropy": sample["base"][0], "history_spread": sample["base"][1]}
+        known |= {"top_entropy": sample["topEntropy"][state]}
+        known = {name: values.double() / 2000 for name, values in known.items()} | {"rho": 0.6}
+        for shown, method in names.items():
+            explorer.select_option("#method-b", shown)
+            weights = weigh(method, known).double()
+            assert selected(explorer, 1) == (weights > 0).tolist(), shown
+            pieces = explorer.eval_on_selector_all(
+                '[data-side="1"] .t', "all => all.map(t => [+t.dataset.first, t.dataset.selected.length, t.className])"
+            )
+            for first, size, classes in pieces:
+                darkest = 10 * float(weights[first : first + size].max().clamp(max=1))
+                assert abs(int(re.search(r"shade(\d+)", classes)[1]) - darkest) <= 0.500001
+    explorer.select_option("#method-a", "DFT")
+    explorer.locator(".t").first.hover()
+    assert "weight" in explorer.locator("#token").inner_text()
+
+
+def test_what_is_stored_of_predictions_is_what_transformers_predicts(made):
+    folder, _ = made
+    examples, _ = data.load_examples(made[1][3], data.load_tokenizer(folder / "model"), 2048)
+    peer = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    for example, sample in zip(examples, held(folder)["samples"], strict=True):
+        log_p = peer(example.ids[None]).logits[0, :-1].log_softmax(-1)[example.response[1:]]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        spread = ((log_p.exp() * log_p**2).sum(-1) - entropy**2).sqrt()
+        for stored, value in zip(sample["base"], (entropy, spread), strict=True):
+            assert (stored / 2000 - value).abs().max() < 0.0006
 
 
 def test_blue_and_orange_are_appendix_d_s(explorer, made):
@@ -629,7 +669,7 @@ def test_two_hundred_samples_of_five_hundred_tokens_take_less_than_five_megabyte
     samples = []
     for _ in range(200):
         words = [(vocabulary[i], 1) for i in torch.randint(0, 5000, (500,), generator=generator).tolist()]
-        numbers = draw(500), draw(3, 500), draw(3, 1, 500), draw(500)
+        numbers = draw(500), draw(3, 500), draw(3, 1, 500), draw(500), draw(2, 500), draw(3, 500)
         samples.append(visualize.Sample(["<|user|>\n" + "a question " * 20, words], *numbers))
     head = {
         "about": "m on d",

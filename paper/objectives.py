@@ -1,0 +1,90 @@
+"""What the loss of a token is multiplied with: the field's objectives as functions, side by side.
+
+A function gets what it names of one sample's response tokens, (L_resp,) float32 each, and returns a weight for each:
+bool where it keeps or drops a token, else float32. A sample's loss is then the mean of weight * nll over the tokens
+with a weight (`sstoken.selected_loss`). No weight carries a gradient. What can be asked for:
+
+    nll, entropy, spread, top_entropy               of the current model: the token's loss, and of the distribution p
+                                                    that it predicts H = -sum p log p, sigma = sqrt(sum p (log p)^2 -
+                                                    H^2), and the H of the 20 likeliest tokens alone
+    history_nll, history_entropy, history_spread    the same of the base model
+    rho                                             --rho
+
+What asks for the base model alone is the same in every step, and made once.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sstoken import retrospective_excess_loss, select
+from support.kernels import TOP
+
+
+def dft(nll: Tensor) -> Tensor:
+    """Dynamic fine-tuning (arXiv 2508.05629): the weight is p, so the gradient is that of p instead of log p."""
+    return torch.exp(-nll)
+
+
+def eaft(top_entropy: Tensor) -> Tensor:
+    """Entropy-adaptive fine-tuning (arXiv 2601.02151): the entropy of the 20 likeliest tokens over its maximum, ln 20.
+
+    Tools differ by that factor: LLaMA-Factory divides by 3, axolotl once did by nothing. Ours is the paper's.
+    """
+    return top_entropy / math.log(TOP)
+
+
+def stm(history_nll: Tensor) -> Tensor:
+    """Selective token masking (arXiv 2501.14315): keep a token whose perplexity under the base model is at most 2.5."""
+    return torch.exp(history_nll) <= 2.5
+
+
+def profit(nll: Tensor) -> Tensor:
+    """ProFit (arXiv 2601.09195): keep a token that the current model gives a probability of at least 0.1."""
+    return torch.exp(-nll) >= 0.1
+
+
+def rel_reversed(nll: Tensor, history_nll: Tensor, rho: float) -> Tensor:
+    """REL (Eq. 3) the other way round: the share rho that has gained least, as those hold who drop what is learned."""
+    return select(-retrospective_excess_loss(nll, history_nll), rho)
+
+
+def low_loss(nll: Tensor, rho: float) -> Tensor:
+    """The share rho that the current model predicts best: small-loss selection, the oldest cure for wrong labels."""
+    return select(-nll, rho)
+
+
+def surprise(history_nll: Tensor, history_entropy: Tensor, history_spread: Tensor) -> Tensor:
+    """Keep what the base model can account for: nll - H <= 2 sigma + 0.5. An extension, of this project.
+
+    A token drawn from the model's own distribution has loss H on average and deviates from that by sigma; whoever knows
+    both needs no rho. What is left over is the share that the run finds itself.
+    """
+    return history_nll - history_entropy <= 2 * history_spread + 0.5
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "dft": dft,
+    "eaft": eaft,
+    "stm": stm,
+    "profit": profit,
+    "rel-reversed": rel_reversed,
+    "low-loss": low_loss,
+    "surprise": surprise,
+}
+
+
+def asks(method: str) -> set[str]:
+    """What an objective asks for, by its parameters' names; nothing, where the method is no objective."""
+    return set(inspect.signature(OBJECTIVES[method]).parameters) if method in OBJECTIVES else set()
+
+
+def weigh(method: str, known: dict) -> Tensor:
+    """The objective's weights; where it would drop all of a sample's tokens, it keeps the first."""
+    weights = OBJECTIVES[method](**{name: known[name] for name in asks(method)})
+    return (
+        weights if weights.any() else weights.index_fill(0, torch.zeros(1, dtype=torch.int64, device=weights.device), 1)
+    )
