@@ -15,7 +15,7 @@ from support.runs import INNER
 
 MOST = 600  # points of a curve: of a longer run, each is the mean of several steps
 ROWS = 20  # of a table, at most
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+QUANTILES = (0.1, 0.5, 0.9)
 READ = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")
 
 
@@ -147,5 +147,5 @@ def number(value: float | None, form: str) -> str:
 def spread(samples: list, state: int | None, signal: str, unit: int) -> str:
     if state is None:
         return ""
-    low, _, middle, _, high = (f"{value / unit:.3f}" for value in distribution(samples, state, signal))
+    low, middle, high = (f"{value / unit:.3f}" for value in distribution(samples, state, signal))
     return f"{middle} ({low} to {high})"

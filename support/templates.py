@@ -205,8 +205,8 @@ def trained_in(adapters: list[str]) -> str:
     for adapter in adapters:
         folder = Path(adapter) if (Path(adapter) / "run.json").exists() else find_adapter(adapter)
         records = [place / "run.json" for place in (folder, folder.parent)]  # a snapshot lies in its run
-        held = next((read_json(record) for record in records if record.exists()), {})
-        found[adapter] = held.get("arguments", {}).get("template", "paper")
+        held = next((read_json(record) for record in records if record.exists()), {}).get("arguments")
+        found[adapter] = held.get("template", "paper") if isinstance(held, dict) else "paper"
     if len(set(found.values())) > 1:
         which = ", ".join(f"{adapter} in the {template}'s" for adapter, template in found.items())
         raise UserError(f"--adapter: these were trained in different templates: {which}; take them one by one")

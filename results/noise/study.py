@@ -28,6 +28,7 @@ import contextlib
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 
@@ -390,6 +391,28 @@ def compared(results: list[dict]) -> str:
     return "\n".join(text) + "\n"
 
 
+def only_kept(results: list[dict], texts: list[list[str]]) -> str:
+    """For each method the five tokens that it alone keeps most often, of clean data with the first seed, as markdown.
+
+    texts: each sample's response tokens. A method that weighs all tokens keeps those of more than the mean weight; full
+    training, which keeps all, and chance take no part.
+    """
+    first = {r["method"]: r["weights"] for r in results if r["kind"] == "clean" and r["seed"] == 0}
+    places = [(i, k) for i, sample in enumerate(texts) for k in range(len(sample))]
+    kept = {}
+    for name, weights in first.items():
+        if name not in ("full", "random"):
+            middle = mean(w for sample in weights for w in sample) if all(map(all, weights)) else 0
+            kept[name] = {(i, k) for i, k in places if weights[i][k] > middle}
+    text = ["| trained by | tokens that it alone keeps, the most frequent first |", "| --- | --- |"]
+    for name, its in kept.items():
+        others = set().union(*(theirs for other, theirs in kept.items() if other != name))
+        counts = Counter(texts[i][k] for i, k in its - others)
+        found = ", ".join(f"{command.cell(repr(token))} ({count})" for token, count in counts.most_common(5))
+        text.append(f"| {name} | {found or 'none'} |")
+    return "\n".join(text) + "\n"
+
+
 def compared_figure(results: list[dict], path: Path):
     """The change of the held-out loss by every method, a dot a seed, the best method on top; a panel a kind of data."""
     kinds = [kind for kind in ("clean", *KINDS, *FAULTS) if any(r["kind"] == kind for r in results)]
@@ -444,7 +467,12 @@ def main():
                 for kind in (*KINDS, *FAULTS, "clean") if args.objectives else (*KINDS, "clean"):
                     (compare if args.objectives else study)(args, model, tokenizer, rows, kind, lr, seed)
     results = [json.loads(path.read_text()) for path in sorted(Path(args.out).glob("*-seed*.json"))]
-    text = (compared if args.objectives else tables)(results)
+    text = tables(results) if not args.objectives else compared(results)
+    if args.objectives:
+        tokenizer = data.load_tokenizer(args.model)
+        examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.samples * 5 // 2)
+        answers = [e.ids[e.response].tolist() for e in examples[: args.samples]]
+        text += "\n" + only_kept(results, [[tokenizer.decode([token]) for token in answer] for answer in answers])
     write_whole(Path(args.out) / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
     if args.objectives:
         return compared_figure(results, Path(args.out) / "objectives.png")

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -408,3 +409,15 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
         assert of[kind, "full"]["held_out_before"] == of[kind, "oracle"]["held_out_before"]
     assert of["clean", "full"]["noise_kept"] is None and of["clean", "full"]["noise"] == 0
     assert "kept" in capsys.readouterr().out
+    table = (tmp_path / "out" / "tables.md").read_text()
+    best = min((record["held_out_after"], name) for (kind, name), record in of.items() if kind == "words")[1]
+    assert re.search(r"\| words \| ([\w-]+) \|", table)[1] == best
+    assert (tmp_path / "out" / "objectives.png").stat().st_size > 10_000
+
+
+def test_what_a_method_alone_keeps_by_hand():
+    weights = {"full": [[1, 1, 1], [1, 1]], "stm": [[1, 0, 1], [0, 1]], "profit": [[1, 1, 0], [0, 0]]}
+    weights["dft"] = [[0.1, 0.1, 0.1], [0.9, 0.1]]
+    results = [{"kind": "clean", "seed": 0, "method": name, "weights": given} for name, given in weights.items()]
+    text = study.only_kept(results, [["a", "b", "c"], ["d", "c"]])
+    assert text.splitlines()[2:] == ["| stm | 'c' (2) |", "| profit | 'b' (1) |", "| dft | 'd' (1) |"]
