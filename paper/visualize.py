@@ -41,6 +41,10 @@ from support.sources import Account, add_flags, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
+BASE, TOP = (
+    20,
+    80,
+)  # and in one byte H and sigma in 1 / BASE nats up to 12.7, entropies of 20 tokens in 1 / TOP up to 3.1
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -51,8 +55,8 @@ class Sample(NamedTuple):
 
     parts: the text in its order, a str for what is prompt, a list of pieces (text, number of tokens) for what is
     response. history: L_his (L_resp,). losses: L_theta (states, L_resp). attention: AttnScore (states, layers, L_resp).
-    reference: L_ref (L_resp,) or None. For other objectives, in units of NATS: base, H and sigma of the base model's
-    predictions (2, L_resp); top_entropy (states, L_resp).
+    reference: L_ref (L_resp,) or None. For other objectives: base, H and sigma of the base model's predictions
+    (2, L_resp), in units of BASE; top_entropy (states, L_resp), in units of TOP.
     """
 
     parts: list
@@ -114,9 +118,9 @@ def signals(model: Transformer, examples: list[data.Example], layers: list[int])
     return (found[i] for i in range(len(examples)))
 
 
-def in_steps(values: Tensor, steps: int) -> Tensor:
-    """Values as whole numbers of 1 / steps, as two bytes hold them: 0 to 65535."""
-    return (values.double() * steps).round().clamp(0, 65535).to(torch.int64)
+def in_steps(values: Tensor, steps: int, largest: int = 65535) -> Tensor:
+    """Values as whole numbers of 1 / steps, as two bytes hold them, or one: 0 to `largest`."""
+    return (values.double() * steps).round().clamp(0, largest).to(torch.int64)
 
 
 def pieces(tokenizer: data.Tokenizer, ids: list[int], before: int | None) -> list[tuple[str, int]]:
@@ -196,9 +200,9 @@ def highlighted(sample: Sample, selected: Tensor, by_attention: Tensor) -> Itera
 # --------------------------------------------------------------------------------------------------------- the page
 
 
-def pack(values: Tensor) -> str:
-    """Numbers from 0 to 65535 as base64 of two bytes each, the low one first."""
-    return base64.b64encode(values.numpy().astype("<u2").tobytes()).decode()
+def pack(values: Tensor, size: int = 2) -> str:
+    """Numbers from 0 to 65535 as base64 of two bytes each, the low one first; those up to 255 in one, with `size` 1."""
+    return base64.b64encode(values.numpy().astype(f"<u{size}").tobytes()).decode()
 
 
 def content(samples: list[Sample], head: dict) -> str:
@@ -210,12 +214,12 @@ def content(samples: list[Sample], head: dict) -> str:
             p if isinstance(p, str) else [x for text, n in p for x in ([text, n] if n > 1 else [text])]
             for p in sample.parts
         ]
-        row = {"parts": parts, "history": pack(sample.history), "losses": [pack(x) for x in sample.losses]}
+        row = {"parts": parts, "losses": [pack(x) for x in sample.losses]}  # the first are the base model's
         row["attention"] = [[pack(x) for x in layers] for layers in sample.attention]
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
         if sample.base is not None:
-            row["base"], row["topEntropy"] = ([pack(x) for x in rows] for rows in (sample.base, sample.top_entropy))
+            row["base"], row["topEntropy"] = ([pack(x, 1) for x in rows] for rows in (sample.base, sample.top_entropy))
         rows.append(row)
     text = json.dumps(head | {"samples": rows}, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
@@ -370,9 +374,10 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
     samples = []
     for example, of_states, its_reference in zip(examples, zip(*found, strict=True), reference, strict=True):
         nll, attention, described = (torch.stack(values) for values in zip(*of_states, strict=True))
-        losses, described = in_steps(nll, NATS), in_steps(described, NATS)
+        losses = in_steps(nll, NATS)
         parts = split_parts(example, tokenizer), losses[0], losses, in_steps(attention, SHARE), its_reference
-        samples.append(Sample(*parts, base=described[0, :2], top_entropy=described[:, 2]))
+        base, top_entropy = in_steps(described[0, :2], BASE, 255), in_steps(described[:, 2], TOP, 255)
+        samples.append(Sample(*parts, base, top_entropy))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"
     return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
@@ -392,6 +397,7 @@ def main(argv: list[str] | None = None):
         return
     shown = curves.with_states(logs, states)
     head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
+    head |= {"base": BASE, "top": TOP}
     page = build_page(samples, head | {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)})
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)
