@@ -29,6 +29,8 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from statistics import mean
 
@@ -49,18 +51,39 @@ from paper.objectives import OBJECTIVES, asks
 from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
 from support import command
 from support.files import UserError, read_json, write_json, write_whole
+from support.kernels import Watch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+SHARE, RHO, GAMMA = 0.2, 0.6, 0.5
+STEPS = (1, 3, 6, 12)  # at which the scores are computed
+BATCH = 8
 KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of other responses"}
 FAULTS = {"faults": "wrong answers, cut ends, boilerplate"}
 METHODS = {"full": ["--method", "full"], "sstoken": [], "probability": ["--gain", "probability"]}
 ALL = METHODS | {"random": ["--method", "random"], "rho1": ["--method", "rho1", "--reference-data", "-"]}
 ALL |= {name: ["--method", name] for name in OBJECTIVES} | {"oracle": ["--method", "full"]}
-SHARE, RHO, GAMMA = 0.2, 0.6, 0.5
-STEPS = (1, 3, 6, 12)  # at which the scores are computed
-BATCH = 8
+
+
+def accountable(c: float, slack: float, by: str) -> Callable:
+    """`objectives.surprise` with other numbers: nll - H <= c sigma + slack, by base or current model, or both."""
+
+    def base(history_nll, history_entropy, history_spread):
+        return history_nll - history_entropy <= c * history_spread + slack
+
+    def current(nll, entropy, spread):
+        return nll - entropy <= c * spread + slack
+
+    def both(nll, entropy, spread, history_nll, history_entropy, history_spread):
+        return current(nll, entropy, spread) & base(history_nll, history_entropy, history_spread)
+
+    return {"base": base, "current": current, "both": both}[by]
+
+
+VARIANTS = {f"base-{c}-{slack}": accountable(c, slack, "base") for c in (0.5, 1, 1.5, 2, 3) for slack in (0, 0.5)}
+VARIANTS |= {f"{by}-2-{slack}": accountable(2, slack, by) for by in ("current", "both") for slack in (0, 0.5)}
+ALL |= {name: ["--method", name] for name in VARIANTS} | {"ranked": []}
 
 
 # ------------------------------------------------------------------------------------------------------ the noise
@@ -171,13 +194,40 @@ def arguments(args, method: str, lr: float, seed: int) -> argparse.Namespace:
     return train.parse_arguments(flags + ["--rho", str(RHO), "--gamma", str(GAMMA), *ALL[method]])
 
 
+class Ranked(train.SSToken):
+    """ssToken's choice within bounds: as many as the base model can account for, none that the current one cannot."""
+
+    def __init__(self, model, sizes: list[int], run: argparse.Namespace, described: list[Tensor]):
+        super().__init__(model, sizes, run, [values[0] for values in described])
+        self.counts = [int(OBJECTIVES["surprise"](*values).sum()) for values in described]
+        self.watch = Watch(["entropy", "spread"])
+
+    def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
+        never = ~OBJECTIVES["surprise"](nll, *self.watch.take().values())
+        todo = zip(samples, never.split([self.sizes[i] for i in samples]), strict=True)
+
+        def pick(scores, rho):
+            i, never_i = next(todo)
+            chosen = real(scores.masked_fill(never_i, -torch.inf), Fraction(max(1, self.counts[i]), self.sizes[i]))
+            return chosen & ~never_i if (chosen & ~never_i).any() else chosen
+
+        real, train.select = train.select, pick
+        try:
+            return super().choose(samples, response, nll)
+        finally:
+            train.select = real
+
+
 @contextlib.contextmanager
-def watched(chosen: dict[int, Tensor], clean: list[Tensor] | None = None):
-    """A context in which the loop's selection leaves in `chosen` each sample's last weights; clean: for the oracle."""
+def watched(chosen: dict[int, Tensor], clean: list[Tensor] | None = None, described: list[Tensor] | None = None):
+    """A context in which the loop's selection leaves in `chosen` each sample's last weights.
+
+    clean: for the oracle. described: for `Ranked`.
+    """
 
     def make(model, sizes, run, frozen):
         made = real(model, sizes, run, frozen) or train.SSToken(model, sizes, run, frozen.base)
-        selection = baselines.Fixed(clean) if clean else made
+        selection = baselines.Fixed(clean) if clean else Ranked(model, sizes, run, described) if described else made
         choose = selection.choose
 
         def record(samples, response, nll):
@@ -279,7 +329,7 @@ def compare(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float,
         run, chosen = arguments(args, method, lr, seed), {}
         base = described if "history_entropy" in asks(run.method) else losses
         clean = [~mask for mask in noise] if method == "oracle" else None
-        with watched(chosen, clean):
+        with watched(chosen, clean, described if method == "ranked" else None):
             lines = fit(model, examples, run, base, reference=reference if method == "rho1" else None)
         weights = torch.cat([chosen[i] for i in range(len(examples))])
         planted = torch.cat(noise)
@@ -444,10 +494,13 @@ def main():
     add("--lrs", default="1e-4,1e-3")
     add("--seeds", type=int, default=3)
     add("--objectives", action="store_true", help="train with every method, on every kind of data")
-    add("--only", default=",".join(ALL), help="with --objectives: these methods alone")
+    methods = [name for name in ALL if name not in VARIANTS and name != "ranked"]
+    add("--only", default=",".join(methods), help=f"with --objectives: these methods alone, of {', '.join(ALL)}")
     add("--report", action="store_true", help="only write tables and figures from what is there")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    for registry in (OBJECTIVES, baselines.METHODS):
+        registry.update(VARIANTS)
     if not args.report:
         tokenizer = data.load_tokenizer(args.model)
         n = args.samples

@@ -394,12 +394,23 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
     rows = write_rows(tmp_path / "rows.jsonl")
     rows.write_text(rows.read_text() * 3)
     argv = ["study", "--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--samples", "24"]
-    argv += ["--objectives", "--only", "full,sstoken,surprise,dft,rho1,oracle", "--lrs", "0.001", "--seeds", "1"]
+    argv += [
+        "--objectives",
+        "--only",
+        "full,sstoken,surprise,dft,rho1,oracle,both-2-0,ranked",
+        "--lrs",
+        "0.001",
+        "--seeds",
+        "1",
+    ]
     monkeypatch.setattr(study, "STEPS", (1, 6))
     monkeypatch.setattr(sys, "argv", argv)
+    for registry in (study.OBJECTIVES, study.baselines.METHODS):
+        for name in study.VARIANTS:
+            monkeypatch.setitem(registry, name, None)  # taken out again
     study.main()
     found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-seed0.json")}
-    assert len(found) == 4 * 6 - 1  # on clean data there is nothing that an oracle could know
+    assert len(found) == 4 * 8 - 1  # on clean data there is nothing that an oracle could know
     of = {(record["kind"], record["method"]): record for record in found.values()}
     for kind in ("vocabulary", "words", "faults"):
         assert of[kind, "oracle"]["noise_kept"] == 0 == of[kind, "oracle"]["noise_weight"]
@@ -407,6 +418,7 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
         assert of[kind, "full"]["noise_weight"] == pytest.approx(of[kind, "full"]["noise"])
         assert 0.6 <= of[kind, "sstoken"]["kept"] < 0.65 and of[kind, "dft"]["kept"] == 1
         assert of[kind, "full"]["held_out_before"] == of[kind, "oracle"]["held_out_before"]
+        assert of[kind, "ranked"]["kept"] <= of[kind, "surprise"]["kept"] >= of[kind, "both-2-0"]["kept"] > 0
     assert of["clean", "full"]["noise_kept"] is None and of["clean", "full"]["noise"] == 0
     assert "kept" in capsys.readouterr().out
     table = (tmp_path / "out" / "tables.md").read_text()

@@ -168,8 +168,8 @@ def test_other_objectives_are_shown_as_shades_of_their_weights(explorer, made):
         go_to(explorer, number)
         sample = page["samples"][number]
         known = {"nll": sample["losses"][state].double() / 2000, "history_nll": sample["history"].double() / 2000}
-        names = ("history_entropy", "history_spread")
-        known |= {name: values.double() / 20 for name, values in zip(names, sample["base"], strict=True)}
+        of_base = zip(("history_entropy", "history_spread"), sample["base"], strict=True)
+        known |= {name: values.double() / 20 for name, values in of_base}
         known |= {"top_entropy": sample["topEntropy"][state].double() / 80, "rho": 0.6}
         for shown, method in names.items():
             explorer.select_option("#method-b", shown)

@@ -491,8 +491,8 @@ import torch
 import train
 from support import ranks, start
 real = ranks.start_ranks
-def start_ranks(name):  # a device of its own for each rank, as GPUs have
-    device = real(name)
+def start_ranks(*given):  # a device of its own for each rank, as GPUs have
+    device = real(*given)
     return torch.device("cpu:0") if os.environ["RANK"] == "1" else device
 ranks.start_ranks = start_ranks
 start.run_script(lambda: train.main(sys.argv[1:]))
