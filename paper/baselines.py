@@ -139,7 +139,7 @@ class Objective(Fixed):
         self.watch = Watch(sorted(described)) if described else None
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
-        current = {"nll": nll} | (self.watch.take() if self.watch else {})
+        current = {"nll": nll} | (self.watch.take(nll) if self.watch else {})
         parts = {name: values.split([self.sizes[i] for i in samples]) for name, values in current.items()}
         found = []
         for place, i in enumerate(samples):
@@ -210,7 +210,7 @@ def response_losses(model: Transformer, examples: list[data.Example], described:
     for samples in tqdm(passes, "losses", leave=False, disable=not ranks.first_rank()):
         batch = [examples[i] for i in samples]
         nll = response_nll(model, *data.collate(batch, device), watch)
-        nll = torch.stack([nll, *watch.take().values()]).cpu() if watch else nll.cpu()
+        nll = torch.stack([nll, *watch.take(nll).values()]).cpu() if watch else nll.cpu()
         found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
     model.train(training)
     found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}

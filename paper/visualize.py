@@ -108,7 +108,7 @@ def signals(model: Transformer, examples: list[data.Example], layers: list[int])
     for members in baselines.scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
         nll, places = response_nll(model, ids, response, watch), response_places(response, device)
-        described = torch.stack(list(watch.take().values()))
+        described = torch.stack(list(watch.take(nll).values()))
         attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])
         sizes = [int(examples[i].response.sum()) for i in members]
         parts = nll.cpu().split(sizes), attention.cpu().split(sizes, 1), described.cpu().split(sizes, 1)

@@ -244,9 +244,9 @@ class Watch:
         for name, chunks in self.found.items():
             chunks.append(DESCRIPTIONS[name](log_p))
 
-    def take(self) -> dict[str, Tensor]:
-        """{name: (T,) float32} of all rows since the last call."""
-        found = {name: torch.cat(chunks) if chunks else torch.zeros(0) for name, chunks in self.found.items()}
+    def take(self, nll: Tensor) -> dict[str, Tensor]:
+        """{name: (T,) float32} of all rows since the last call; nll (T,): their losses, which may be none."""
+        found = {name: torch.cat([nll[:0], *chunks]) for name, chunks in self.found.items()}
         self.found = {name: [] for name in self.found}
         return found
 

@@ -203,7 +203,7 @@ class Ranked(train.SSToken):
         self.watch = Watch(["entropy", "spread"])
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
-        never = ~OBJECTIVES["surprise"](nll, *self.watch.take().values())
+        never = ~OBJECTIVES["surprise"](nll, *self.watch.take(nll).values())
         todo = zip(samples, never.split([self.sizes[i] for i in samples]), strict=True)
 
         def pick(scores, rho):

@@ -293,6 +293,8 @@ def torchrun(ranks, *given, script=None, **options):
                 ("qwen2", ["--shard", "--layer", "0", "--gradient-checkpointing", "--method", "sstoken"]),
                 ("qwen3", ["--shard", "--method", "random", "--rho", "0.05", "--history", "base"]),
                 ("llama", ["--method", "self-evolving", "--merge"]),
+                ("llama", ["--shard", "--method", "eaft"]),
+                ("qwen2", ["--method", "surprise", "--micro-batch-size", "8"]),
                 ("qwen3", ["--method", "self-evolving", "--shard"]),
                 (
                     "qwen2",
