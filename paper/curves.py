@@ -7,11 +7,15 @@ distributions, from the samples that the page holds.
 import html
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import lora
+from model import Transformer
+from support.adapters import find_adapter, read_adapter
 from support.files import UserError, read_json, read_log
-from support.runs import INNER
+from support.runs import INNER, snapshot_step, snapshots_in
 
 MOST = 600  # points of a curve: of a longer run, each is the mean of several steps
 ROWS = 20  # of a table, at most
@@ -79,7 +83,37 @@ def finite(value: float) -> float | None:
     return value if is_finite(value) else None
 
 
-def with_states(logs: list[dict], states: list) -> list[dict]:
+class State(NamedTuple):
+    """A model on the page: its label, its adapter's folder, and of which run it is the adapter after which step."""
+
+    label: str
+    adapter: Path | None = None
+    run: Path | None = None
+    step: int = 0
+
+
+def find_states(adapters: list[str], model: Transformer) -> list[State]:
+    """The models on the page: the base, then of each run its snapshots and, if it has ended, its last adapter.
+
+    UserError for an adapter that does not fit `model`.
+    """
+    states = [State("base model")]
+    for adapter in adapters:
+        name, run = Path(adapter).resolve().name, Path(adapter)
+        parts = snapshots_in(run)
+        going = parts and not (run / "adapter_config.json").exists()
+        run = run if going else find_adapter(adapter)
+        for part in snapshots_in(run):
+            step = snapshot_step(part)
+            states.append(State(f"{name}, step {step}", part, run, step))
+        if not going:
+            states.append(State(name, run, run, len(read_log(run))))
+    for state in states[1:]:
+        read_adapter(state.adapter, lora.decoder_linears(model))
+    return states
+
+
+def with_states(logs: list[dict], states: list[State]) -> list[dict]:
     """The runs of the page: those of `logs`, and those of its models that have a log.
 
     Each with "states", {step: the number of the model after it}. Of two runs with one name, each is called by its

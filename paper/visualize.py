@@ -33,9 +33,8 @@ import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import baselines, curves
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
-from support import checkpoint, command, machine, runs, templates
-from support.adapters import find_adapter, read_adapter
-from support.files import UserError, check_writable, read_log, write_whole
+from support import checkpoint, command, machine, templates
+from support.files import UserError, check_writable, write_whole
 from support.kernels import Watch
 from support.sources import Account, add_flags, source_names
 
@@ -68,50 +67,26 @@ class Sample(NamedTuple):
     top_entropy: Tensor | None = None
 
 
-class State(NamedTuple):
-    """A model on the page: its label, its adapter's folder, and of which run it is the adapter after which step."""
-
-    label: str
-    adapter: Path | None = None
-    run: Path | None = None
-    step: int = 0
-
-
-def find_states(adapters: list[str], model: Transformer) -> list[State]:
-    """The models on the page: the base, then of each run its snapshots and, if it has ended, its last adapter.
-
-    UserError for an adapter that does not fit `model`.
-    """
-    states = [State("base model")]
-    for adapter in adapters:
-        name, run = Path(adapter).resolve().name, Path(adapter)
-        parts = runs.snapshots_in(run)
-        going = parts and not (run / "adapter_config.json").exists()
-        run = run if going else find_adapter(adapter)
-        for part in runs.snapshots_in(run):
-            step = runs.snapshot_step(part)
-            states.append(State(f"{name}, step {step}", part, run, step))
-        if not going:
-            states.append(State(name, run, run, len(read_log(run))))
-    for state in states[1:]:
-        read_adapter(state.adapter, lora.decoder_linears(model))
-    return states
-
-
 @torch.no_grad()
-def signals(model: Transformer, examples: list[data.Example], layers: list[int]) -> Iterator[tuple[Tensor, ...]]:
-    """Of each sample L_theta (L_resp,), AttnScore (layers, L_resp), and H, sigma and the entropy of the 20 likeliest
-    tokens (3, L_resp); adapters on, dropout off."""
-    device, found, watch = model.lm_head.weight.device, {}, Watch(["entropy", "spread", "top_entropy"])
+def signals(
+    model: Transformer, examples: list[data.Example], layers: list[int], names: tuple[str, ...] = ()
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """L_theta (L_resp,) and AttnScore (layers, L_resp) of each sample, adapters on, dropout off.
+
+    names: what else is asked of each token's prediction, of kernels.DESCRIPTIONS: {name: (L_resp,)}.
+    """
+    device, found, watch = model.lm_head.weight.device, {}, Watch(names) if names else None
     probes = [AttentionProbe(model, layer) for layer in layers]
     model.eval()
     for members in baselines.scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
         nll, places = response_nll(model, ids, response, watch), response_places(response, device)
-        described = torch.stack(list(watch.take(nll).values()))
+        described = watch.take(nll) if watch else {}
         attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])
         sizes = [int(examples[i].response.sum()) for i in members]
-        parts = nll.cpu().split(sizes), attention.cpu().split(sizes, 1), described.cpu().split(sizes, 1)
+        described = {name: values.cpu().split(sizes) for name, values in described.items()}
+        described = [{name: parts[k] for name, parts in described.items()} for k in range(len(members))]
+        parts = nll.cpu().split(sizes), attention.cpu().split(sizes, 1), described
         found |= zip(members, zip(*parts, strict=True), strict=True)
     for probe in probes:
         probe.remove()
@@ -339,7 +314,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
+def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.State]]:
     """What the page shows of the tokens: samples, what its head says of them, and the models."""
     device = machine.find_device(args.device)
     tokenizer = data.load_tokenizer(args.model, args.revision, args.template or templates.trained_in(args.adapter))
@@ -351,7 +326,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
         print(line, file=sys.stderr)
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
     checkpoint.check_fits(model, args.model, examples)
-    states = find_states(args.adapter, model)
+    states = curves.find_states(args.adapter, model)
     if args.reference:
         baselines.check_reference_model(model, args.reference, examples)
     layers = layer_numbers(args.layers, model.config.num_hidden_layers)
@@ -360,7 +335,8 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
     for state in states:
         if state.adapter:
             lora.load_adapter(model, state.adapter)
-        found.append(list(signals(model, examples, layers)))
+        names = ("top_entropy",) if state.adapter else ("entropy", "spread", "top_entropy")
+        found.append(list(signals(model, examples, layers, names)))
         lora.remove_lora(model)
     reference = [None] * len(examples)
     if args.reference:
@@ -373,10 +349,11 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[State]]:
 
     samples = []
     for example, of_states, its_reference in zip(examples, zip(*found, strict=True), reference, strict=True):
-        nll, attention, described = (torch.stack(values) for values in zip(*of_states, strict=True))
-        losses = in_steps(nll, NATS)
-        parts = split_parts(example, tokenizer), losses[0], losses, in_steps(attention, SHARE), its_reference
-        base, top_entropy = in_steps(described[0, :2], BASE, 255), in_steps(described[:, 2], TOP, 255)
+        nll, attention, described = zip(*of_states, strict=True)
+        losses, attention = in_steps(torch.stack(nll), NATS), in_steps(torch.stack(attention), SHARE)
+        base = in_steps(torch.stack([described[0][name] for name in ("entropy", "spread")]), BASE, 255)
+        top_entropy = in_steps(torch.stack([values["top_entropy"] for values in described]), TOP, 255)
+        parts = split_parts(example, tokenizer), losses[0], losses, attention, its_reference
         samples.append(Sample(*parts, base, top_entropy))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"

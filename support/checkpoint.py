@@ -337,12 +337,17 @@ def generation_config(folder: Path, config: dict) -> dict:
     told = read_json(path) if path.exists() else {key: config[key] for key in SPECIAL_IDS if key in config}
     if not (folder / "tokenizer.json").exists():
         return told
-    tokenizer, ends = read_json(folder / "tokenizer.json"), told.get("eos_token_id")
+    tokenizer = read_json(folder / "tokenizer.json")
     end, model = special_token(folder, "eos_token"), tokenizer.get("model") or {}
     vocabulary = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
     ids = vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends = ends if ids.get(end) in (None, *ends) else [*ends, ids[end]]
+    return with_ends(told, [ids[end]] if end in ids else [])
+
+
+def with_ends(told: dict, tokens: list[int]) -> dict:
+    """A generation_config's content that names these tokens too where an answer ends, behind those that it has."""
+    ends = told.get("eos_token_id")
+    ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *tokens]))
     return told | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
 
 

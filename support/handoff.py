@@ -7,7 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from support.checkpoint import TOKENIZER_FILES
+from support.checkpoint import TOKENIZER_FILES, with_ends
 from support.command import cell
 from support.files import read_json, write_json, write_whole
 from support.tokenizer import Tokenizer
@@ -53,11 +53,7 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
     write_json(folder / "tokenizer_config.json", known | held | {"chat_template": template})
     write_whole(folder / "chat_template.jinja", lambda path: path.write_text(template, encoding="utf-8"))
     if (path := folder / "generation_config.json").exists():
-        told = read_json(path)
-        ends = told.get("eos_token_id")
-        ends = dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *sorted(tokenizer.end_ids)])
-        ends = [end for end in ends if end is not None]
-        write_json(path, told | {"eos_token_id": ends[0] if len(ends) == 1 else ends})
+        write_json(path, with_ends(read_json(path), sorted(tokenizer.end_ids)))
 
 
 # --------------------------------------------------------------------------------------------------- the model card
