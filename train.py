@@ -199,8 +199,8 @@ def make_parser() -> command.ArgumentParser:
     add("--out", help="folder of the run; default: a new one under runs/")
     add("--method", choices=METHODS, default="sstoken",
         help="what chooses the tokens to train on (Sec. 4.1)")
-    add("--rho", type=float, default=0.6, bound="in (0, 1]",
-        help="share of a sample's response tokens to select (Eq. 11); 1: no scoring")
+    add("--rho", type=command.share, default=0.6, bound="in (0, 1], or auto",
+        help="share of a sample's response tokens to select (Eq. 11); 1: no scoring; auto: the run finds it")
     add("--gamma", type=float, default=0.5, bound="in [0, 1]",
         help="weight of REL, against attention (Eq. 9); 0 skips the history pass")
     add("--lr", type=float, default=1e-4, bound="above 0 and finite", help="peak learning rate")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import lora
 from model import Transformer, load_model, response_nll
-from paper.objectives import OBJECTIVES, asks, weigh
+from paper.objectives import OBJECTIVES, asks, own_prompt, under_other_prompts, weigh
 from sstoken import excess_loss, select, share_of
 from support import ranks
 from support.adapters import ADAPTER_FILES, find_adapter, read_adapter, write_adapter
@@ -132,10 +132,12 @@ class Objective(Fixed):
     """
 
     def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: "Frozen"):
-        self.sizes = sizes
-        self.counts = [share_of(args.rho, size) for size in sizes] if "rho" in asks(args.method) else sizes
-        self.args, self.frozen, self.asks = args, frozen, asks(args.method)
-        described = self.asks & DESCRIPTIONS.keys()
+        self.sizes, self.args, self.frozen = sizes, args, frozen
+        self.method = "surprise" if args.rho == "auto" else args.method
+        self.own = frozen.belong() if args.rho == "auto" else [True] * len(sizes)
+        counts = [share_of(args.rho, size) for size in sizes] if "rho" in asks(self.method) else sizes
+        self.counts = [count * own for count, own in zip(counts, self.own, strict=True)]
+        described = asks(self.method) & DESCRIPTIONS.keys()
         self.watch = Watch(sorted(described)) if described else None
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
@@ -144,12 +146,15 @@ class Objective(Fixed):
         found = []
         for place, i in enumerate(samples):
             known = {name: values[place] for name, values in parts.items()} | self.frozen.of_base(i, nll.device)
-            found.append(weigh(self.args.method, known | {"rho": self.args.rho}))
+            weights = weigh(self.method, known | {"rho": self.args.rho})
+            found.append(weights if self.own[i] else torch.zeros_like(weights))
         return found
 
 
 def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: "Frozen") -> Fixed | None:
     """The selection of the method that `args` names for samples with `sizes` response tokens; None: it is ssToken's."""
+    if args.rho == "auto":
+        return Objective(sizes, args, frozen)
     if args.method in OBJECTIVES:
         if asks(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
             return Fixed([weigh(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
@@ -172,11 +177,12 @@ class Frozen(NamedTuple):
     """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
 
     base: before training; where they are asked for, (3, L_resp): losses, entropy and spread of what was predicted.
-    reference: L_ref of Eq. 2.
+    reference: L_ref of Eq. 2. elsewhere: the base model's of each answer under another sample's prompt; may be empty.
     """
 
     base: list[Tensor] | None = None
     reference: list[Tensor] | None = None
+    elsewhere: list[Tensor] | None = None
 
     def of_base(self, sample: int, device) -> dict[str, Tensor]:
         """What is known of the base model's predictions of a sample, by the names that objectives ask for."""
@@ -185,6 +191,13 @@ class Frozen(NamedTuple):
         rows = self.base[sample].to(device, non_blocking=True)
         names = ("history_nll", "history_entropy", "history_spread")
         return dict(zip(names, rows.view(-1, rows.shape[-1]), strict=False))
+
+    def belong(self) -> list[bool]:
+        """Which answers belong to their prompt, by `own_prompt`; all, where there is no other prompt."""
+        if not self.elsewhere:
+            return [True] * len(self.base)
+        gains = [theirs.sum() - ours.sum() for theirs, ours in zip(self.elsewhere, self.base, strict=True)]
+        return own_prompt(torch.stack(gains)).tolist()
 
 
 def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
@@ -236,7 +249,8 @@ def frozen_losses(
 
 def reads_kept_history(args: argparse.Namespace) -> bool:
     """Whether ssToken's history losses are to come from --cache: those of a fixed base model can."""
-    return bool(args.cache and args.method == "sstoken" and args.history == "base" and args.gamma and args.rho < 1)
+    scores = args.method == "sstoken" and args.rho not in ("auto", 1)
+    return bool(args.cache and scores and args.history == "base" and args.gamma)
 
 
 # ----------------------------------------------------------------------------------------------- the reference model
@@ -314,11 +328,16 @@ def run_method(
     fit: (samples, frozen, args, folder) trains the adapters that the model has.
     """
     device, seconds = model.lm_head.weight.device, 0.0
-    base = reference = None
-    if args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static" or reads_kept_history(args):
-        base, seconds = frozen_losses(model, None, examples, args)  # new adapters change nothing
-    if any(name.startswith("history") for name in asks(args.method)):
-        base, seconds = frozen_losses(model, None, examples, args, "history_entropy" in asks(args.method))
+    base = reference = elsewhere = None
+    ranks_by_base = args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static"
+    if args.rho == "auto" or ranks_by_base or reads_kept_history(args) or "history_nll" in asks(args.method):
+        described = "history_entropy" in asks(args.method)
+        base, seconds = frozen_losses(model, None, examples, args, described)  # new adapters change nothing
+    if args.rho == "auto":
+        others, taken = under_other_prompts(examples, args.seed), 0.0
+        if others:
+            elsewhere, taken = frozen_losses(model, None, others, args)
+        seconds += taken
     if reference_examples:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
         fit(reference_examples, Frozen(), plain, folder / "reference")
@@ -330,7 +349,7 @@ def run_method(
         seconds += taken
     if args.method == "self-evolving":
         return seconds + train_in_parts(model, examples, base, args, folder, fit)
-    fit(examples, Frozen(base, reference), args, folder)
+    fit(examples, Frozen(base, reference, elsewhere), args, folder)
     return seconds
 
 
@@ -443,6 +462,8 @@ def check_reference(args: argparse.Namespace):
             raise UserError(f"--method {args.method} needs --reference DIR, or --reference-data or -top to train one")
     elif args.reference or args.reference_data or (args.reference_top and args.method != "full"):
         raise UserError(f"--method {args.method} has no reference model; {' and '.join(WITH_REFERENCE)} do")
+    if args.rho == "auto" and args.method != "sstoken":
+        raise UserError(f"--rho auto is for --method sstoken; {args.method} takes a share, or none")
     if args.excess == "current" and args.method != "rho1":
         raise UserError("--excess current is for --method rho1: the others' ranking is made before training starts")
     if args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS:

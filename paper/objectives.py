@@ -10,16 +10,19 @@ with a weight (`sstoken.selected_loss`). No weight carries a gradient. What can 
     history_nll, history_entropy, history_spread    the same of the base model
     rho                                             --rho
 
-What asks for the base model alone is the same in every step, and made once.
+What asks for the base model alone is the same in every step, and made once. Last, what `--rho auto` asks beside
+`surprise`: whether an answer belongs to its prompt.
 """
 
 import inspect
 import math
+import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+import data
 from sstoken import retrospective_excess_loss, select
 from support.kernels import TOP
 
@@ -57,13 +60,14 @@ def low_loss(nll: Tensor, rho: float) -> Tensor:
     return select(-nll, rho)
 
 
-def surprise(history_nll: Tensor, history_entropy: Tensor, history_spread: Tensor) -> Tensor:
-    """Keep what the base model can account for: nll - H <= 2 sigma + 0.5. An extension, of this project.
+def surprise(nll: Tensor, entropy: Tensor, spread: Tensor) -> Tensor:
+    """Keep what the current model can account for: nll - H <= 3 sigma. An extension, of this project.
 
     A token drawn from the model's own distribution has loss H on average and deviates from that by sigma; whoever knows
-    both needs no rho. What is left over is the share that the run finds itself.
+    both needs no rho. Three sigma is the usual bound for outliers; what is left is the share that the run finds itself.
+    The base model's H and sigma do where it knows the task; one that is sure of something else drops what is to learn.
     """
-    return history_nll - history_entropy <= 2 * history_spread + 0.5
+    return nll - entropy <= 3 * spread
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -88,3 +92,42 @@ def weigh(method: str, known: dict) -> Tensor:
     return (
         weights if weights.any() else weights.index_fill(0, torch.zeros(1, dtype=torch.int64, device=weights.device), 1)
     )
+
+
+# --------------------------------------------------------------------------------- does an answer belong to its prompt?
+
+
+def under_other_prompts(examples: list[data.Example], seed: int) -> list[data.Example]:
+    """Each sample with what another one has in front of its first response token; none, where most have the same there.
+
+    A prompt that is too long for the longest sample's length loses its beginning.
+    """
+    starts = [int(response.int().argmax()) for _, response in examples]
+    prompts = [ids[:start] for (ids, _), start in zip(examples, starts, strict=True)]
+    alike = {}
+    for i, prompt in enumerate(prompts):
+        alike.setdefault(tuple(prompt.tolist()), []).append(i)
+    groups = random.Random(f"own {seed}").sample(list(alike.values()), len(alike))
+    order, largest = [i for group in groups for i in group], max(map(len, groups))
+    if 2 * largest > len(order):
+        return []
+    longest, found = max(len(ids) for ids, _ in examples), {}
+    for i, other in zip(order, order[largest:] + order[:largest], strict=True):
+        rest, response = (values[starts[i] :] for values in examples[i])
+        prompt = prompts[other][-(longest - len(rest)) :]
+        found[i] = data.Example(torch.cat([prompt, rest]), torch.cat([response.new_zeros(len(prompt)), response]))
+    return [found[i] for i in range(len(examples))]
+
+
+def own_prompt(gains: Tensor, level: float = 0.05) -> Tensor:
+    """Which answers belong to their prompt: (N,) bool. gains: (N,) nats by which each is likelier than under another.
+
+    For an answer to something else, the two prompts are as good as each other: a gain of +t is as likely as one of -t.
+    So the gains below -t count those above t that mean nothing, and the least t is taken at which they are at most a
+    share `level` of what is kept (knockoff+, Barber and Candes 2015, arXiv 1404.5609). Where no t is, the gains tell
+    nothing, of a handful of answers or by a model that does not heed its prompt, and all are kept.
+    """
+    for bar in gains.abs().sort().values:
+        if 1 + (gains <= -bar).sum() <= level * (gains >= bar).sum():
+            return gains >= bar
+    return torch.ones_like(gains, dtype=torch.bool)

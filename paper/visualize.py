@@ -32,18 +32,20 @@ import data
 import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import baselines, curves
+from paper.objectives import own_prompt, under_other_prompts
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, templates
 from support.files import UserError, check_writable, write_whole
 from support.kernels import Watch
-from support.sources import Account, add_flags, source_names
+from support.sources import Account, add_flags, load_rows, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
-BASE, TOP = (
+BELL, TOP = (
     20,
     80,
-)  # and in one byte H and sigma in 1 / BASE nats up to 12.7, entropies of 20 tokens in 1 / TOP up to 3.1
+)  # and in one byte H and sigma in 1 / BELL nats up to 12.7, entropies of 20 tokens in 1 / TOP up to 3.1
+DESCRIBED = ("entropy", "spread", "top_entropy")
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -54,8 +56,9 @@ class Sample(NamedTuple):
 
     parts: the text in its order, a str for what is prompt, a list of pieces (text, number of tokens) for what is
     response. history: L_his (L_resp,). losses: L_theta (states, L_resp). attention: AttnScore (states, layers, L_resp).
-    reference: L_ref (L_resp,) or None. For other objectives: base, H and sigma of the base model's predictions
-    (2, L_resp), in units of BASE; top_entropy (states, L_resp), in units of TOP.
+    reference: L_ref (L_resp,) or None. For other objectives: entropy and spread, H and sigma of what is predicted, in
+    units of BELL, top_entropy in units of TOP, (states, L_resp) each. own: whether the answer belongs to its prompt, as
+    --rho auto asks. noise: which tokens the data itself marks (L_resp,) bool, or None.
     """
 
     parts: list
@@ -63,8 +66,11 @@ class Sample(NamedTuple):
     losses: Tensor
     attention: Tensor
     reference: Tensor | None
-    base: Tensor | None = None
+    entropy: Tensor | None = None
+    spread: Tensor | None = None
     top_entropy: Tensor | None = None
+    own: bool = True
+    noise: Tensor | None = None
 
 
 @torch.no_grad()
@@ -143,6 +149,26 @@ def split_parts(example: data.Example, tokenizer: data.Tokenizer) -> list:
     return parts
 
 
+def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Tokenizer) -> list[Tensor | None]:
+    """Which response tokens the column "noise" of the rows marks: (L_resp,) bool a sample, or None where there is none.
+
+    It holds pairs [start, end], characters of the row's output, where the end token counts as one behind it. None too
+    where rows and samples do not go one by one, or an output is not encoded as it stands in its sample.
+    """
+    if len(rows) != len(examples):
+        return [None] * len(examples)
+    found = []
+    for row, (ids, response) in zip(rows, examples, strict=True):
+        ids, text = ids[response].tolist(), str(row.get("output", ""))
+        places = [*tokenizer.places(text), (tokenizer.eos_id, len(text), len(text) + 1)][: len(ids)]
+        if "noise" not in row or [token for token, _, _ in places] != ids:
+            found.append(None)
+            continue
+        spans = [(end - len(text[start:end].lstrip() or text[start:end] or " "), end) for _, start, end in places]
+        found.append(torch.tensor([any(start < b and a < end for a, b in row["noise"]) for start, end in spans]))
+    return found
+
+
 def choose(sample: Sample, state: int, layer: int, gamma: float, rho: float) -> tuple[Tensor, Tensor]:
     """Which response tokens are selected, and which of them are because of attention (they are not at gamma = 1).
 
@@ -193,8 +219,11 @@ def content(samples: list[Sample], head: dict) -> str:
         row["attention"] = [[pack(x) for x in layers] for layers in sample.attention]
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
-        if sample.base is not None:
-            row["base"], row["topEntropy"] = ([pack(x, 1) for x in rows] for rows in (sample.base, sample.top_entropy))
+        if sample.entropy is not None:
+            row |= {"entropy": [pack(x, 1) for x in sample.entropy], "spread": [pack(x, 1) for x in sample.spread]}
+            row |= {"topEntropy": [pack(x, 1) for x in sample.top_entropy], "own": sample.own}
+        if sample.noise is not None:
+            row["noise"] = pack(sample.noise, 1)
         rows.append(row)
     text = json.dumps(head | {"samples": rows}, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
@@ -335,8 +364,9 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
     for state in states:
         if state.adapter:
             lora.load_adapter(model, state.adapter)
-        names = ("top_entropy",) if state.adapter else ("entropy", "spread", "top_entropy")
-        found.append(list(signals(model, examples, layers, names)))
+        found.append(list(signals(model, examples, layers, DESCRIBED)))
+        if not state.adapter:
+            elsewhere = baselines.response_losses(model, under_other_prompts(examples, seed=42))
         lora.remove_lora(model)
     reference = [None] * len(examples)
     if args.reference:
@@ -347,14 +377,21 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
             checkpoint.check_fits(model, args.reference, examples)
         reference = [in_steps(nll, NATS) for nll in baselines.response_losses(model, examples)]
 
-    samples = []
-    for example, of_states, its_reference in zip(examples, zip(*found, strict=True), reference, strict=True):
+    own = [True] * len(examples)
+    if elsewhere:
+        gains = [theirs.sum() - nll.sum() for theirs, (nll, *_) in zip(elsewhere, found[0], strict=True)]
+        own = own_prompt(torch.stack(gains)).tolist()
+    rows = [row for source in source_names(args.data) if source != "pool" for row in load_rows(source, args.limit)]
+    samples, noise = [], marked(rows, examples, tokenizer)
+    for example, of_states, its_reference, of_sample in zip(
+        examples, zip(*found, strict=True), reference, zip(own, noise, strict=True), strict=True
+    ):
         nll, attention, described = zip(*of_states, strict=True)
         losses, attention = in_steps(torch.stack(nll), NATS), in_steps(torch.stack(attention), SHARE)
-        base = in_steps(torch.stack([described[0][name] for name in ("entropy", "spread")]), BASE, 255)
-        top_entropy = in_steps(torch.stack([values["top_entropy"] for values in described]), TOP, 255)
+        of_states = [torch.stack([values[name] for values in described]) for name in DESCRIBED]
+        of_states = [in_steps(values, unit, 255) for values, unit in zip(of_states, (BELL, BELL, TOP), strict=True)]
         parts = split_parts(example, tokenizer), losses[0], losses, attention, its_reference
-        samples.append(Sample(*parts, base, top_entropy))
+        samples.append(Sample(*parts, *of_states, *of_sample))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"
     return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
@@ -374,7 +411,7 @@ def main(argv: list[str] | None = None):
         return
     shown = curves.with_states(logs, states)
     head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
-    head |= {"base": BASE, "top": TOP}
+    head |= {"bell": BELL, "top": TOP}
     page = build_page(samples, head | {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)})
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)

@@ -17,6 +17,7 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
 # What a flag's value may be -> whether it is
 BOUNDS = {
     "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1], or auto": lambda value: value == "auto" or 0 < value <= 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "at least 0": lambda value: value >= 0,
@@ -26,6 +27,11 @@ BOUNDS = {
     "above 0 and finite": lambda value: 0 < value < float("inf"),
     "from 0 to 2^63 - 1": lambda value: 0 <= value < 2**63,
 }
+
+
+def share(text: str) -> float | str:
+    """A flag's type: a number, or "auto"."""
+    return text if text == "auto" else float(text)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -119,7 +119,8 @@ def next_commands(args: argparse.Namespace, folder: Path, reference: bool, demo:
     these = ["--model", args.model, *(["--revision", args.revision] if args.revision else [])]
     these += ["--adapter", str(folder), *(["--dtype", args.dtype] if args.dtype != "bfloat16" else [])]
     better = str(folder / "reference") if reference else args.reference
-    shown = ["--data", args.eval_data or args.data, *(["--reference", better] if better else [])]
+    rows = [args.data, "--limit", "40"] if demo else [args.eval_data or args.data]  # the demo's mark their noise
+    shown = ["--data", *rows, *(["--reference", better] if better else [])]
     shown += ["--max-length", str(args.max_length)] if args.max_length != 2048 else []
     question = "Now say up, hot in opposites." if demo else "What is the capital of France?"
     graded = ["--tasks", "instructions", "--data", demo] if demo else []
@@ -127,5 +128,5 @@ def next_commands(args: argparse.Namespace, folder: Path, reference: bool, demo:
     commands.append(["-m", "paper.visualize", *these, *shown])
     if demo:
         larger = ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--data", "tatsu-lab/alpaca", "--limit", "1000"]
-        commands.append(["train.py", *larger])
+        commands += [["train.py", "--rho", "auto"], ["train.py", *larger]]
     return commands

@@ -47,9 +47,9 @@ import lora
 import train
 from model import load_model
 from paper import baselines, visualize
-from paper.objectives import OBJECTIVES, asks
+from paper.objectives import OBJECTIVES, asks, own_prompt, under_other_prompts
 from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
-from support import command
+from support import command, machine
 from support.files import UserError, read_json, write_json, write_whole
 from support.kernels import Watch
 
@@ -63,11 +63,12 @@ KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of ot
 FAULTS = {"faults": "wrong answers, cut ends, boilerplate"}
 METHODS = {"full": ["--method", "full"], "sstoken": [], "probability": ["--gain", "probability"]}
 ALL = METHODS | {"random": ["--method", "random"], "rho1": ["--method", "rho1", "--reference-data", "-"]}
-ALL |= {name: ["--method", name] for name in OBJECTIVES} | {"oracle": ["--method", "full"]}
+ALL |= {name: ["--method", name] for name in OBJECTIVES}
+ALL |= {"auto": ["--rho", "auto"], "oracle": ["--method", "full"]}
 
 
 def accountable(c: float, slack: float, by: str) -> Callable:
-    """`objectives.surprise` with other numbers: nll - H <= c sigma + slack, by base or current model, or both."""
+    """`objectives.surprise` with other numbers: nll - H <= c sigma + slack, by the base model too, or alone."""
 
     def base(history_nll, history_entropy, history_spread):
         return history_nll - history_entropy <= c * history_spread + slack
@@ -81,9 +82,9 @@ def accountable(c: float, slack: float, by: str) -> Callable:
     return {"base": base, "current": current, "both": both}[by]
 
 
-VARIANTS = {f"base-{c}-{slack}": accountable(c, slack, "base") for c in (0.5, 1, 1.5, 2, 3) for slack in (0, 0.5)}
-VARIANTS |= {f"{by}-2-{slack}": accountable(2, slack, by) for by in ("current", "both") for slack in (0, 0.5)}
-ALL |= {name: ["--method", name] for name in VARIANTS} | {"ranked": []}
+VARIANTS = {f"base-{c}-{slack}": accountable(c, slack, "base") for c in (1, 2, 3, 4, 5) for slack in (0, 0.5)}
+VARIANTS["both-3-0"] = accountable(3, 0, "both")
+ALL |= {name: ["--method", name] for name in VARIANTS} | {"own": ["--method", "full"], "ranked": []}
 
 
 # ------------------------------------------------------------------------------------------------------ the noise
@@ -199,7 +200,7 @@ class Ranked(train.SSToken):
 
     def __init__(self, model, sizes: list[int], run: argparse.Namespace, described: list[Tensor]):
         super().__init__(model, sizes, run, [values[0] for values in described])
-        self.counts = [int(OBJECTIVES["surprise"](*values).sum()) for values in described]
+        self.counts = [int(OBJECTIVES["base-3-0"](*values).sum()) for values in described]
         self.watch = Watch(["entropy", "spread"])
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
@@ -219,15 +220,15 @@ class Ranked(train.SSToken):
 
 
 @contextlib.contextmanager
-def watched(chosen: dict[int, Tensor], clean: list[Tensor] | None = None, described: list[Tensor] | None = None):
+def watched(chosen: dict[int, Tensor], masks: list[Tensor] | None = None, described: list[Tensor] | None = None):
     """A context in which the loop's selection leaves in `chosen` each sample's last weights.
 
-    clean: for the oracle. described: for `Ranked`.
+    masks: to train on instead. described: for `Ranked`.
     """
 
     def make(model, sizes, run, frozen):
         made = real(model, sizes, run, frozen) or train.SSToken(model, sizes, run, frozen.base)
-        selection = baselines.Fixed(clean) if clean else Ranked(model, sizes, run, described) if described else made
+        selection = baselines.Fixed(masks) if masks else Ranked(model, sizes, run, described) if described else made
         choose = selection.choose
 
         def record(samples, response, nll):
@@ -246,7 +247,7 @@ def watched(chosen: dict[int, Tensor], clean: list[Tensor] | None = None, descri
 
 
 def fit(
-    model, examples, run: argparse.Namespace, base=None, at_step=lambda step: None, reference: list | None = None
+    model, examples, run: argparse.Namespace, base=None, at_step=lambda step: None, reference=None, elsewhere=None
 ) -> list[dict]:
     """Train new adapters on `examples`; at_step is called after each optimizer step. Returns the log."""
     lines = []
@@ -257,7 +258,7 @@ def fit(
         model.train()
 
     lora.new_adapters(model, run)
-    train.train(model, examples, run, log, frozen=baselines.Frozen(base, reference))
+    train.train(model, examples, run, log, frozen=baselines.Frozen(base, reference, elsewhere))
     return lines
 
 
@@ -319,7 +320,9 @@ def compare(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float,
     described = baselines.response_losses(model, examples, described=True)
     losses = [values[0] for values in described]
     before = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
-    reference = None
+    elsewhere = baselines.response_losses(model, under_other_prompts(examples, seed))
+    gains = [theirs.sum() - ours.sum() for theirs, ours in zip(elsewhere, losses, strict=True)]
+    belongs, reference = own_prompt(torch.stack(gains)), None
     for method, file in files.items():
         if file.exists():
             continue
@@ -327,17 +330,21 @@ def compare(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float,
             fit(model, rows["reference"], arguments(args, "full", lr, seed))
             reference = baselines.response_losses(model, examples)
         run, chosen = arguments(args, method, lr, seed), {}
+        better = reference if method == "rho1" else None
         base = described if "history_entropy" in asks(run.method) else losses
-        clean = [~mask for mask in noise] if method == "oracle" else None
-        with watched(chosen, clean, described if method == "ranked" else None):
-            lines = fit(model, examples, run, base, reference=reference if method == "rho1" else None)
+        masks = [~mask for mask in noise] if method == "oracle" else None
+        if method == "own":
+            masks = [torch.full_like(mask, yes) for mask, yes in zip(noise, belongs.tolist(), strict=True)]
+        with watched(chosen, masks, described if method == "ranked" else None):
+            lines = fit(model, examples, run, base, reference=better, elsewhere=elsewhere)
         weights = torch.cat([chosen[i] for i in range(len(examples))])
         planted = torch.cat(noise)
         found = {"kept": (weights != 0).float().mean().item(), "noise": planted.float().mean().item()}
         found["noise_kept"] = (weights[planted] != 0).float().mean().item() if planted.any() else None
         found["noise_weight"] = (weights[planted].sum() / weights.sum()).item()
         found |= {"kind": kind, "method": method, "lr": lr, "seed": seed, "loss": [line["loss"] for line in lines]}
-        found |= {"weights": [[round(w, 3) for w in chosen[i].tolist()] for i in range(len(examples))]}
+        if kind == "clean" and seed == 0:
+            found |= {"weights": [[round(w, 3) for w in chosen[i].tolist()] for i in range(len(examples))]}
         after = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
         write_json(file, found | {"held_out_before": before, "held_out_after": after})
         print(
@@ -514,7 +521,7 @@ def main():
             raise UserError(f"{args.out} holds trainings of another setting: {read_json(given)}")
         write_json(given, settings)
         rows = {"train": examples[:n], "reference": examples[n : 2 * n], "held out": examples[2 * n :]}
-        model = load_model(args.model, torch.bfloat16)
+        model = load_model(args.model, torch.bfloat16, machine.find_device("auto"))
         for seed in range(args.seeds):
             for lr in map(float, args.lrs.split(",")):
                 for kind in (*KINDS, *FAULTS, "clean") if args.objectives else (*KINDS, "clean"):

@@ -397,7 +397,7 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
     argv += [
         "--objectives",
         "--only",
-        "full,sstoken,surprise,dft,rho1,oracle,both-2-0,ranked",
+        "full,sstoken,surprise,dft,rho1,oracle,both-3-0,base-3-0,ranked,auto,own",
         "--lrs",
         "0.001",
         "--seeds",
@@ -410,7 +410,7 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
             monkeypatch.setitem(registry, name, None)  # taken out again
     study.main()
     found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-seed0.json")}
-    assert len(found) == 4 * 8 - 1  # on clean data there is nothing that an oracle could know
+    assert len(found) == 4 * 11 - 1  # on clean data there is nothing that an oracle could know
     of = {(record["kind"], record["method"]): record for record in found.values()}
     for kind in ("vocabulary", "words", "faults"):
         assert of[kind, "oracle"]["noise_kept"] == 0 == of[kind, "oracle"]["noise_weight"]
@@ -418,7 +418,8 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
         assert of[kind, "full"]["noise_weight"] == pytest.approx(of[kind, "full"]["noise"])
         assert 0.6 <= of[kind, "sstoken"]["kept"] < 0.65 and of[kind, "dft"]["kept"] == 1
         assert of[kind, "full"]["held_out_before"] == of[kind, "oracle"]["held_out_before"]
-        assert of[kind, "ranked"]["kept"] <= of[kind, "surprise"]["kept"] >= of[kind, "both-2-0"]["kept"] > 0
+        assert of[kind, "ranked"]["kept"] <= of[kind, "base-3-0"]["kept"] >= of[kind, "both-3-0"]["kept"] > 0
+        assert of[kind, "auto"]["kept"] <= of[kind, "surprise"]["kept"] and of[kind, "own"]["kept"] > 0.5
     assert of["clean", "full"]["noise_kept"] is None and of["clean", "full"]["noise"] == 0
     assert "kept" in capsys.readouterr().out
     table = (tmp_path / "out" / "tables.md").read_text()

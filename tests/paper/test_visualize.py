@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import numpy
 import pytest
@@ -90,7 +91,7 @@ def held(folder) -> dict:
         sample["losses"] = [numbers(x) for x in sample["losses"]]
         sample["history"] = sample["losses"][0]
         sample["attention"] = [[numbers(x) for x in layers] for layers in sample["attention"]]
-        for name in ("base", "topEntropy"):
+        for name in ("entropy", "spread", "topEntropy"):
             sample[name] = [torch.tensor(list(base64.b64decode(x))) for x in sample[name]]
     return page
 
@@ -168,8 +169,7 @@ def test_other_objectives_are_shown_as_shades_of_their_weights(explorer, made):
         go_to(explorer, number)
         sample = page["samples"][number]
         known = {"nll": sample["losses"][state].double() / 2000, "history_nll": sample["history"].double() / 2000}
-        of_base = zip(("history_entropy", "history_spread"), sample["base"], strict=True)
-        known |= {name: values.double() / 20 for name, values in of_base}
+        known |= {name: sample[name][state].double() / 20 for name in ("entropy", "spread")}
         known |= {"top_entropy": sample["topEntropy"][state].double() / 80, "rho": 0.6}
         for shown, method in names.items():
             explorer.select_option("#method-b", shown)
@@ -194,8 +194,8 @@ def test_what_is_stored_of_predictions_is_what_transformers_predicts(made):
         log_p = peer(example.ids[None]).logits[0, :-1].log_softmax(-1)[example.response[1:]]
         entropy = -(log_p.exp() * log_p).sum(-1)
         spread = ((log_p.exp() * log_p**2).sum(-1) - entropy**2).sqrt()
-        for stored, value in zip(sample["base"], (entropy, spread), strict=True):
-            assert (stored / 20 - value).abs().max() < 0.0255
+        for name, value in (("entropy", entropy), ("spread", spread)):
+            assert (sample[name][0] / 20 - value).abs().max() < 0.0255
         best = log_p.topk(20).values.log_softmax(-1)
         assert (sample["topEntropy"][0] / 80 + (best.exp() * best).sum(-1)).abs().max() < 0.0064
 
@@ -740,3 +740,42 @@ def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "signals", lambda *given: pytest.fail("work before the mistake was seen"))
     with pytest.raises(files.UserError, match=re.escape(words)):
         visualize.main([*made[1], *flags])
+
+
+def test_noise_that_the_data_marks_is_underlined_and_rho_auto_leaves_answers_out(browser, tmp_path, monkeypatch):
+    demo = Path(__file__).parents[2] / "demo"
+    belong = [number % 3 > 0 for number in range(30)]
+    monkeypatch.setattr(visualize, "own_prompt", lambda gains: torch.tensor(belong) if len(gains) == 30 else None)
+    flags = ["--model", str(demo / "model"), "--data", str(demo / "sft.jsonl"), "--limit", "30", "--dtype", "float32"]
+    visualize.main([*flags, "--out", str(tmp_path / "page.html")])
+    rows = [json.loads(line) for line in (demo / "sft.jsonl").read_text().splitlines()[:30]]
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    page.select_option("#method-a", "surprise")
+    taken, all_noise, accounted = 0, 0, []
+    for number, row in enumerate(rows):
+        go_to(page, number)
+        shown = page.eval_on_selector_all(".t", "all => all.map(t => [t.textContent, t.matches('.noise')])")
+        text, spans = "", []
+        for piece, noise in shown:
+            if noise:
+                spans.append((len(text) + len(piece) - len(piece.lstrip() or piece), len(text) + len(piece)))
+            text += piece
+        assert text == row["output"] + "<|end|>"
+        wrong = [text[start:end] for start, end in row["noise"]]  # the end token is one character there
+        assert (
+            "".join(text[start:end] for start, end in spans)
+            .replace(" ", "")
+            .startswith("".join(wrong).replace(" ", ""))
+        )
+        assert bool(spans) == bool(row["noise"])
+        accounted.append(selected(page))
+        noisy = page.eval_on_selector_all(".t", "all => all.map(t => t.matches('.noise'))")
+        taken += sum(a and b for a, b in zip(accounted[-1], noisy, strict=True))
+        all_noise += sum(noisy)
+    assert f"of the marked noise on this page {100 * taken / all_noise:.1f} %" in page.locator(".summary").inner_text()
+    page.select_option("#method-a", "rho auto")
+    for number, mask in enumerate(accounted):
+        go_to(page, number)
+        assert selected(page) == (mask if belong[number] else [False] * len(mask))
+    page.close()
