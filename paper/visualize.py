@@ -161,11 +161,15 @@ def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Token
     for row, (ids, response) in zip(rows, examples, strict=True):
         ids, text = ids[response].tolist(), str(row.get("output", ""))
         places = [*tokenizer.places(text), (tokenizer.eos_id, len(text), len(text) + 1)][: len(ids)]
-        if "noise" not in row or [token for token, _, _ in places] != ids:
+        try:
+            wrong = [(int(start), int(end)) for start, end in row["noise"]]
+        except (KeyError, TypeError, ValueError):  # no such column, or one of anything else
+            wrong = None
+        if wrong is None or [token for token, _, _ in places] != ids:
             found.append(None)
             continue
         spans = [(end - len(text[start:end].lstrip() or text[start:end] or " "), end) for _, start, end in places]
-        found.append(torch.tensor([any(start < b and a < end for a, b in row["noise"]) for start, end in spans]))
+        found.append(torch.tensor([any(start < b and a < end for a, b in wrong) for start, end in spans]))
     return found
 
 

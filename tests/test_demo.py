@@ -137,6 +137,8 @@ def test_rows_whose_samples_are_not_theirs_mark_nothing():
     bare = [{k: v for k, v in some[0].items() if k != "noise"}, {**some[1], "output": "other"}, some[2]]
     found = visualize.marked(bare, examples, tokenizer)
     assert found[:2] == [None, None] and len(found[2]) == int(examples[2].response.sum())
+    for other in (None, 3, True, "a remark", ["loud"], [[1]], [["a", "b"]], {"start": 1}):
+        assert visualize.marked([{**row, "noise": other} for row in some], examples, tokenizer) == [None] * 3
     short = [data.Example(e.ids[:-4], e.response[:-4]) for e in examples]  # as --max-length cuts them
     assert [len(m) for m in visualize.marked(some, short, tokenizer)] == [int(e.response.sum()) for e in short]
 

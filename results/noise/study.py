@@ -4,8 +4,8 @@
     python results/noise/study.py --model DIR --data rows.jsonl --out DIR --objectives     # every method side by side
 
 Of each response 20 % of the tokens are replaced, the end token left out: by random entries of the vocabulary, or by
-words of other responses. Then a model is trained on that, on all tokens (full), on ssToken's choice, or on ssToken's
-choice with `--gain probability`, and at some steps every score is computed for every response token:
+words of other responses. Then a model is trained on that, on all tokens (full), on ssToken's choice, also with `--gain
+probability`, or with `--rho auto`, and at some steps every score is computed for every response token:
 
     REL           Normalize(REL), Eq. 8
     attention     AttnScore, Eq. 7
@@ -26,6 +26,7 @@ Each training is a JSON file in --out and is not run again; tables and figures a
 import argparse
 import contextlib
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -62,9 +63,16 @@ BATCH = 8
 KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of other responses"}
 FAULTS = {"faults": "wrong answers, cut ends, boilerplate"}
 METHODS = {"full": ["--method", "full"], "sstoken": [], "probability": ["--gain", "probability"]}
+METHODS |= {"auto": ["--rho", "auto"]}
 ALL = METHODS | {"random": ["--method", "random"], "rho1": ["--method", "rho1", "--reference-data", "-"]}
 ALL |= {name: ["--method", name] for name in OBJECTIVES}
-ALL |= {"auto": ["--rho", "auto"], "oracle": ["--method", "full"]}
+ALL |= {"oracle": ["--method", "full"]}
+NAMES = {
+    "sstoken": "ssToken",
+    "auto": "ssToken, --rho auto",
+    "oracle": "full, on clean tokens",
+    "probability": "--gain probability",
+}
 
 
 def accountable(c: float, slack: float, by: str) -> Callable:
@@ -84,7 +92,8 @@ def accountable(c: float, slack: float, by: str) -> Callable:
 
 VARIANTS = {f"base-{c}-{slack}": accountable(c, slack, "base") for c in (1, 2, 3, 4, 5) for slack in (0, 0.5)}
 VARIANTS["both-3-0"] = accountable(3, 0, "both")
-ALL |= {name: ["--method", name] for name in VARIANTS} | {"own": ["--method", "full"], "ranked": []}
+OF_THE_STUDY = {name: ["--method", name] for name in VARIANTS} | {"own": ["--method", "full"], "ranked": []}
+ALL |= OF_THE_STUDY
 
 
 # ------------------------------------------------------------------------------------------------------ the noise
@@ -272,6 +281,7 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
         examples, noise = plant_noise(examples, kind, tokenizer, seed)
     lora.remove_lora(model)
     history = baselines.response_losses(model, examples)
+    elsewhere = baselines.response_losses(model, under_other_prompts(examples, seed))
     before = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
     if noise:
         fit(model, rows["reference"], arguments(args, "full", lr, seed))
@@ -292,7 +302,7 @@ def study(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float, s
                         "noise": drop[torch.cat(noise)].mean().item(),
                     }
 
-        lines = fit(model, examples, arguments(args, method, lr, seed), history, at_step)
+        lines = fit(model, examples, arguments(args, method, lr, seed), history, at_step, elsewhere=elsewhere)
         fall = found.pop("fall", None)
         write_json(
             file,
@@ -424,70 +434,97 @@ def figure(results: list[dict], what: str, label: str, chance: float, path: Path
 
 
 def compared(results: list[dict]) -> str:
-    """What each method keeps and what comes of it, as markdown: a row a method, for each kind of data."""
-    heads = [
-        "data",
-        "trained by",
-        "seeds",
-        "held-out clean loss, before",
-        "after",
-        "tokens kept",
-        "of what it trains on, noise",
-    ]
-    text = ["| " + " | ".join(heads) + " |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+    """What each method keeps and what comes of it, as markdown: a row a method, for each kind of data and rate."""
+    heads = ["data", "lr", "trained by", "seeds", "held-out clean loss, before", "after", "beside full and oracle"]
+    heads += ["tokens kept", "of what it trains on, noise"]
+    text = ["| " + " | ".join(heads) + " |", "| --- | --- | --- |" + " ---: |" * (len(heads) - 3)]
     for kind in ("clean", *KINDS, *FAULTS):
-        of_kind = [r for r in results if r["kind"] == kind]
-        by = {method: [r for r in of_kind if r["method"] == method] for method in ALL}
-        for method in sorted(filter(by.get, by), key=lambda name: mean(r["held_out_after"] for r in by[name])):
-            found = by[method]
-            cells = [
-                spread([r[key] for r in found], 3)
-                for key in ("held_out_before", "held_out_after", "kept", "noise_weight")
-            ]
-            text.append(f"| {kind} | {method} | {len(found)} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+        for lr in sorted({r["lr"] for r in results}, reverse=True):
+            by = {method: of_seeds(results, kind, method, lr) for method in ALL}
+            best = dict.fromkeys({r["seed"] for r in results}, math.inf)
+            for r in by["full"] + by["oracle"]:
+                best[r["seed"]] = min(best[r["seed"]], r["held_out_after"])
+            for method in sorted(filter(by.get, by), key=lambda name: mean(r["held_out_after"] for r in by[name])):
+                found = by[method]
+                cells = [spread([r[f"held_out_{when}"] for r in found], 3) for when in ("before", "after")]
+                cells.append(f"{mean(r['held_out_after'] - best[r['seed']] for r in found):+.4f}")
+                cells += [spread([r[key] for r in found], 3) for key in ("kept", "noise_weight")]
+                text.append(f"| {kind} | {lr} | {method} | {len(found)} | " + " | ".join(cells) + " |")
+    return (
+        "\n".join(text) + "\n\nBeside full and oracle: the loss after, less the better of these two, mean over seeds.\n"
+    )
 
 
 def only_kept(results: list[dict], texts: list[list[str]]) -> str:
     """For each method the five tokens that it alone keeps most often, of clean data with the first seed, as markdown.
 
-    texts: each sample's response tokens. A method that weighs all tokens keeps those of more than the mean weight; full
-    training, which keeps all, and chance take no part.
+    texts: each sample's response tokens. A method that weighs all tokens keeps those of more than the mean weight. One
+    that keeps nine in ten is told by what it leaves out; full training, chance and variants take no part.
     """
-    first = {r["method"]: r["weights"] for r in results if r["kind"] == "clean" and r["seed"] == 0}
-    places = [(i, k) for i, sample in enumerate(texts) for k in range(len(sample))]
+    lr = max(r["lr"] for r in results)
+    first = {r["method"]: r["weights"] for r in results if (r["kind"], r["seed"], r["lr"]) == ("clean", 0, lr)}
+    places = {(i, k) for i, sample in enumerate(texts) for k in range(len(sample))}
     kept = {}
     for name, weights in first.items():
-        if name not in ("full", "random"):
-            middle = mean(w for sample in weights for w in sample) if all(map(all, weights)) else 0
+        if name not in ("full", "random", *OF_THE_STUDY):
+            every = [w for sample in weights for w in sample]
+            middle = 0 if set(every) <= {0, 1} else mean(every)
             kept[name] = {(i, k) for i, k in places if weights[i][k] > middle}
+    narrow = {name for name, its in kept.items() if len(its) < 0.9 * len(places)}
     text = ["| trained by | tokens that it alone keeps, the most frequent first |", "| --- | --- |"]
     for name, its in kept.items():
-        others = set().union(*(theirs for other, theirs in kept.items() if other != name))
-        counts = Counter(texts[i][k] for i, k in its - others)
+        others = set().union(*(kept[other] for other in narrow - {name}))
+        counts = Counter(texts[i][k] for i, k in sorted(its - others if name in narrow else places - its))
         found = ", ".join(f"{command.cell(repr(token))} ({count})" for token, count in counts.most_common(5))
-        text.append(f"| {name} | {found or 'none'} |")
+        text.append(f"| {name} | {'' if name in narrow else 'leaves out: '}{found or 'none'} |")
     return "\n".join(text) + "\n"
 
 
 def compared_figure(results: list[dict], path: Path):
-    """The change of the held-out loss by every method, a dot a seed, the best method on top; a panel a kind of data."""
+    """The change of the held-out loss by every method, a dot a seed, at the highest rate; a panel a kind of data.
+
+    The methods stand in one order in all panels: that of their worst kind, the best on top.
+    """
+    lr = max(r["lr"] for r in results)
     kinds = [kind for kind in ("clean", *KINDS, *FAULTS) if any(r["kind"] == kind for r in results)]
-    grid, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 5), layout="constrained", squeeze=False)
+    change = {}
+    for r in results:
+        if r["lr"] == lr and r["method"] not in OF_THE_STUDY:
+            by_kind = change.setdefault(r["method"], {})
+            by_kind.setdefault(r["kind"], []).append(r["held_out_after"] - r["held_out_before"])
+    order = sorted(change, key=lambda name: -max(map(mean, change[name].values())))
+    grid, axes = pyplot.subplots(
+        1, len(kinds), figsize=(3 * len(kinds), 4.5), layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    titles = {"clean": "clean rows"} | {kind: f"{SHARE:.0%} {what}" for kind, what in KINDS.items()} | FAULTS
     for kind, ax in zip(kinds, axes[0], strict=True):
-        change = {}
-        for r in results:
-            if r["kind"] == kind:
-                change.setdefault(r["method"], []).append(r["held_out_after"] - r["held_out_before"])
-        order = sorted(change, key=lambda name: -mean(change[name]))
+        ax.axvspan(-0.3, 0, color="tab:green", alpha=0.08)
+        for name, colour in (("full", "black"), ("oracle", "tab:green")):
+            if values := change.get(name, {}).get(kind):
+                ax.axvline(mean(values), color=colour, linewidth=1)
         for place, name in enumerate(order):
-            colour = {"full": "black", "oracle": "tab:green", "sstoken": "tab:blue"}.get(name, "tab:gray")
-            ax.plot(change[name], [place] * len(change[name]), "o", color=colour, alpha=0.7)
-        ax.axvline(0, color="gray", linewidth=0.8, linestyle="--")
-        ax.set(title={**KINDS, **FAULTS}.get(kind, kind), yticks=range(len(order)), yticklabels=order)
-        ax.set_xlabel("\u2190 better    held-out loss, change    worse \u2192")
+            colour = {"full": "black", "oracle": "tab:green", "sstoken": "tab:orange", "auto": "tab:blue"}.get(
+                name, "gray"
+            )
+            values = change[name].get(kind, [])
+            ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.7, markersize=5)
+        ax.set_title(titles[kind], fontsize="small")
+        ax.set(yticks=range(len(order)), yticklabels=[NAMES.get(name, name) for name in order])
+        ax.grid(axis="y", alpha=0.3)
+    worst = max(x for by_kind in change.values() for values in by_kind.values() for x in values)
+    axes[0][0].set_xlim(min(x for by in change.values() for xs in by.values() for x in xs) - 0.02, worst + 0.02)
+    grid.supxlabel(
+        "\u2190 learned    loss on held-out clean rows, change in nats a token    unlearned \u2192", fontsize="small"
+    )
     grid.savefig(path, dpi=130)
     pyplot.close(grid)
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Every training in --out: a file each, or gathered, a line each, in trainings.jsonl."""
+    gathered = folder / "trainings.jsonl"
+    lines = gathered.read_text().splitlines() if gathered.exists() else []
+    return [json.loads(text) for text in [*lines, *(path.read_text() for path in sorted(folder.glob("*-seed*.json")))]]
 
 
 def main():
@@ -501,7 +538,7 @@ def main():
     add("--lrs", default="1e-4,1e-3")
     add("--seeds", type=int, default=3)
     add("--objectives", action="store_true", help="train with every method, on every kind of data")
-    methods = [name for name in ALL if name not in VARIANTS and name != "ranked"]
+    methods = [name for name in ALL if name not in OF_THE_STUDY]
     add("--only", default=",".join(methods), help=f"with --objectives: these methods alone, of {', '.join(ALL)}")
     add("--report", action="store_true", help="only write tables and figures from what is there")
     args = parser.parse_args()
@@ -526,7 +563,7 @@ def main():
             for lr in map(float, args.lrs.split(",")):
                 for kind in (*KINDS, *FAULTS, "clean") if args.objectives else (*KINDS, "clean"):
                     (compare if args.objectives else study)(args, model, tokenizer, rows, kind, lr, seed)
-    results = [json.loads(path.read_text()) for path in sorted(Path(args.out).glob("*-seed*.json"))]
+    results = read_results(Path(args.out))
     text = tables(results) if not args.objectives else compared(results)
     if args.objectives:
         tokenizer = data.load_tokenizer(args.model)

@@ -424,13 +424,18 @@ def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypa
     assert "kept" in capsys.readouterr().out
     table = (tmp_path / "out" / "tables.md").read_text()
     best = min((record["held_out_after"], name) for (kind, name), record in of.items() if kind == "words")[1]
-    assert re.search(r"\| words \| ([\w-]+) \|", table)[1] == best
+    assert re.search(r"\| words \| 0.001 \| ([\w-]+) \|", table)[1] == best
     assert (tmp_path / "out" / "objectives.png").stat().st_size > 10_000
 
 
 def test_what_a_method_alone_keeps_by_hand():
-    weights = {"full": [[1, 1, 1], [1, 1]], "stm": [[1, 0, 1], [0, 1]], "profit": [[1, 1, 0], [0, 0]]}
-    weights["dft"] = [[0.1, 0.1, 0.1], [0.9, 0.1]]
-    results = [{"kind": "clean", "seed": 0, "method": name, "weights": given} for name, given in weights.items()]
-    text = study.only_kept(results, [["a", "b", "c"], ["d", "c"]])
-    assert text.splitlines()[2:] == ["| stm | 'c' (2) |", "| profit | 'b' (1) |", "| dft | 'd' (1) |"]
+    weights = {"full": [[1] * 10, [1] * 2], "stm": [[1, 0, 1] + [0] * 7, [0, 1]], "profit": [[1, 1] + [0] * 8, [0, 0]]}
+    weights["dft"] = [[0.1] * 9 + [0.0], [0.9, 0.1]]
+    weights["surprise"] = [[1] * 9 + [0], [1, 1]]  # keeps eleven of twelve, and takes nothing from the others
+    clean = {"kind": "clean", "seed": 0, "lr": 1}
+    results = [clean | {"method": name, "weights": given} for name, given in weights.items()]
+    results.append(clean | {"lr": 0.1, "method": "eaft", "weights": weights["full"]})  # at another rate
+    results.append(clean | {"method": "own", "weights": weights["full"]})  # a variant
+    text = study.only_kept(results, [["a", "b", "c", *"vvvvvv", "w"], ["d", "c"]])
+    expected = {"stm": "'c' (2)", "profit": "'b' (1)", "dft": "'d' (1)", "surprise": "leaves out: 'w' (1)"}
+    assert text.splitlines()[2:] == [f"| {name} | {found} |" for name, found in expected.items()]
