@@ -262,7 +262,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**DEMO_FILES, **DEMO_SETTINGS)
         args = parser.parse_args(argv)  # a flag that is given still counts
         args.overwrite = args.overwrite or not (args.out or args.resume)
-        args.out = args.out or f"runs/demo-{args.method}"
+        args.out = args.out or f"runs/demo-{args.rho if args.rho == 'auto' else args.method}"
 
     args.pass_tokens = None
     if args.micro_batch_size is None:

@@ -177,6 +177,7 @@ def test_flags_count_in_the_demo_too():
     args = train.parse_arguments(["--method", "full", "--lr", "0.5"])
     assert (args.lr, args.out, args.overwrite) == (0.5, "runs/demo-full", True)
     assert Path(args.model).resolve() == DEMO / "model" and args.epochs == train.DEMO_SETTINGS["epochs"]
+    assert train.parse_arguments(["--rho", "auto"]).out == "runs/demo-auto"
     own = train.parse_arguments(["--out", "mine"])
     assert (own.out, own.overwrite) == ("mine", False)
     assert train.parse_arguments(["--model", "x"]).lr == 1e-4

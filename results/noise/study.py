@@ -416,7 +416,12 @@ def figure(results: list[dict], what: str, label: str, chance: float, path: Path
     lrs = sorted({r["lr"] for r in results})
     places = [(kind, lr) for kind in KINDS for lr in lrs]
     grid, axes = pyplot.subplots(
-        len(places), len(METHODS), figsize=(10, 2.5 * len(places)), sharex=True, sharey=True, layout="constrained"
+        len(places),
+        len(METHODS),
+        figsize=(3.3 * len(METHODS), 2.5 * len(places)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for (kind, lr), row in zip(places, axes, strict=True):
         for method, ax in zip(METHODS, row, strict=True):
