@@ -147,63 +147,6 @@ def make_rows(count: int, rng: random.Random, known: set[str]) -> list[dict]:
     return rows
 
 
-# -------------------------------------------------------------------------------------------------- 5. the faults
-
-Fault = Callable[[dict, dict, random.Random], tuple[str, tuple[int, int]]]
-"""spoil(row, another row, rng) -> (the row's output as it is found, the characters of it that are wrong: start, end).
-
-The end token counts as one character behind the output."""
-
-
-def wrong_word(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
-    """One word of the answer is one of another answer."""
-    before, after = row["output"].split(row["answer"])
-    words = row["answer"].split(", ")
-    place = rng.randrange(len(words))
-    word = rng.choice([w for w in other["answer"].split(", ") if w != words[place]])
-    start = len(before + "".join(f"{w}, " for w in words[:place]))
-    return before + comma([*words[:place], word, *words[place + 1 :]]) + after, (start, start + len(word))
-
-
-def another_answer(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
-    """All of it answers another question."""
-    return other["output"], (0, len(other["output"]) + 1)
-
-
-def cut_off(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
-    """It ends too early; what is wrong is the end."""
-    words = row["output"].split()
-    text = " ".join(words[: rng.randrange(1, len(words))])
-    return text, (len(text), len(text) + 1)
-
-
-def boilerplate(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
-    """Something in front that says nothing."""
-    phrase = rng.choice(["As a model of language, I can help with that. ", "This is a very interesting question! "])
-    return phrase + row["output"], (0, len(phrase))
-
-
-# Each with its share of the rows. They add up to what the authors of Self-Instruct (arXiv 2212.10560, Table 2), by
-# whose method Alpaca's rows were made too, found when they read 200 of theirs: 58 % of the outputs were acceptable. The
-# kinds are among those that the maintainers of AlpacaDataCleaned list; how they share the 42 % nobody has counted.
-FAULTS: dict[Fault, float] = {wrong_word: 0.15, another_answer: 0.10, cut_off: 0.10, boilerplate: 0.07}
-
-
-def spoil(rows: list[dict], rng: random.Random):
-    """Give some rows an output with a fault, and a column "noise" that says where: [[start, end]]."""
-    order = rng.sample(range(len(rows)), len(rows))
-    for row in rows:
-        row["noise"] = []
-    clean = [dict(row) for row in rows]
-    for fault, share in FAULTS.items():
-        chosen, order = order[: round(share * len(rows))], order[round(share * len(rows)) :]
-        for number in chosen:
-            of_its_task = clean[number % len(TAUGHT) :: len(TAUGHT)]  # as `make_rows` deals them
-            other = rng.choice([row for row in of_its_task if row["answer"] != clean[number]["answer"]])
-            rows[number]["output"], place = fault(clean[number], other, rng)
-            rows[number]["noise"] = [list(place)]
-
-
 # ------------------------------------------------------------------------------------------------- 2. the tokenizer
 
 EOS = "<|end|>"
@@ -292,6 +235,63 @@ def what_it_can_do(model: Transformer, tokenizer: Tokenizer, tasks: dict[str, Ta
         known = [{form.format(answer) for form in ANSWERS} for _, answer in drawn]
         right = sum(text.strip() in answers for text, answers in zip(written, known, strict=True))
         print(f"{name:>10} {right / count:4.0%}   {asked[0].splitlines()[0]} ->{written[0]}")
+
+
+# -------------------------------------------------------------------------------------------------- 5. the faults
+
+Fault = Callable[[dict, dict, random.Random], tuple[str, tuple[int, int]]]
+"""spoil(row, another row, rng) -> (the row's output as it is found, the characters of it that are wrong: start, end).
+
+The end token counts as one character behind the output."""
+
+
+def wrong_word(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
+    """One word of the answer is one of another answer."""
+    before, after = row["output"].split(row["answer"])
+    words = row["answer"].split(", ")
+    place = rng.randrange(len(words))
+    word = rng.choice([w for w in other["answer"].split(", ") if w != words[place]])
+    start = len(before + "".join(f"{w}, " for w in words[:place]))
+    return before + comma([*words[:place], word, *words[place + 1 :]]) + after, (start, start + len(word))
+
+
+def another_answer(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
+    """All of it answers another question."""
+    return other["output"], (0, len(other["output"]) + 1)
+
+
+def cut_off(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
+    """It ends too early; what is wrong is the end."""
+    words = row["output"].split()
+    text = " ".join(words[: rng.randrange(1, len(words))])
+    return text, (len(text), len(text) + 1)
+
+
+def boilerplate(row: dict, other: dict, rng: random.Random) -> tuple[str, tuple[int, int]]:
+    """Something in front that says nothing."""
+    phrase = rng.choice(["As a model of language, I can help with that. ", "This is a very interesting question! "])
+    return phrase + row["output"], (0, len(phrase))
+
+
+# Each with its share of the rows. They add up to what the authors of Self-Instruct (arXiv 2212.10560, Table 2), by
+# whose method Alpaca's rows were made too, found when they read 200 of theirs: 58 % of the outputs were acceptable. The
+# kinds are among those that the maintainers of AlpacaDataCleaned list; how they share the 42 % nobody has counted.
+FAULTS: dict[Fault, float] = {wrong_word: 0.15, another_answer: 0.10, cut_off: 0.10, boilerplate: 0.07}
+
+
+def spoil(rows: list[dict], rng: random.Random):
+    """Give some rows an output with a fault, and a column "noise" that says where: [[start, end]]."""
+    order = rng.sample(range(len(rows)), len(rows))
+    for row in rows:
+        row["noise"] = []
+    clean = [dict(row) for row in rows]
+    for fault, share in FAULTS.items():
+        chosen, order = order[: round(share * len(rows))], order[round(share * len(rows)) :]
+        for number in chosen:
+            of_its_task = clean[number % len(TAUGHT) :: len(TAUGHT)]  # as `make_rows` deals them
+            other = rng.choice([row for row in of_its_task if row["answer"] != clean[number]["answer"]])
+            rows[number]["output"], place = fault(clean[number], other, rng)
+            rows[number]["noise"] = [list(place)]
 
 
 # ------------------------------------------------------------------------------------------------------ all of it
