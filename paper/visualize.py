@@ -41,10 +41,7 @@ from support.sources import Account, add_flags, load_rows, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
-BELL, TOP = (
-    20,
-    80,
-)  # and in one byte H and sigma in 1 / BELL nats up to 12.7, entropies of 20 tokens in 1 / TOP up to 3.1
+TOP, SIGMA = 80, 40  # and in one byte entropies of 20 tokens in 1 / TOP nats up to 3.1, surprise in 1 / SIGMA up to 6.3
 DESCRIBED = ("entropy", "spread", "top_entropy")
 
 
@@ -56,9 +53,9 @@ class Sample(NamedTuple):
 
     parts: the text in its order, a str for what is prompt, a list of pieces (text, number of tokens) for what is
     response. history: L_his (L_resp,). losses: L_theta (states, L_resp). attention: AttnScore (states, layers, L_resp).
-    reference: L_ref (L_resp,) or None. For other objectives: entropy and spread, H and sigma of what is predicted, in
-    units of BELL, top_entropy in units of TOP, (states, L_resp) each. own: whether the answer belongs to its prompt, as
-    --rho auto asks. noise: which tokens the data itself marks (L_resp,) bool, or None.
+    reference: L_ref (L_resp,) or None. For other objectives: top_entropy in units of TOP and surprise, (L_theta - H) /
+    sigma of what is predicted, in units of SIGMA, (states, L_resp) each. own: whether the answer belongs to its prompt,
+    as --rho auto asks. noise: which tokens the data itself marks (L_resp,) bool, or None.
     """
 
     parts: list
@@ -66,9 +63,8 @@ class Sample(NamedTuple):
     losses: Tensor
     attention: Tensor
     reference: Tensor | None
-    entropy: Tensor | None = None
-    spread: Tensor | None = None
     top_entropy: Tensor | None = None
+    surprise: Tensor | None = None
     own: bool = True
     noise: Tensor | None = None
 
@@ -223,11 +219,11 @@ def content(samples: list[Sample], head: dict) -> str:
         row["attention"] = [[pack(x) for x in layers] for layers in sample.attention]
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
-        if sample.entropy is not None:
-            row |= {"entropy": [pack(x, 1) for x in sample.entropy], "spread": [pack(x, 1) for x in sample.spread]}
+        if sample.surprise is not None:
             row |= {"topEntropy": [pack(x, 1) for x in sample.top_entropy], "own": sample.own}
+            row["surprise"] = [pack(x, 1) for x in sample.surprise]
         if sample.noise is not None:
-            row["noise"] = pack(sample.noise, 1)
+            row["noise"] = sample.noise.nonzero().flatten().tolist()
         rows.append(row)
     text = json.dumps(head | {"samples": rows}, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
@@ -392,10 +388,11 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
     ):
         nll, attention, described = zip(*of_states, strict=True)
         losses, attention = in_steps(torch.stack(nll), NATS), in_steps(torch.stack(attention), SHARE)
-        of_states = [torch.stack([values[name] for values in described]) for name in DESCRIBED]
-        of_states = [in_steps(values, unit, 255) for values, unit in zip(of_states, (BELL, BELL, TOP), strict=True)]
+        entropy, spread, top_entropy = (torch.stack([values[name] for values in described]) for name in DESCRIBED)
+        surprise = (torch.stack(nll) - entropy) / spread.clamp(min=1e-6)
         parts = split_parts(example, tokenizer), losses[0], losses, attention, its_reference
-        samples.append(Sample(*parts, *of_states, *of_sample))
+        more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255)
+        samples.append(Sample(*parts, *more, *of_sample))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"
     return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
@@ -415,7 +412,7 @@ def main(argv: list[str] | None = None):
         return
     shown = curves.with_states(logs, states)
     head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
-    head |= {"bell": BELL, "top": TOP}
+    head |= {"sigma": SIGMA, "top": TOP}
     page = build_page(samples, head | {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)})
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)

@@ -91,7 +91,7 @@ def held(folder) -> dict:
         sample["losses"] = [numbers(x) for x in sample["losses"]]
         sample["history"] = sample["losses"][0]
         sample["attention"] = [[numbers(x) for x in layers] for layers in sample["attention"]]
-        for name in ("entropy", "spread", "topEntropy"):
+        for name in ("topEntropy", "surprise"):
             sample[name] = [torch.tensor(list(base64.b64decode(x))) for x in sample[name]]
     return page
 
@@ -169,7 +169,7 @@ def test_other_objectives_are_shown_as_shades_of_their_weights(explorer, made):
         go_to(explorer, number)
         sample = page["samples"][number]
         known = {"nll": sample["losses"][state].double() / 2000, "history_nll": sample["history"].double() / 2000}
-        known |= {name: sample[name][state].double() / 20 for name in ("entropy", "spread")}
+        known |= {"entropy": known["nll"] - sample["surprise"][state].double() / 40, "spread": torch.ones(1).double()}
         known |= {"top_entropy": sample["topEntropy"][state].double() / 80, "rho": 0.6}
         for shown, method in names.items():
             explorer.select_option("#method-b", shown)
@@ -194,8 +194,10 @@ def test_what_is_stored_of_predictions_is_what_transformers_predicts(made):
         log_p = peer(example.ids[None]).logits[0, :-1].log_softmax(-1)[example.response[1:]]
         entropy = -(log_p.exp() * log_p).sum(-1)
         spread = ((log_p.exp() * log_p**2).sum(-1) - entropy**2).sqrt()
-        for name, value in (("entropy", entropy), ("spread", spread)):
-            assert (sample[name][0] / 20 - value).abs().max() < 0.0255
+        surprise = (
+            (-log_p.gather(1, example.ids[1:][example.response[1:]].unsqueeze(1))[:, 0] - entropy) / spread
+        ).clamp(0)
+        assert (sample["surprise"][0] / 40 - surprise.clamp(max=255 / 40)).abs().max() < 0.0126
         best = log_p.topk(20).values.log_softmax(-1)
         assert (sample["topEntropy"][0] / 80 + (best.exp() * best).sum(-1)).abs().max() < 0.0064
 
@@ -672,9 +674,8 @@ def test_two_hundred_samples_of_five_hundred_tokens_take_less_than_five_megabyte
     samples = []
     for _ in range(200):
         words = [(vocabulary[i], 1) for i in torch.randint(0, 5000, (500,), generator=generator).tolist()]
-        numbers = draw(500), draw(3, 500), draw(3, 1, 500), draw(500), draw(2, 500), draw(3, 500)
-        numbers = *numbers[:4], numbers[4] % 256, numbers[5] % 256
-        samples.append(visualize.Sample(["<|user|>\n" + "a question " * 20, words], *numbers))
+        numbers = draw(500), draw(3, 500), draw(3, 1, 500), draw(500), *(draw(2, 3, 500) % 256)
+        samples.append(visualize.Sample(["<|user|>\n" + "a question " * 20, words], *numbers, noise=draw(500) < 9000))
     head = {
         "about": "m on d",
         "runs": [],
