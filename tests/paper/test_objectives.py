@@ -288,6 +288,9 @@ def test_rho_auto_asks_the_base_model_by_way_of_the_cache(llama, tmp_path, capsy
         train.main([*argv, "--out", str(tmp_path / name), *cache, "--dtype", "float32", "--batch-size", "4"])
         ends.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert ends[0] == ends[1] == ends[2] and len(list((tmp_path / "cache").iterdir())) == 2
+    kept = [*argv, "--cache", str(tmp_path / "cache"), "--rho"]
+    reads = [baselines.reads_kept_history(train.parse_arguments([*kept, rho])) for rho in ("0.6", "auto", "1")]
+    assert reads == [True, False, False]  # no history where no score is made
     for method in ("full", "random", "low-loss"):
         with pytest.raises(UserError, match="--rho auto is for --method sstoken"):
             train.parse_arguments([*argv, "--method", method])
