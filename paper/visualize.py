@@ -32,7 +32,7 @@ import data
 import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import baselines, curves
-from paper.objectives import own_prompt, under_other_prompts
+from paper.objectives import under_other_prompts
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, templates
 from support.files import UserError, check_writable, write_whole
@@ -377,10 +377,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
             checkpoint.check_fits(model, args.reference, examples)
         reference = [in_steps(nll, NATS) for nll in baselines.response_losses(model, examples)]
 
-    own = [True] * len(examples)
-    if elsewhere:
-        gains = [theirs.sum() - nll.sum() for theirs, (nll, *_) in zip(elsewhere, found[0], strict=True)]
-        own = own_prompt(torch.stack(gains)).tolist()
+    own = baselines.Frozen([nll for nll, *_ in found[0]], elsewhere=elsewhere).belong()
     rows = [row for source in source_names(args.data) if source != "pool" for row in load_rows(source, args.limit)]
     samples, noise = [], marked(rows, examples, tokenizer)
     for example, of_states, its_reference, of_sample in zip(

@@ -48,7 +48,7 @@ import lora
 import train
 from model import load_model
 from paper import baselines, visualize
-from paper.objectives import OBJECTIVES, asks, own_prompt, under_other_prompts
+from paper.objectives import OBJECTIVES, asks, under_other_prompts
 from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
 from support import command, machine
 from support.files import UserError, read_json, write_json, write_whole
@@ -65,8 +65,7 @@ FAULTS = {"faults": "wrong answers, cut ends, boilerplate"}
 METHODS = {"full": ["--method", "full"], "sstoken": [], "probability": ["--gain", "probability"]}
 METHODS |= {"auto": ["--rho", "auto"]}
 ALL = METHODS | {"random": ["--method", "random"], "rho1": ["--method", "rho1", "--reference-data", "-"]}
-ALL |= {name: ["--method", name] for name in OBJECTIVES}
-ALL |= {"oracle": ["--method", "full"]}
+ALL |= {name: ["--method", name] for name in OBJECTIVES} | {"oracle": ["--method", "full"]}
 NAMES = {
     "sstoken": "ssToken",
     "auto": "ssToken, --rho auto",
@@ -331,8 +330,7 @@ def compare(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float,
     losses = [values[0] for values in described]
     before = torch.cat(baselines.response_losses(model, rows["held out"])).mean().item()
     elsewhere = baselines.response_losses(model, under_other_prompts(examples, seed))
-    gains = [theirs.sum() - ours.sum() for theirs, ours in zip(elsewhere, losses, strict=True)]
-    belongs, reference = own_prompt(torch.stack(gains)), None
+    belongs, reference = baselines.Frozen(losses, elsewhere=elsewhere).belong(), None
     for method, file in files.items():
         if file.exists():
             continue
@@ -344,7 +342,7 @@ def compare(args, model, tokenizer, rows: dict[str, list], kind: str, lr: float,
         base = described if "history_entropy" in asks(run.method) else losses
         masks = [~mask for mask in noise] if method == "oracle" else None
         if method == "own":
-            masks = [torch.full_like(mask, yes) for mask, yes in zip(noise, belongs.tolist(), strict=True)]
+            masks = [torch.full_like(mask, yes) for mask, yes in zip(noise, belongs, strict=True)]
         with watched(chosen, masks, described if method == "ranked" else None):
             lines = fit(model, examples, run, base, reference=better, elsewhere=elsewhere)
         weights = torch.cat([chosen[i] for i in range(len(examples))])

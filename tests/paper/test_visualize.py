@@ -746,7 +746,9 @@ def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
 def test_noise_that_the_data_marks_is_underlined_and_rho_auto_leaves_answers_out(browser, tmp_path, monkeypatch):
     demo = Path(__file__).parents[2] / "demo"
     belong = [number % 3 > 0 for number in range(30)]
-    monkeypatch.setattr(visualize, "own_prompt", lambda gains: torch.tensor(belong) if len(gains) == 30 else None)
+    monkeypatch.setattr(
+        visualize.baselines, "own_prompt", lambda gains: torch.tensor(belong) if len(gains) == 30 else None
+    )
     flags = ["--model", str(demo / "model"), "--data", str(demo / "sft.jsonl"), "--limit", "30", "--dtype", "float32"]
     visualize.main([*flags, "--out", str(tmp_path / "page.html")])
     rows = [json.loads(line) for line in (demo / "sft.jsonl").read_text().splitlines()[:30]]
