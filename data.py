@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from support.files import UserError
+from support.packing import PASS_COST, cut_batch
 from support.schemas import Message, conversations
 from support.sources import Account, best_rated, load_rows, source_names
 from support.tokenizer import Tokenizer, load_tokenizer
@@ -159,9 +160,6 @@ def load_examples(
 
 # ------------------------------------------------------------------------------------------------------- batches
 
-# What a pass costs before its first token, in tokens: about what it is on a CPU, the best of four tried on an H200.
-PASS_COST = {"cpu": 64, "cuda": 1024}
-
 
 def plan_batches(
     lengths: list[int],
@@ -184,26 +182,6 @@ def plan_batches(
         batch = sorted(order[start : start + batch_size], key=lambda i: (-lengths[i], i))
         cuts = cut_batch([lengths[i] for i in batch], micro_batch_size, pass_cost, pass_tokens)
         yield [batch[first:end] for first, end in itertools.pairwise(cuts)]
-
-
-def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None) -> list[int]:
-    """Where to cut `lengths`, the longest first, into groups of at most `most`, and of so many padded `tokens`.
-
-    A group costs its size times its longest length, which is what a padded batch computes, and `pass_cost` more. The
-    cuts are the cheapest: the best way to cut the first n lengths is the best for some shorter head, and one group.
-    """
-    # Of the cheapest way to cut the first n lengths, for each n: what it costs, and where its last group starts.
-    costs, firsts = [0], [0]
-    for end in range(1, len(lengths) + 1):
-        starts = range(max(0, end - most), end)
-        candidates = [i for i in starts if i == end - 1 or not tokens or (end - i) * lengths[i] <= tokens]
-        cost, first = min((costs[i] + (end - i) * lengths[i] + pass_cost, i) for i in candidates)
-        costs.append(cost)
-        firsts.append(first)
-    cuts = [len(lengths)]
-    while cuts[-1]:
-        cuts.append(firsts[cuts[-1]])
-    return cuts[::-1]
 
 
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:

@@ -84,7 +84,8 @@ def loglikelihoods(
         model(torch.tensor([prefix], device=device), cache=cache)
 
     answers = {}
-    for batch in ranks.share(pack(plant(requests, len(prefix), price_ratio(model.config)), batch_tokens)):
+    trees = plant(requests, len(prefix), price_ratio(model.config))
+    for batch in ranks.share(pack(trees, batch_tokens, device)):
         ids, positions, mask = tree_tensors(batch, len(prefix), device)
         hidden = model(ids, positions, mask, cache)
         places = [(row, place) for row, tree in enumerate(batch) for ps in tree.scored.values() for place in ps]

@@ -30,6 +30,7 @@ from sstoken import GAINS, AttentionProbe, History, normalize, score, select, se
 from support import command, handoff, machine, ranks, runs, sources, templates
 from support.checkpoint import check_fits
 from support.files import UserError, check_writable
+from support.packing import pass_cost
 
 # ----------------------------------------------------------------------------------------- the schedule of a step
 
@@ -54,9 +55,8 @@ def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) ->
 def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
     """Every optimizer step of the run as a list of micro-batches of sample indices: the epochs, cut at --max-steps."""
     shape = (args.batch_size, args.micro_batch_size)
-    cost = data.PASS_COST["cpu" if device.type == "cpu" else "cuda"]
     seeds = [f"{args.seed} {epoch}" for epoch in range(args.epochs)]
-    plans = [data.plan_batches(lengths, *shape, seed, cost, args.pass_tokens) for seed in seeds]
+    plans = [data.plan_batches(lengths, *shape, seed, pass_cost(device), args.pass_tokens) for seed in seeds]
     return [batch for plan in plans for batch in plan][: args.max_steps]
 
 

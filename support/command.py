@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Callable
 
+from support import machine
 from support.files import UserError
 
 
@@ -58,8 +59,13 @@ class ArgumentParser(argparse.ArgumentParser):
         return add
 
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
-        """The command line; a value outside its flag's bound is a UserError that names the flag."""
+        """The command line; a value outside its flag's bound is a UserError that names the flag.
+
+        A --dtype that is not given is the one that the --device computes quickly.
+        """
         args = super().parse_args(argv, namespace)
+        if getattr(args, "dtype", "") is None:
+            args.dtype = machine.usual_dtype(machine.find_device(args.device))
         for flag, (name, bound) in self.bounds.items():
             value = getattr(args, name)
             if value is not None and not BOUNDS[bound](value):
@@ -73,7 +79,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_flags(parser: ArgumentParser, of: str = ""):
     """Where every script computes, and in what; of: what --dtype is of."""
     add = parser.group("machine")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=f"of the {of}weights and activations")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help=f"of the {of}weights and activations; default: bfloat16, on a CPU without instructions for it float32",
+    )
     add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
 
 

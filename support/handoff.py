@@ -10,6 +10,7 @@ from pathlib import Path
 from support.checkpoint import TOKENIZER_FILES, with_ends
 from support.command import cell
 from support.files import read_json, write_json, write_whole
+from support.machine import find_device, usual_dtype
 from support.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------- the chat template
@@ -117,7 +118,8 @@ def next_commands(args: argparse.Namespace, folder: Path, reference: bool, demo:
     reference: whether the run trained one, into its folder. demo: the folder of the demo, if this was it.
     """
     these = ["--model", args.model, *(["--revision", args.revision] if args.revision else [])]
-    these += ["--adapter", str(folder), *(["--dtype", args.dtype] if args.dtype != "bfloat16" else [])]
+    usual = usual_dtype(find_device("auto"))  # as of commands that name no device
+    these += ["--adapter", str(folder), *(["--dtype", args.dtype] if args.dtype != usual else [])]
     better = str(folder / "reference") if reference else args.reference
     rows = [args.data, "--limit", "40"] if demo else [args.eval_data or args.data]  # the demo's mark their noise
     shown = ["--data", *rows, *(["--reference", better] if better else [])]

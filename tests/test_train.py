@@ -481,7 +481,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         },
         **{"batch_size": 48, "micro_batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.03, "max_grad_norm": 0.0},
         **{"epochs": 1, "max_steps": None, "lora_rank": 64, "lora_alpha": 16, "lora_dropout": 0.1, "seed": 42},
-        **{"dtype": "bfloat16", "device": "cpu"},
+        **{"dtype": machine.usual_dtype(torch.device("cpu")), "device": "cpu"},
     }
     assert parse_arguments(["--model", "x", "--batch-size", "9"]).micro_batch_size == 3
 
@@ -674,7 +674,8 @@ def test_the_first_lines_tell_what_is_not_used_of_the_rows(llama, rows, tmp_path
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_merging_says_what_rounding_loses_and_how_to_keep_it(llama, rows, tmp_path, capsys, dtype):
     argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--max-steps", "1", "--merge"]
-    train_module.main([*argv, "--device", "cpu", *(["--merge-dtype", dtype] if dtype else [])])
+    argv += ["--dtype", "bfloat16", "--device", "cpu"]
+    train_module.main([*argv, *(["--merge-dtype", dtype] if dtype else [])])
     told = capsys.readouterr().out
     lost = float(re.search(rf"merged into {dtype or 'bfloat16'}, whose rounding changes the update by (.*)%", told)[1])
     assert ("--merge-dtype float32 keeps all of it" in told) == (dtype is None) == (lost > 10)

@@ -561,7 +561,8 @@ def main():
             raise UserError(f"{args.out} holds trainings of another setting: {read_json(given)}")
         write_json(given, settings)
         rows = {"train": examples[:n], "reference": examples[n : 2 * n], "held out": examples[2 * n :]}
-        model = load_model(args.model, torch.bfloat16, machine.find_device("auto"))
+        device = machine.find_device("auto")
+        model = load_model(args.model, getattr(torch, machine.usual_dtype(device)), device)
         for seed in range(args.seeds):
             for lr in map(float, args.lrs.split(",")):
                 for kind in (*KINDS, *FAULTS, "clean") if args.objectives else (*KINDS, "clean"):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import train
 from support.handoff import write_card, write_tokenizer
+from support.machine import find_device, usual_dtype
 
 TEXT = strategies.text(max_size=40).filter(lambda text: BOS not in text and EOS not in text)
 ROLE = strategies.sampled_from(["system", "user", "assistant"])
@@ -98,7 +99,8 @@ def in_this_process(command: list[str]):
 @pytest.mark.parametrize("method", ["sstoken", "rho1"])
 def test_the_commands_that_a_run_ends_with_can_be_typed(llama, rows, tmp_path, monkeypatch, capsys, method):
     monkeypatch.chdir(tmp_path)
-    argv = ["--model", str(llama), "--data", str(rows), "--out", "my run", "--max-steps", "1", "--dtype", "float32"]
+    argv = ["--model", str(llama), "--data", str(rows), "--out", "my run", "--max-steps", "1"]
+    argv += ["--dtype", "float32" if usual_dtype(find_device("auto")) == "bfloat16" else "bfloat16"]
     argv += ["--reference-data", str(rows)] if method == "rho1" else []
     train.main([*argv, "--method", method, "--lora-rank", "4", "--max-length", "90", "--device", "cpu"])
     asked, graded, shown = words(capsys.readouterr().out)

@@ -2,7 +2,9 @@
 
 import random
 
-from support.packing import Scored, pack, plant, tree_tensors
+import torch
+
+from support.packing import Scored, Tree, pack, plant, tree_tensors
 
 
 def test_a_tree_by_hand():
@@ -34,6 +36,20 @@ def test_batches_hold_every_tree_once_and_no_more_tokens_than_allowed():
     rng = random.Random(0)
     trees = plant([Scored([rng.randrange(1000) for _ in range(rng.randint(1, 90))], [0]) for _ in range(40)], 0, 0)
     for limit in (1, 100, 1000):
-        batches = pack(trees, limit)
+        batches = pack(trees, limit, torch.device("cpu"))
         assert sorted(map(id, sum(batches, []))) == sorted(map(id, trees))
         assert all(len(batch) == 1 or len(batch) * max(len(t.ids) for t in batch) <= limit for batch in batches)
+
+
+def test_batches_are_cut_where_a_pass_costs_less_than_its_padding():
+    trees = [Tree() for _ in range(3)]
+    for number, (tree, length) in enumerate(zip(trees, (10, 100, 12), strict=True)):
+        tree.add(number, list(range(length)), 1)
+    lengths = {
+        name: [[len(t.ids) for t in b] for b in pack(trees, 1024, torch.device(name))] for name in ("cpu", "cuda")
+    }
+    assert lengths["cpu"] == [
+        [100],
+        [12, 10],
+    ]  # two passes and 2 tokens of padding: 64 + 2 more, against 178 of padding
+    assert lengths["cuda"] == [[100, 12, 10]]  # where a pass costs 1,024 tokens
