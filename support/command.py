@@ -64,12 +64,12 @@ class ArgumentParser(argparse.ArgumentParser):
         A --dtype that is not given is the one that the --device computes quickly.
         """
         args = super().parse_args(argv, namespace)
-        if getattr(args, "dtype", "") is None:
-            args.dtype = machine.usual_dtype(machine.find_device(args.device))
         for flag, (name, bound) in self.bounds.items():
             value = getattr(args, name)
             if value is not None and not BOUNDS[bound](value):
                 raise UserError(f"{flag} is {value}; it must be {bound}")
+        if getattr(args, "dtype", "") is None:
+            args.dtype = machine.usual_dtype(machine.find_device(args.device))
         return args
 
     def error(self, message):

@@ -16,14 +16,14 @@ CPUINFO = Path("/proc/cpuinfo")
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="reads an x86 Linux kernel's word")
 def test_float32_is_the_default_where_the_kernel_names_no_instruction_for_bfloat16():
     flags = set(next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split())
-    multiplies = {"avx512bw", "avx512vl", "avx512dq"} <= flags or "avx_ne_convert" in flags
-    assert machine.usual_dtype(torch.device("cpu")) == ("bfloat16" if multiplies else "float32")
+    usual = "bfloat16" if {"avx512bw", "avx512vl", "avx512dq"} <= flags else "float32"
+    assert machine.usual_dtype(torch.device("cpu")) == usual
 
 
-@pytest.mark.parametrize(("able", "usual"), [(True, "bfloat16"), (False, "float32")])
-def test_a_dtype_that_is_not_given_is_the_one_that_the_device_computes_quickly(monkeypatch, able, usual):
+@pytest.mark.parametrize(("cores", "usual"), [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")])
+def test_a_dtype_that_is_not_given_is_the_one_that_the_device_computes_quickly(monkeypatch, cores, usual):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cores)
     for script in (train, evaluate):
         argv = ["--model", "any", "--device", "cpu"]
         assert script.parse_arguments(argv).dtype == usual
