@@ -167,11 +167,23 @@ class Cells:
     def reference(self, seed: int) -> Path:
         """The reference model of a seed, one for all methods that ask for one."""
         args, folder = self.args, self.out / f"reference-seed{seed}"
-        flags = ["--method", "full", "--data", args.reference_data or args.data]
+        rows, limit = args.reference_data or args.data, args.reference_limit
+        if args.reference_by:
+            rows, limit = self.rated(rows, limit or args.limit), None
+        flags = ["--method", "full", "--data", rows]
         if args.reference_top:
             flags += ["--reference-top", args.reference_top, "--rating-field", args.rating_field]
-        self._train(folder, seed, flags, args.reference_limit)
+        self._train(folder, seed, flags, limit)
         return folder
+
+    def rated(self, rows: str, limit: int | None) -> Path:
+        """The rows with DS2's columns, rated by the model itself; made unless they are there."""
+        args, file = self.args, self.out / "rated.jsonl"
+        if not file.exists():
+            flags = ["--data", rows, "--top", args.reference_top, "--out", file, *args.machine]
+            flags += ["--limit", limit] if limit else []
+            call([*self.launcher, "-m", "paper.ds2", "--model", args.model, *flags])
+        return file
 
     def _train(self, folder: Path, seed: int, flags: list, limit: int | None):
         args = self.args
@@ -381,6 +393,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reference-top", type=int, bound="above 0", metavar="K",
         help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
+    add("--reference-by", choices=("ds2",), help="have the model rate the rows first, and take DS2's --reference-top "
+        "(10000) of them")
     add = parser.group("evaluation (Appendix A.2)")
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
     add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows; default: the hub's data sets")
@@ -410,10 +424,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join(known)}")
     if set(args.methods) & set(WITH_REFERENCE) and args.table in (1, 5):
         whole_pool = args.data == RELEASED_POOL and not args.limit
-        if not (args.reference_data or args.reference_limit or args.reference_top or whole_pool):
+        if not (args.reference_data or args.reference_limit or args.reference_top or args.reference_by or whole_pool):
             raise UserError("say what the reference model is trained on: --reference-data, -limit or -top")
         if whole_pool and not (args.reference_data or args.reference_limit):
             args.reference_top = args.reference_top or 10_000
+    if args.reference_by:
+        args.reference_top, args.rating_field = args.reference_top or 10_000, "curated"
     return args
 
 

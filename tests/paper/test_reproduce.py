@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 import data
 import evaluate
 import train
-from paper import reproduce
+from paper import ds2, reproduce
 from paper.benchmarks import TABLE
 from paper.reproduce import Line, interval, markdown, paper_rho, t_quantile, table_rows
 from support.files import UserError
@@ -133,8 +133,13 @@ def command(llama, rows, benchmarks, out, *more):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Cells are made here, not in processes of their own, which take longer to start than to work."""
-    scripts = {"train.py": train.main, "evaluate.py": evaluate.main}
-    monkeypatch.setattr(reproduce, "call", lambda given: scripts[given[1].name]([str(part) for part in given[2:]]))
+    scripts = {"train.py": train.main, "evaluate.py": evaluate.main, "paper.ds2": ds2.main}
+
+    def call(given):
+        name, *flags = map(str, given[2:] if given[1] == "-m" else given[1:])
+        scripts[Path(name).name](flags)
+
+    monkeypatch.setattr(reproduce, "call", call)
 
 
 def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, monkeypatch, capsys, in_this_process):
@@ -180,6 +185,18 @@ def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, mo
         reproduce.main(command(llama, rows, benchmarks, tmp_path, "--limit", "7"))
     evaluation = json.loads((tmp_path / "full-seed42" / "evaluation.json").read_text())
     assert evaluation["dtype"] == "float32"
+
+
+def test_the_reference_can_be_trained_on_what_ds2_selects(llama, rows, benchmarks, tmp_path, in_this_process):
+    flags = ["--methods", "rho1", "--seeds", "2", "--reference-by", "ds2", "--reference-top", "5"]
+    reproduce.main(command(llama, rows, benchmarks, tmp_path, *flags, "--reference-limit", "20"))
+    rated = [json.loads(line) for line in (tmp_path / "rated.jsonl").read_text().splitlines()]
+    assert len(rated) == 20 and [row["selected"] for row in rated].count(True) == 5
+    for seed in (42, 43):
+        run = json.loads((tmp_path / f"reference-seed{seed}" / "run.json").read_text())
+        assert run["samples"] == 5 and run["arguments"]["rating_field"] == "curated"
+    whole = reproduce.parse_arguments(["--model", "x", "--out", "x", "--reference-by", "ds2", "--limit", "9"])
+    assert (whole.reference_top, whole.rating_field) == (10_000, "curated")
 
 
 def test_an_evaluation_of_other_weights_is_not_taken(llama, rows, benchmarks, tmp_path, in_this_process):
