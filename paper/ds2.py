@@ -118,7 +118,7 @@ SIMILARITIES = 2**24  # that exist at a time, 64 MiB
 def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor | None = None) -> Neighbours:
     """The k nearest neighbours, exactly, of the samples `of`, in the samples `among` (each by default: all).
 
-    embeddings (N, D) of length 1. Nobody is its own neighbour. Chunked, so that memory stays at some 200 MiB.
+    embeddings (N, D) of length 1. Nobody is its own neighbour. Chunked, so that it takes some 200 MiB, whatever N is.
     """
     everyone = torch.arange(len(embeddings))
     of, among = everyone if of is None else of, everyone if among is None else among
