@@ -30,7 +30,7 @@ ORDER = [
     {"paper.objectives"},
     {"paper.baselines", "paper.benchmarks"},
     {"train", "evaluate"},
-    {"paper.curves", "paper.visualize", "paper.reproduce"},
+    {"paper.curves", "paper.ds2", "paper.visualize", "paper.reproduce"},
 ]
 
 
