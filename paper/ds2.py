@@ -118,7 +118,8 @@ SIMILARITIES = 2**24  # that exist at a time, 64 MiB
 def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor | None = None) -> Neighbours:
     """The k nearest neighbours, exactly, of the samples `of`, in the samples `among` (each by default: all).
 
-    embeddings (N, D) of length 1. Nobody is its own neighbour. Chunked, so that it takes some 200 MiB, whatever N is.
+    embeddings (N, D) of length 1. Nobody is its own neighbour. In memory are SIMILARITIES at a time, beside a copy of
+    the candidates and the result.
     """
     everyone = torch.arange(len(embeddings))
     of, among = everyone if of is None else of, everyone if among is None else among
@@ -390,14 +391,15 @@ def main(argv: list[str] | None = None):
     if not ranks.first_rank():
         return
     curated, distance = curate(ratings, embeddings, args.seed), long_tail(embeddings)
+    best_first = select(curated.ratings, distance, len(samples))
     rows, columns = [], (ratings, curated.ratings, distance)
-    for place, i in enumerate(select(curated.ratings, distance, len(samples)).tolist()):
+    for place, i in enumerate(best_first.tolist()):
         values = dict(zip(("rating", "curated", "long_tail"), (column[i].item() for column in columns), strict=True))
         rows.append(samples[i][1] | values | {"selected": place < args.top})
     write_lines(out, rows)  # the best first, so that --reference-top, which takes the first of equals, takes these
     print(f"rated    {counts(ratings)}")
     print(f"curated  {counts(curated.ratings)}; {int((curated.ratings != ratings).sum()):,} changed")
-    print(f"selected {counts(curated.ratings[select(curated.ratings, distance, args.top)])}")
+    print(f"selected {counts(curated.ratings[best_first[: args.top]])}")
     print("P(rated | truly), a row for each true rating, and how many are it:")
     for row, share in zip(curated.T.tolist(), curated.p.tolist(), strict=True):
         print("  " + " ".join(f"{x:.2f}" for x in row) + f"   {share:.2f}")
