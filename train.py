@@ -324,9 +324,8 @@ def merge(model: Transformer, args: argparse.Namespace, folder: Path):
         lora.load_adapter(model, folder)
     dtype = args.merge_dtype or args.dtype
     error = lora.merge(model, folder / "merged", getattr(torch, dtype)).merge_error
-    print(f"merged into {dtype}, whose rounding changes the update by {error:.2%} of its norm")
-    if error > 0.01:
-        print("  --merge-dtype float32 keeps all of it")
+    advice = "; --merge-dtype float32 keeps all of it" if error > 0.01 else ""
+    print(f"merged into {dtype}, whose rounding changes the update by {error:.2%} of its norm{advice}")
 
 
 def main(argv: list[str] | None = None):
@@ -334,6 +333,7 @@ def main(argv: list[str] | None = None):
     device = ranks.start_ranks(args.device, args.shard)
     args.device = str(device)
     machine.compute_exactly(device)
+    ranks.say(f"reading {args.model} and {args.data}")
 
     tokenizer = data.load_tokenizer(args.model, args.revision, args.template)
     if args.reference:
@@ -359,9 +359,9 @@ def main(argv: list[str] | None = None):
 
     run.introduce(model, examples, account.lengths(args.max_length))
     if held_out:
-        run.say(f"held out: {len(held_out):,} samples; {of_held_out.lengths(args.max_length)}")
+        ranks.say(f"held out: {len(held_out):,} samples; {of_held_out.lengths(args.max_length)}")
     for line in dict.fromkeys(account.lines() + of_held_out.lines() + of_reference.lines()):
-        run.say(line)
+        ranks.say(line)
     run.report_held_out("before")
     train_into = functools.partial(fit, run, model)
     seconds["losses"] = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
@@ -374,10 +374,10 @@ def main(argv: list[str] | None = None):
         merge(model, args, run.folder)
         handoff.write_tokenizer(tokenizer, model.folder, run.folder / "merged")
 
-    run.say(f"wrote {', '.join(run.written())} to {run.folder}; go on with:")
+    ranks.say(f"wrote {', '.join(run.written())} to {run.folder}; go on with:")
     demo = DEMO_FOLDER if args.model == DEMO_FILES["model"] else None
     for line in handoff.next_commands(args, run.folder, bool(reference_examples), demo):
-        run.say("  python", shlex.join(line))
+        ranks.say("  python", shlex.join(line))
 
 
 if __name__ == "__main__":

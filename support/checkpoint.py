@@ -10,14 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,12 +21,12 @@ CHECKPOINT_FILES = ["config.json", "generation_config.json", "model*.safetensors
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"]
 # What to do about an error of the hub's client: of the first kind that it is
 NEXT_STEPS = {
-    GatedRepoError: "ask for access on its page there, then set HF_TOKEN",
-    RepositoryNotFoundError: "check the name; what is private needs HF_TOKEN",
-    RevisionNotFoundError: "check the revision",
-    HFValidationError: "check the path",
-    LocalEntryNotFoundError: "check the connection and HF_ENDPOINT, or give a local folder",
-    Exception: "try again, or give a local folder",
+    "GatedRepoError": "ask for access on its page there, then set HF_TOKEN",
+    "RepositoryNotFoundError": "check the name; what is private needs HF_TOKEN",
+    "RevisionNotFoundError": "check the revision",
+    "HFValidationError": "check the path",
+    "LocalEntryNotFoundError": "check the connection and HF_ENDPOINT, or give a local folder",
+    "Exception": "try again, or give a local folder",
 }
 
 
@@ -46,10 +38,13 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
     name = str(name_or_path)
     if Path(name).is_dir():
         return Path(name)
+    from huggingface_hub import snapshot_download  # here: a run on local files starts sooner without it
+
     try:
         return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
-        step = next(step for kind, step in NEXT_STEPS.items() if isinstance(reason, kind))
+        kinds = [kind.__name__ for kind in type(reason).__mro__]
+        step = next(step for kind, step in NEXT_STEPS.items() if kind in kinds)
         why = str(reason).strip().rstrip(".")
         raise UserError(f"{name} is neither a local folder nor available from the hub: {why}; {step}") from reason
 

@@ -42,6 +42,12 @@ def first_rank() -> bool:
     return rank() == 0
 
 
+def say(*words):
+    """Print a line, once however many ranks there are."""
+    if first_rank():
+        print(*words, flush=True)
+
+
 def share(items: list) -> list:
     """What this rank is to do of a list that all ranks hold."""
     return items[rank() :: ranks()]

@@ -35,7 +35,7 @@ from support.files import (
     writing,
 )
 from support.machine import peak_memory_mb, versions
-from support.ranks import first_rank, gather, rank, ranks, sum_over_ranks
+from support.ranks import first_rank, gather, rank, ranks, say, sum_over_ranks
 from support.sources import Account
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
@@ -290,18 +290,14 @@ class Run:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in model.parameters()) - trained
         tokens, answers = sum(len(ids) for ids, _ in examples), sum(int(response.sum()) for _, response in examples)
-        self.say(f"model: {self.record['arguments']['model']}, {frozen:,} frozen parameters, {trained:,} trained")
-        self.say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {lengths}")
+        say(f"model: {self.record['arguments']['model']}, {frozen:,} frozen parameters, {trained:,} trained")
+        say(f"data: {len(examples):,} samples, {tokens:,} tokens, {answers:,} of them responses; {lengths}")
 
     def report_held_out(self, when: str):
         """Say and record the loss of the held-out samples, "before" or "after" training."""
         if self.held_out_loss:
             loss = self.record[f"held_out_loss_{when}"] = self.held_out_loss()
-            self.say(f"held-out response loss {when} training: {loss:.4f} nats a token")
-
-    def say(self, *words):
-        if self.first:
-            print(*words, flush=True)
+            say(f"held-out response loss {when} training: {loss:.4f} nats a token")
 
     def save(self):
         if self.first:
@@ -325,6 +321,7 @@ class Run:
         self.trained.add(folder)
         self.save()
         with tqdm(total=steps, desc=folder.name, unit="step", disable=not self.first) as bar, checkpoints:
+            bar.set_postfix_str(f"at work on step {checkpoints.done + 1}, {args.batch_size} samples")
 
             def log(line):
                 held_out = ""

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import list_repo_files
 
 from support.checkpoint import find_folder
 from support.files import UserError, read_json
@@ -269,6 +268,8 @@ def hub_files(name: str, split: str = "train", configuration: str | None = None)
 
 def _listed(name: str, folder: Path) -> list[str]:
     """The paths of all files of a hub data set, or offline of those in the cache."""
+    from huggingface_hub import list_repo_files  # here, as in support/checkpoint.py
+
     try:
         return list_repo_files(name, repo_type="dataset")
     except Exception:  # whatever the client or its network says: this is only to help with another error

@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub; those that are about it serve one themselves
+# What pytest and the processes of the tests run in, whatever it was started in. One thread: the models are tiny, and
+# threads of several processes wait for each other. No test reaches the hub; those that are about it serve one.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+os.environ.pop("PYTHONSAFEPATH", None)
 
 import pytest
 import torch
@@ -16,6 +21,14 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+# A signal that is ignored here (nohup, `&` in a script), or blocked, would be so in every process that a test starts
+for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+PATIENCE = 300  # seconds until what has hung ends its test: nothing else depends on how long something takes
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",

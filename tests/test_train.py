@@ -661,14 +661,32 @@ def test_the_first_lines_tell_what_is_not_used_of_the_rows(llama, rows, tmp_path
     argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--max-length", "60"]
     with pytest.raises(UserError, match=r"rows.jsonl, line 21: not JSON .*; --skip-bad-rows leaves such rows out"):
         train_module.main(argv)
+    capsys.readouterr()
     train_module.main([*argv, "--skip-bad-rows", "--device", "cpu"])
     told = capsys.readouterr().out.splitlines()
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert f"{record['cut']} cut there, their ends lost" in told[1] and record["cut"] > 5
-    assert told[2] == "columns passed over: id, source, messages"
-    assert told[3].startswith("skipped: 1 rows, the first ") and "rows.jsonl, line 21: not JSON (" in told[3]
-    assert "rows.jsonl, row 4: the assistant's content is list, not text" in told[4]
+    assert f"{record['cut']} cut there, their ends lost" in told[2] and record["cut"] > 5
+    assert told[3] == "columns passed over: id, source, messages"
+    assert told[4].startswith("skipped: 1 rows, the first ") and "rows.jsonl, line 21: not JSON (" in told[4]
+    assert "rows.jsonl, row 4: the assistant's content is list, not text" in told[5]
     assert record["passed_over"] == {"columns": ["id", "source", "messages"]} and len(record["skipped"]) == 2
+
+
+def test_before_anything_takes_long_it_is_said_what_is_waited_for(llama, rows, tmp_path, capsys, monkeypatch):
+    argv = ["--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--batch-size", "4"]
+    real, told = data.load_tokenizer, {}
+
+    def look(name, then):
+        told[name] = capsys.readouterr()
+        return then
+
+    monkeypatch.setattr(data, "load_tokenizer", lambda *given: look("at first", real(*given)))
+    monkeypatch.setattr(train_module, "train", lambda *given: look("in the first step", None))
+    train_module.main(argv)
+    assert told["at first"].out == f"reading {llama} and {rows}\n"
+    assert (
+        "| 0/5 [" in told["in the first step"].err and "at work on step 1, 4 samples]" in told["in the first step"].err
+    )
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, make_checkpoint, write_rows
+from conftest import PATIENCE, edit_json, make_checkpoint, write_rows
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -408,7 +408,7 @@ def test_runs_that_compute_the_same_losses_at_once_go_on_with_one_of_them(tmp_pa
     while any(process.is_alive() for process in processes) and out.qsize() < 3:
         if path.exists():  # what a reader finds is whole at any time, and stays
             seen.add(float(load_file(path)["nll"].unique()))
-    found = [out.get(timeout=60) for _ in processes]
+    found = [out.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
         process.join()
     assert found[0] == found[1] == found[2] and found[0][0] == 2_000_000 and found[0][1][0] in values

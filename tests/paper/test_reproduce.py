@@ -8,7 +8,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import scipy.stats
 import torch
 from benchmark_rows import write_benchmarks
 from conftest import write_rows
+from interrupt import interrupted
 from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
@@ -284,20 +284,16 @@ def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchma
 def test_a_stopped_reproduction_goes_on_where_it_was(llama, rows, benchmarks, tmp_path):
     script = [sys.executable, "-m", "paper.reproduce"]
     flags = command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "full,random")
-    flags += ["--epochs", "60", "--checkpoint-every", "2"]
-    process = subprocess.Popen([*script, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    flags += ["--epochs", "6", "--checkpoint-every", "2"]
+    environment = interrupted(tmp_path / "full-seed42", signal.SIGTERM, 8, tmp_path / "site", parent=True)
+    stopped = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert stopped.returncode == 128 + signal.SIGTERM and "the same command goes on from here" in stopped.stderr
     log = tmp_path / "full-seed42" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on from here" in errors
-    done = len(log.read_text().splitlines())
-    assert 0 < done < 120
+    assert 0 < len(log.read_text().splitlines()) < 12
     first = log.read_text().splitlines()[0]
     subprocess.run([*script, *flags], check=True, capture_output=True, cwd=ROOT)
     lines = log.read_text().splitlines()
-    assert len(lines) == 120 and lines[0] == first  # its time of day too: that step was not done again
+    assert len(lines) == 12 and lines[0] == first  # its time of day too: that step was not done again
     assert list(json.loads((tmp_path / "table1.json").read_text())["rows"]) == ["FULL", "RANDOM"]
 
 

@@ -3,15 +3,19 @@
 import base64
 import io
 import json
+import os
 import random
 import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
+import playwright.sync_api
 import pytest
 import torch
+from browser import find_browsers, open_browser
 from conftest import make_checkpoint, write_rows
 from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file, save_file
@@ -36,11 +40,16 @@ TURNS = [("user", "Two plus two?"), ("assistant", "Four."), ("user", "And three?
 
 
 @pytest.fixture(scope="session")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def browser(tmp_path_factory):
+    """A Chromium. Where there is none, a test that needs it is skipped; on a CI's machine it fails."""
+    page = tmp_path_factory.mktemp("browser") / "page.html"
+    page.write_text("<p>a page")
+    with sync_playwright() as driver:
+        found = open_browser(driver, page)
+        if isinstance(found, str):
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(found)
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -271,13 +280,13 @@ def test_the_security_policy_forbids_whatever_is_not_the_page_s_own(made, browse
     page, refused = browser.new_page(), []
     page.on("console", lambda message: refused.append(message.text))
     page.goto(f"file://{made[0] / 'page.html'}")
-    page.evaluate("""() => {
-        const script = document.createElement('script'); script.textContent = 'document.title = "broken"';
-        const image = document.createElement('img'); image.src = 'http://127.0.0.1:9/x.png';
-        document.body.append(script, image);
-    }""")
-    page.wait_for_timeout(200)
-    assert page.title() != "broken" and len(refused) == 2
+    with page.expect_console_message(lambda _: len(refused) == 2):
+        page.evaluate("""() => {
+            const script = document.createElement('script'); script.textContent = 'document.title = "broken"';
+            const image = document.createElement('img'); image.src = 'http://127.0.0.1:9/x.png';
+            document.body.append(script, image);
+        }""")
+    assert page.title() != "broken"
     assert all("Content Security Policy" in message for message in refused)
     page.close()
 
@@ -658,6 +667,29 @@ def test_a_log_that_is_none_is_named(tmp_path, content, words, monkeypatch):
 def test_tokens_need_a_model_and_rows(flags):
     with pytest.raises(files.UserError, match="--model and --data are needed"):
         visualize.parse_arguments(flags)
+
+
+def test_a_browser_is_looked_for_where_browsers_are(tmp_path, monkeypatch):
+    """First what playwright installed, then what is on PATH, then where Windows keeps its own."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("LocalAppData", str(tmp_path))
+    others = find_browsers(str(tmp_path / "installed"))  # in the usual places of this machine
+    places = ["installed", "google-chrome", "chromium", "msedge", "Google/Chrome/Application/chrome.exe"]
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch(mode=0o755)
+    found = find_browsers(str(tmp_path / "installed"))
+    assert [path for path in found if path not in others] == [str(tmp_path / place) for place in places]
+
+
+def test_a_browser_that_opens_no_page_is_named_and_so_is_what_to_type(tmp_path, monkeypatch):
+    def launch(executable_path, **settings):
+        raise playwright.sync_api.Error(f"{executable_path} has ended\nits log")
+
+    monkeypatch.setattr("browser.find_browsers", lambda installed: [installed])
+    reason = open_browser(SimpleNamespace(chromium=SimpleNamespace(executable_path="snap", launch=launch)), tmp_path)
+    assert "type `python -m playwright install chromium`" in reason
+    assert reason.endswith("; snap does not open a page: snap has ended")
 
 
 # ------------------------------------------------------------------------------------------------- size, text, flags

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_checkpoint, write_rows
+from conftest import PATIENCE, make_checkpoint, write_rows
+from interrupt import interrupted
 from safetensors.torch import load_file, save_file
 
 import train
@@ -75,20 +76,16 @@ def setting(llama, tmp_path_factory) -> SimpleNamespace:
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_with_the_adapter_of_one_that_never_stopped(setting, tmp_path):
-    resumed, rng = command(setting.model, setting.rows, tmp_path, *LONG, "--resume"), random.Random(0)
-    for kill in range(20):
-        process = subprocess.Popen(resumed, stderr=subprocess.DEVNULL)
-        if kill:  # the first one dies as it starts
-            wait_for_a_step(process, tmp_path)
-        time.sleep(rng.uniform(0, 0.5))
-        assert process.poll() is None, "it ended before it could be killed: make the run longer"
-        process.kill()
-        process.wait()
-        assert not (tmp_path / "adapter_model.safetensors").exists()
+    out, rng = tmp_path / "out", random.Random(0)
+    resumed = command(setting.model, setting.rows, out, *LONG, "--resume")
+    for _ in range(20):
+        environment = interrupted(out, signal.SIGKILL, rng.randint(1, 40), tmp_path / "site")
+        assert subprocess.run(resumed, env=environment, capture_output=True).returncode == -signal.SIGKILL
+        assert not (out / "adapter_model.safetensors").exists()
     subprocess.run(resumed, check=True, capture_output=True)
-    assert adapter(tmp_path) == adapter(setting.whole)
-    assert log(tmp_path) == log(setting.whole) and len(log(tmp_path)) == 210
-    assert left_in(tmp_path) == [runs.CHECKPOINT.format(step) for step in (207, 210)]
+    assert adapter(out) == adapter(setting.whole)
+    assert log(out) == log(setting.whole) and len(log(out)) == 210
+    assert left_in(out) == [runs.CHECKPOINT.format(step) for step in (207, 210)]
 
 
 @pytest.mark.parametrize(
@@ -100,15 +97,11 @@ def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags, inn
     """In the parts of self-evolving, while the reference is trained, and after it."""
     flags = ["--method", *flags.replace("ROWS", str(rows)).split(), "--epochs", "12", "--checkpoint-every", "2"]
     main(llama, rows, tmp_path / "whole", *flags)
-    resumed, rng = command(llama, rows, tmp_path / "killed", *flags, "--resume"), random.Random(0)
+    resumed = command(llama, rows, tmp_path / "killed", *flags, "--resume")
     for name in inner:
-        for _ in range(2):
-            process = subprocess.Popen(resumed, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            wait_for_a_step(process, tmp_path / "killed" / name)
-            time.sleep(rng.uniform(0, 0.1))
-            assert process.poll() is None
-            process.kill()
-            process.wait()
+        for operation in (5, 14):
+            environment = interrupted(tmp_path / "killed" / name, signal.SIGKILL, operation, tmp_path / "site")
+            assert subprocess.run(resumed, env=environment, capture_output=True).returncode == -signal.SIGKILL
             assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
     subprocess.run(resumed, check=True, capture_output=True)
     assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
@@ -118,20 +111,17 @@ def test_a_baseline_that_is_killed_goes_on_too(llama, rows, tmp_path, flags, inn
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_of_the_step_it_came_in(setting, tmp_path, number):
-    flags = [*LONG[:2], "--checkpoint-every", "1000"]
-    process = subprocess.Popen(
-        command(setting.model, setting.rows, tmp_path, *flags), stderr=subprocess.PIPE, text=True
-    )
-    wait_for_a_step(process, tmp_path)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    done = len(log(tmp_path))
-    assert process.returncode == 128 + number and 1 <= done < 210
-    assert errors.strip().endswith(f"\nstopped after step {done}; with --resume it goes on")
-    assert left_in(tmp_path) == [runs.CHECKPOINT.format(done)]
-    assert not (tmp_path / "adapter_model.safetensors").exists()
-    subprocess.run(command(setting.model, setting.rows, tmp_path, *flags, "--resume"), check=True, capture_output=True)
-    assert adapter(tmp_path) == adapter(setting.whole) and log(tmp_path) == log(setting.whole)
+    out, flags = tmp_path / "out", [*LONG[:2], "--checkpoint-every", "1000"]
+    given = command(setting.model, setting.rows, out, *flags)
+    environment = interrupted(out, number, 50, tmp_path / "site")
+    stopped = subprocess.run(given, env=environment, capture_output=True, text=True)
+    done = len(log(out))
+    assert stopped.returncode == 128 + number and 1 <= done < 210
+    assert stopped.stderr.strip().endswith(f"\nstopped after step {done}; with --resume it goes on")
+    assert left_in(out) == [runs.CHECKPOINT.format(done)]
+    assert not (out / "adapter_model.safetensors").exists()
+    subprocess.run([*given, "--resume"], check=True, capture_output=True)
+    assert adapter(out) == adapter(setting.whole) and log(out) == log(setting.whole)
 
 
 @pytest.fixture
@@ -315,7 +305,7 @@ def test_two_ranks_train_as_one_process(tmp_path, rows, family, flags):
     of = lambda name: [(paths | {"CACHE": tmp_path / f"cache-{name}"}).get(flag, flag) for flag in flags]
     held_out = "--eval-data", rows, "--eval-every", "2"
     process = torchrun(2, model, rows, tmp_path / "two", *EXACT, *of("two"), *held_out)
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     main(model, rows, tmp_path / "one", *EXACT, *(f for f in of("one") if f != "--shard"), *held_out)
     if "CACHE" in flags:
@@ -352,13 +342,13 @@ def test_two_ranks_go_on_from_a_checkpoint(llama, rows, tmp_path):
     flags = ["--epochs", "4", "--checkpoint-every", "2"]
     for name in ("whole", "stopped"):
         process = torchrun(2, llama, rows, tmp_path / name, *flags)
-        assert process.wait(timeout=300) == 0, process.stderr.read()
+        assert process.wait(timeout=PATIENCE) == 0, process.stderr.read()
     whole = adapter(tmp_path / "whole")
     assert adapter(tmp_path / "stopped") == whole
     runs.checkpoints_in(tmp_path / "stopped")[-1].unlink()  # that of step 12
     (tmp_path / "stopped" / "adapter_model.safetensors").unlink()
     process = torchrun(2, llama, rows, tmp_path / "stopped", *flags, "--resume")
-    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert process.wait(timeout=PATIENCE) == 0, process.stderr.read()
     assert adapter(tmp_path / "stopped") == whole and log(tmp_path / "stopped") == log(tmp_path / "whole")
     state = load_file(runs.checkpoints_in(tmp_path / "whole")[-1])
     random = [state[name] for name in sorted(state) if name.startswith("random")]
@@ -373,7 +363,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(llama, rows, t
     process = torchrun(2, llama, rows, tmp_path / "run", "--epochs", "1000", "--checkpoint-every", "10000")
     wait_for_a_step(process, tmp_path / "run")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     done = len(log(tmp_path / "run"))
     assert left_in(tmp_path / "run") == [runs.CHECKPOINT.format(done)] and f"stopped after step {done};" in errors
 
@@ -399,7 +389,7 @@ start.run_script(lambda: train.main(sys.argv[3:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["raise", "kill"])
 @pytest.mark.parametrize("flags", [[], ["--shard"]])
-def test_a_rank_that_dies_takes_the_job_down_within_a_minute(llama, rows, tmp_path, way, flags):
+def test_a_rank_that_dies_takes_the_job_down(llama, rows, tmp_path, way, flags):
     (tmp_path / "script.py").write_text(FAILING)
     script = [str(tmp_path / "script.py"), str(tmp_path), way]
     process = torchrun(2, llama, rows, tmp_path / "run", "--epochs", "1000", *flags, script=script)
@@ -407,7 +397,7 @@ def test_a_rank_that_dies_takes_the_job_down_within_a_minute(llama, rows, tmp_pa
     if way == "kill":
         os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
     try:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode != 0
@@ -445,7 +435,7 @@ if ranks.first_rank():
 def test_shard_leaves_each_rank_its_part_of_the_checkpoint_s_weights(llama, rows, tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
     process = torchrun(2, llama, rows, tmp_path / "run", "--shard", script=[str(tmp_path / "script.py")])
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     (before, after), (before_1, after_1), whole, layers = json.loads(out)
     assert before + before_1 == whole and abs(before - before_1) < 0.1 * whole
@@ -507,7 +497,7 @@ def test_ranks_on_devices_of_different_numbers_resume_their_run(llama, rows, tmp
     found = []
     for flags in ([], ["--resume"]):
         process = torchrun(2, llama, rows, tmp_path / "run", *flags, script=[str(tmp_path / "script.py")])
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors[-2000:]
         found.append(adapter(tmp_path / "run"))
         (tmp_path / "run" / "adapter_model.safetensors").unlink()
