@@ -14,13 +14,6 @@ os.environ.pop("PYTHONSAFEPATH", None)
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 # A signal that is ignored here (nohup, `&` in a script), or blocked, would be so in every process that a test starts
 for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python itself ignores
@@ -47,6 +40,13 @@ ROPE_LLAMA3 = {
 }
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A process a core, at most 8; none but this one where only files are named: they end before others have begun."""
+    if all(Path(given.split("::")[0]).is_file() for given in config.args):
+        return 0
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
 def make_tokenizer(adds_bos: bool) -> Tokenizer:
     """A byte-level BPE of 400 tokens; with `adds_bos` its post-processor puts BOS first, as Llama 3's does."""
     tokenizer = Tokenizer(models.BPE())
@@ -67,8 +67,8 @@ def make_tokenizer(adds_bos: bool) -> Tokenizer:
     return tokenizer
 
 
-def make_config(family: str, **changes):
-    """transformers' config of a tiny model: 3 layers, grouped queries, and what each family has of its own."""
+def make_config(family: str, **changes) -> dict:
+    """config.json of a tiny model: 3 layers, grouped queries, and what each family has of its own."""
     sizes = {
         "vocab_size": 400,
         "hidden_size": 48,
@@ -80,25 +80,41 @@ def make_config(family: str, **changes):
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    kind, own = {
-        "llama": (LlamaConfig, {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": ROPE_LLAMA3}),
-        "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),  # biased q, k, v; head_dim 48 / 6
-        "qwen3": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": False}),  # norms of q and k
+    name, own = {
+        "llama": ("Llama", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": ROPE_LLAMA3}),
+        "qwen2": ("Qwen2", {"tie_word_embeddings": False}),  # biased q, k, v; head_dim 48 / 6
+        "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False}),  # norms of q and k
     }[family]
-    return kind(**(sizes | own | changes))
+    return {"model_type": family, "architectures": [f"{name}ForCausalLM"]} | sizes | own | changes
 
 
-def make_checkpoint(folder: Path, family: str, adds_bos=False, shard_size="5GB", **changes) -> Path:
-    """A random checkpoint as transformers saves it, with a tokenizer. Norms and biases are random too."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config(family, **changes)).float()
+def randomize(model):
+    """Random weights, norms and biases too; larger than as transformers draws them, where attention is uniform."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
-                parameter.mul_(4)  # the default initialization is so small that attention would be uniform
-    model.save_pretrained(folder, max_shard_size=shard_size)
+                parameter.mul_(0.08 / parameter.std())
+    return model
+
+
+def make_model(folder: Path, family: str, **changes):
+    """A tiny decoder of ours with random weights; nothing of transformers, which takes seconds to be imported."""
+    from model import Transformer, read_config
+
+    (folder / "config.json").write_text(json.dumps(make_config(family, **changes)))
+    torch.manual_seed(0)
+    return randomize(Transformer(read_config(folder))).eval()
+
+
+def make_checkpoint(folder: Path, family: str, adds_bos=False, shard_size="5GB", **changes) -> Path:
+    """A random checkpoint as transformers saves it, with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**make_config(family, **changes))).float()
+    randomize(model).save_pretrained(folder, max_shard_size=shard_size)
     backend = make_tokenizer(adds_bos)
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS).save_pretrained(folder)
     backend.save(str(folder / "tokenizer.json"))

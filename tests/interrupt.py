@@ -13,7 +13,7 @@ def watch(event, given):
     if not given or not isinstance(given[0], (str, os.PathLike)):
         return
     place, name = os.path.split(os.fspath(given[0]))
-    if place == folder and (begun := begun or name == "log.jsonl") and event != "os.listdir":
+    if place == folder and (begun := begun or name == "log.jsonl"):
         left -= 1
         if left == 0 and not parent:
             os.kill(os.getpid(), number)

@@ -1,4 +1,8 @@
-"""requirements.txt alone is enough to run, and says so: no package of the tests slips into run time."""
+"""requirements.txt alone is enough to run, and says so: no package of the tests slips into run time.
+
+The clean install takes the torch version that is there; if that came from another index than pip's default, set
+PIP_EXTRA_INDEX_URL to it.
+"""
 
 import ast
 import importlib.metadata

@@ -7,13 +7,13 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_checkpoint
+from conftest import make_model
 from hypothesis import assume, given, settings, strategies
 from memory import peak_allocated
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora import add_lora, lora_layers
-from model import load_model, rope_table
+from model import rope_table
 from sstoken import (
     AttentionProbe,
     attention_score,
@@ -180,7 +180,6 @@ def test_eq_11_ties_go_to_the_lowest_index_and_one_token_is_always_selected():
 
 # ------------------------------------------------------------------- what holds for any numbers that Eqs. 3-11 get
 
-# Multiples of 1/64 that float32 adds and subtracts exactly, so that what ought to be equal is equal
 NUMBERS = strategies.integers(0, 2**12).map(lambda n: n / 64)
 RHOS = strategies.decimals("0.01", 1, places=2).map(float)
 GAMMAS = strategies.floats(0, 1)
@@ -188,11 +187,15 @@ GAMMAS = strategies.floats(0, 1)
 
 @strategies.composite
 def samples(draw):
-    """Losses of a sample's tokens, those of its history model, and the attention that they pay."""
-    n = draw(strategies.integers(1, 40))
-    losses, history = (torch.tensor(draw(strategies.lists(NUMBERS, min_size=n, max_size=n))) for _ in range(2))
-    attention = torch.tensor(draw(strategies.lists(strategies.integers(0, 2**16), min_size=n, max_size=n))) / 2**16
-    return losses, history, attention
+    """Losses of a sample's tokens, those of its history model, and the attention that they pay.
+
+    Binary fractions that float32 adds and subtracts exactly, so that what ought to be equal is equal, of so many
+    values that few or many are.
+    """
+    n, values = draw(strategies.integers(1, 40)), 2 ** draw(strategies.integers(0, 12))
+    generator = torch.Generator().manual_seed(draw(strategies.integers(0, 2**32 - 1)))
+    losses, history, attention = torch.randint(values, (3, n), generator=generator)
+    return losses / 64, history / 64, attention / values
 
 
 def select_by_algorithm_1(losses, history, attention, gamma, rho):
@@ -265,8 +268,8 @@ def random_batch(lengths, vocab=400, seed=0):
     return ids, response
 
 
-def test_the_probe_draws_no_random_number_and_sees_adapters_without_dropout(llama):
-    model = add_lora(load_model(llama), rank=4, alpha=8, dropout=0.5)
+def test_the_probe_draws_no_random_number_and_sees_adapters_without_dropout(tmp_path):
+    model = add_lora(make_model(tmp_path, "llama"), rank=4, alpha=8, dropout=0.5)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B)
     ids, response = random_batch([30, 41])
@@ -286,8 +289,8 @@ def test_the_probe_draws_no_random_number_and_sees_adapters_without_dropout(llam
     assert not torch.equal(probe.scores(response), expected)  # the adapters counted
 
 
-def test_the_probe_is_not_fired_by_a_recomputed_layer(llama):
-    model = load_model(llama)
+def test_the_probe_is_not_fired_by_a_recomputed_layer(tmp_path):
+    model = make_model(tmp_path, "llama")
     ids, response = random_batch([25, 33])
     probe = AttentionProbe(model, 1)
     model(ids)
@@ -303,31 +306,32 @@ def test_the_probe_is_not_fired_by_a_recomputed_layer(llama):
     assert probe.hidden is kept
 
 
-def test_a_layer_that_does_not_exist_is_refused(llama):
-    model = load_model(llama)
+def test_a_layer_that_does_not_exist_is_refused(tmp_path):
+    model = make_model(tmp_path, "llama")
     for layer in (3, -4):
         with pytest.raises(UserError, match=f"layer {layer}"):
             AttentionProbe(model, layer)
 
 
+@pytest.mark.slow  # the arithmetic of a 3B model's layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probes_memory_stays_under_64_mb_for_2048_tokens_of_24_heads(tmp_path, dtype):
     sizes = {"hidden_size": 3072, "intermediate_size": 64, "num_hidden_layers": 1}  # Llama-3.2-3B's attention
     heads = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}
-    model = load_model(make_checkpoint(tmp_path, "llama", **sizes, **heads), dtype)
+    model = make_model(tmp_path, "llama", **sizes, **heads).to(dtype)
     response = torch.zeros(1, 2048, dtype=torch.bool)
     response[:, 100:] = True
     probe = AttentionProbe(model)
-    with torch.no_grad():
-        model(torch.randint(0, 400, (1, 2048)))
+    probe.hidden = torch.randn(1, 2048, 3072, dtype=dtype)  # what it keeps of a pass
     kept = probe.hidden.numel() * probe.hidden.element_size()
     assert kept + peak_allocated(lambda: probe.scores(response)) < 64 * 2**20
     q, k = torch.randn(24, 2048, 128, dtype=dtype), torch.randn(8, 2048, 128, dtype=dtype)
     assert peak_allocated(lambda: attention_score(q, k, response[0])) < 64 * 2**20
 
 
-def test_scores_are_zero_off_the_response_and_rows_do_not_see_each_other(checkpoint):
-    model = load_model(checkpoint)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_scores_are_zero_off_the_response_and_rows_do_not_see_each_other(tmp_path, family):
+    model = make_model(tmp_path, family)
     ids, response = random_batch([17, 90, 44])
     response[0] = False  # a row of a batch may have nothing to score
     probe = AttentionProbe(model)
@@ -340,9 +344,10 @@ def test_scores_are_zero_off_the_response_and_rows_do_not_see_each_other(checkpo
         assert (alone[0] - together[i, :length]).abs().max() < 1e-6
 
 
-def test_the_probe_s_scores_are_eqs_5_to_7_of_the_layer_s_own_queries_and_keys(checkpoint):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_probe_s_scores_are_eqs_5_to_7_of_the_layer_s_own_queries_and_keys(tmp_path, family):
     """Whole sequences projected at once, against the probe, which projects them by chunks and from a kept state."""
-    model = load_model(checkpoint, torch.float32)
+    model = make_model(tmp_path, family)
     probe = AttentionProbe(model, 1)
     ids, response = random_batch([90, 61])
     with torch.no_grad():

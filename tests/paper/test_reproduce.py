@@ -12,14 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import scipy.stats
 import torch
 from benchmark_rows import write_benchmarks
 from conftest import write_rows
 from interrupt import interrupted
 from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
 
 import data
 import evaluate
@@ -90,6 +88,8 @@ def test_the_paper_s_averages_are_those_of_its_columns_but_for_one():
 
 
 def test_intervals_are_student_s():
+    import scipy.stats  # here, since it takes a second
+
     for freedom in (1, 2, 3, 9, 100):
         for probability in (0.6, 0.975, 0.995):
             assert t_quantile(freedom, probability) == pytest.approx(scipy.stats.t.ppf(probability, freedom), rel=1e-5)
@@ -142,6 +142,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(reproduce, "call", call)
 
 
+@pytest.mark.slow  # 14 trainings and 13 evaluations
 def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, monkeypatch, capsys, in_this_process):
     reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "2"))
     printed = capsys.readouterr().out
@@ -331,6 +332,8 @@ def test_a_part_of_the_columns_needs_all_its_tasks():
 
 
 def test_auroc_is_scikit_learn_s():
+    from sklearn.metrics import roc_auc_score
+
     rng = random.Random(0)
     for _ in range(50):
         clean, noise = ([rng.randrange(6) / 2 for _ in range(rng.randrange(1, 30))] for _ in range(2))
@@ -403,6 +406,7 @@ def test_planted_faults_are_those_of_real_data_and_marked(llama, tmp_path):
     assert kinds == {"swapped": 4, "cut": 2, "wrapped": 4, "as it was": 10}
 
 
+@pytest.mark.slow  # 43 trainings
 def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypatch, capsys):
     rows = write_rows(tmp_path / "rows.jsonl")
     rows.write_text(rows.read_text() * 3)

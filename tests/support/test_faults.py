@@ -489,6 +489,7 @@ def test_debug_shows_what_a_mistake_was_made_from(place, capsys):
     assert b"FileNotFoundError: [Errno 2]" in debug.stderr and b"in find_files\n" in debug.stderr
 
 
+@pytest.mark.slow  # three processes that import torch
 def test_the_hub_s_reason_comes_with_the_next_step(originals, tmp_path):
     repositories = {("model", "who/tiny", "main"): originals / "model"}
 

@@ -36,7 +36,7 @@ def head(command, lines=1) -> tuple[int, bytes]:
     return process.wait(), errors
 
 
-@pytest.mark.parametrize("script", ["explorer", "training", "help"])
+@pytest.mark.parametrize("script", [pytest.param("explorer", marks=pytest.mark.slow), "training", "help"])
 def test_a_reader_that_goes_away_ends_a_script_without_a_word(script, rows, tmp_path):
     given = ["--model", "demo/model", "--data", str(rows), "--device", "cpu"]
     command = {
