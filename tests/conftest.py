@@ -12,7 +12,6 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.
 os.environ.pop("PYTHONSAFEPATH", None)
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 # A signal that is ignored here (nohup, `&` in a script), or blocked, would be so in every process that a test starts
@@ -90,6 +89,8 @@ def make_config(family: str, **changes) -> dict:
 
 def randomize(model):
     """Random weights, norms and biases too; larger than as transformers draws them, where attention is uniform."""
+    import torch  # here, as transformers below: not every process of the tests needs it
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -101,6 +102,8 @@ def randomize(model):
 
 def make_model(folder: Path, family: str, **changes):
     """A tiny decoder of ours with random weights; nothing of transformers, which takes seconds to be imported."""
+    import torch
+
     from model import Transformer, read_config
 
     (folder / "config.json").write_text(json.dumps(make_config(family, **changes)))
@@ -110,6 +113,7 @@ def make_model(folder: Path, family: str, **changes):
 
 def make_checkpoint(folder: Path, family: str, adds_bos=False, shard_size="5GB", **changes) -> Path:
     """A random checkpoint as transformers saves it, with a tokenizer."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
