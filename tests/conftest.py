@@ -8,7 +8,7 @@ from pathlib import Path
 # What pytest and the processes of the tests run in, whatever it was started in. One thread: the models are tiny, and
 # threads of several processes wait for each other. No test reaches the hub; those that are about it serve one.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 os.environ.pop("PYTHONSAFEPATH", None)
 
 import pytest

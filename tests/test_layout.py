@@ -18,7 +18,7 @@ TOP = {
 MADE = {"runs", "models", "__pycache__", "explorer.html"}  # by the commands of the README, and ignored by git
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("paper/*.py")]
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("paper/*.py")])
     if path.name != "__init__.py"
 }
 # Who may import whom: only what stands further left, or in the same place
