@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import platform
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,23 @@ class UserError(ValueError):
     """A mistake in what the user gave (a file, a row, a flag, a tensor); its message says what and where."""
 
 
+def readable(path: Path, most: int = 2**28) -> Path:
+    """`path`, if it can be read to its end: a regular file of at most `most` bytes, no pipe and no device.
+
+    Every reader of a file that others made asks it. Raises OSError, which each turns into a UserError of its own.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is no regular file")
+    if status.st_size > most:
+        raise OSError(f"{status.st_size:,} bytes are more than such a file has")
+    return path
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises UserError naming the file when it is missing or holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(readable(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as reason:
