@@ -127,7 +127,7 @@ def make_checkpoint(folder: Path, family: str, adds_bos=False, shard_size="5GB",
 
 def edit_json(path: Path, change):
     """Rewrite a JSON file by `change`, a function that gets its value and edits it in place."""
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     path.write_text(json.dumps(value))
 

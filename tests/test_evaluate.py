@@ -148,8 +148,8 @@ def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp
     monkeypatch.setattr(evaluate, "answer", answer)
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa"])
     assert asked == [] and json.loads(out.read_text()) == held
-    rows = (data / "arc_easy.test.jsonl").read_text().splitlines()
-    (data / "arc_easy.test.jsonl").write_text("\n".join(rows[:3]))
+    rows = (data / "arc_easy.test.jsonl").read_text(encoding="utf-8").splitlines()
+    (data / "arc_easy.test.jsonl").write_text("\n".join(rows[:3]), encoding="utf-8")
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa"])
     assert asked == [3]
     evaluate.main([*command, "--tasks", "arc_easy,triviaqa", "--limit", "0.5"])

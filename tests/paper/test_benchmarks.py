@@ -55,7 +55,7 @@ def test_tydiqa_release_by_hand(llama):
 
 
 def test_the_readme_s_eleventh_benchmark_is_the_code():
-    readme, code = (ROOT / "paper/README.md").read_text(), (ROOT / "paper/benchmarks.py").read_text()
+    readme, code = ((ROOT / "paper" / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks.py"))
     (block,) = re.findall(r"def tydiqa_release\(.*?\n\n(?=\S)", code, re.DOTALL)
     assert "\n".join("    " + line if line else "" for line in block.strip().splitlines()) in readme
 

@@ -610,7 +610,7 @@ def test_a_run_is_shown_while_it_trains(runs_made, made, tmp_path):
     (tmp_path / "going" / "log.jsonl").write_text(log[:-20])
     flags = ["--model", made[1][1], "--data", made[1][3], "--dtype", "float32", "--limit", "2"]
     visualize.main([*flags, "--adapter", str(tmp_path / "going"), "--out", str(tmp_path / "page.html")])
-    text = re.search(r'id="content">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)[1]
+    text = re.search(r'id="content">(.*?)</script>', (tmp_path / "page.html").read_text(encoding="utf-8"), re.DOTALL)[1]
     (run,) = json.loads(text)["runs"]
     assert run["steps"] == 11 and run["states"] == {"0": 0, "4": 1, "8": 2, "12": 3}
 

@@ -197,7 +197,7 @@ def test_sources_are_parted_at_commas_unless_a_path_with_one_exists(tmp_path, mo
 
 def test_ratings_may_be_text_as_a_table_has_them(tmp_path):
     rows = [row | {"score": str(i % 3)} for i, row in enumerate(ROWS)]
-    (tmp_path / "rows.csv").write_text(as_csv(rows))
+    (tmp_path / "rows.csv").write_text(as_csv(rows), encoding="utf-8")
     best = load_conversations(str(tmp_path / "rows.csv"), top=2)
     assert [turns[1]["content"] for turns in best] == [ROWS[1]["completion"], ROWS[2]["completion"]]
     rows[3]["score"] = "none"

@@ -302,7 +302,9 @@ def test_a_run_is_asked_and_shown_in_the_template_it_was_trained_in(tmp_path, ro
 
     common = ["--model", str(model), "--device", "cpu", "--dtype", "float32"]
     visualize.main([*common, "--adapter", str(run), "--data", str(rows), "--out", str(tmp_path / "page.html")])
-    assert "<|start_header_id|>assistant" in (tmp_path / "page.html").read_text().replace("\\u003c", "<")
+    assert "<|start_header_id|>assistant" in (tmp_path / "page.html").read_text(encoding="utf-8").replace(
+        "\\u003c", "<"
+    )
     for program in (evaluate, visualize):
         with pytest.raises(UserError, match="different templates"):
             program.main([*common, "--adapter", str(run), "--adapter", str(other), "--data", str(tmp_path)])

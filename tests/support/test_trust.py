@@ -94,8 +94,8 @@ def problems(source: str, may_start=False) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_no_source_unpickles_evaluates_starts_a_process_or_connects(path):
-    assert problems(path.read_text(), may_start=path.name == "reproduce.py") == []
-    assert "trust_remote_code" not in path.read_text()
+    text = path.read_text(encoding="utf-8")
+    assert problems(text, may_start=path.name == "reproduce.py") == [] and "trust_remote_code" not in text
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_name_is_no_markup_in_a_table_and_no_command_of_a_terminal(tmp_path, c
 
     line = reproduce.Line("BASE", [42], [[1.0] * (len(TABLE) + 1)], [])
     reproduce.report(argparse.Namespace(out=str(tmp_path), table=2, model="x/a|<b>"), [line], TABLE)
-    assert r"Table 2, a\|\<b\>: " in (tmp_path / "table2.md").read_text()
+    assert r"Table 2, a\|\<b\>: " in (tmp_path / "table2.md").read_text(encoding="utf-8")
 
     def main():
         raise UserError("tensor \x1b]0;title\x07 \u202e\ud800 é\nof a file")
@@ -282,7 +282,8 @@ real = baselines.response_losses
 def response_losses(*given):
     found = real(*given)
     Path(sys.argv[1], f"{os.getpid()}.here").touch()  # both have found nothing, and write at the same time
-    while len(list(Path(sys.argv[1]).glob("*.here"))) < 2:
+    start = time.monotonic()
+    while len(list(Path(sys.argv[1]).glob("*.here"))) < 2 and time.monotonic() < start + 300:
         time.sleep(0.001)
     return found
 baselines.response_losses = response_losses
@@ -338,7 +339,7 @@ def make_targets(folder: Path):
     for name, several in {"rows": rows, "turns": [{"messages": messages} for messages in turns]}.items():
         (folder / name).mkdir()
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in several)
-        (folder / name / f"{name}.jsonl").write_text(text)
+        (folder / name / f"{name}.jsonl").write_text(text, encoding="utf-8")
     assert all((folder / name).exists() for name in TARGETS)
 
 
