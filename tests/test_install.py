@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("support", "paper", "demo")
 PLACES = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("paper/*.py")]
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PLACES)
 
@@ -33,7 +34,7 @@ def imported(paths) -> set[str]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         modules |= {name.split(".")[0] for name in names}
-    ours = {path.stem for path in ROOT.rglob("*.py")} | {path.name for path in ROOT.iterdir()}
+    ours = {path.stem for path in [*PLACES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("results/**/*.py")]} | {*FOLDERS}
     packages = importlib.metadata.packages_distributions()
     return {packages[module][0].lower().replace("_", "-") for module in modules - ours - sys.stdlib_module_names}
 
