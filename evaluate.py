@@ -31,7 +31,7 @@ from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows,
 from support import chat, command, machine, ranks, runs, templates
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell
-from support.decoding import SharedPrefix, generate, generation_settings
+from support.decoding import SharedPrefix, check_numbers, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
 from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
@@ -93,6 +93,7 @@ def loglikelihoods(
         asked = [i for tree in batch for i in tree.scored]
         targets = torch.tensor([token for i in asked for token in requests[i].targets], device=device)
         scores = token_scores(hidden[rows, columns], model.lm_head.weight, targets)
+        check_numbers(scores[0], model)
         sizes = [len(requests[i].targets) for i in asked]
         for i, log_p, greedy in zip(asked, *(values.cpu().split(sizes) for values in scores), strict=True):
             answers[i] = (log_p.sum().item(), bool(greedy.all()))
@@ -242,15 +243,14 @@ def table(records: list[dict]) -> str:
     own = [OWN] if OWN[1] in found else []
     columns = own if found == {OWN[1]} else TABLE + own
     lines = [["model", *(column for column, _, _ in columns), *(["AVG"] if columns != own else [])]]
-    notes = []
-    for record in records:
+    notes, names = [], command.short_names([record["adapter"] or record["model"] for record in records])
+    for record, name in zip(records, names, strict=True):
         results = record["results"]
         values = [100 * results[task][metric] if task in results else None for _, task, metric in columns]
         if columns != own:
             ten = values[: len(TABLE)]
             values.append(None if None in ten else sum(ten) / len(ten))
-        name = record["adapter"] or record["model"]
-        lines.append([cell(Path(name).name), *("-" if value is None else f"{value:.2f}" for value in values)])
+        lines.append([cell(name), *("-" if value is None else f"{value:.2f}" for value in values)])
         for task, metric, note in (
             ("logiqa", "acc_norm", "the paper's LogiQA column may be this"),
             ("tydiqa_release", "f1", "the paper's TyDiQA column is this protocol's"),
@@ -340,9 +340,9 @@ def main(argv: list[str] | None = None):
 
 def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
     """--ask: answers of the base model and of each adapter, in the template that they were trained in."""
-
-    who = {Path(args.model).name: functools.partial(lora.remove_lora, model)}
-    who |= {Path(name).name: functools.partial(lora.load_adapter, model, name) for name in args.adapter}
+    become = [functools.partial(lora.load_adapter, model, name) for name in args.adapter]
+    become.insert(0, functools.partial(lora.remove_lora, model))
+    who = list(zip(command.short_names([args.model, *args.adapter]), become, strict=True))
     chat.converse(model, tokenizer, args.ask, who, lambda messages: data.prompt_ids(messages, tokenizer))
 
 

@@ -205,8 +205,8 @@ def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
 
     They depend on `examples` alone, so the same weights always give the same bits.
     """
-    (passes,) = data.plan_batches([len(e.ids) for e in examples], len(examples), SCORING_BATCH, seed=0)
-    return passes
+    lengths = [len(e.ids) for e in examples]
+    return next(data.plan_batches(lengths, max(1, len(lengths)), SCORING_BATCH, seed=0), [])
 
 
 @torch.no_grad()
@@ -227,9 +227,14 @@ def response_losses(model: Transformer, examples: list[data.Example], described:
         found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
     model.train(training)
     found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}
+    check_losses(model, found)
+    return [found[i] for i in range(len(examples))]
+
+
+def check_losses(model: Transformer, found: dict[int, Tensor]):
+    """UserError if a model has no finite loss for a token of some samples: {sample: (L_resp,) losses}."""
     if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
         raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
-    return [found[i] for i in range(len(examples))]
 
 
 def frozen_losses(
@@ -334,9 +339,8 @@ def run_method(
         described = "history_entropy" in asks(args.method)
         base, seconds = frozen_losses(model, None, examples, args, described)  # new adapters change nothing
     if args.rho == "auto":
-        others, taken = under_other_prompts(examples, args.seed), 0.0
-        if others:
-            elsewhere, taken = frozen_losses(model, None, others, args)
+        others = under_other_prompts(examples, args.seed)
+        elsewhere, taken = frozen_losses(model, None, others, args) if others else ([], 0.0)
         seconds += taken
     if reference_examples:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})

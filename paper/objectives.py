@@ -127,7 +127,7 @@ def own_prompt(gains: Tensor, level: float = 0.05) -> Tensor:
     share `level` of what is kept (knockoff+, Barber and Candes 2015, arXiv 1404.5609). Where no t is, the gains tell
     nothing, of a handful of answers or by a model that does not heed its prompt, and all are kept.
     """
-    for bar in gains.abs().sort().values:
-        if 1 + (gains <= -bar).sum() <= level * (gains >= bar).sum():
-            return gains >= bar
-    return torch.ones_like(gains, dtype=torch.bool)
+    bars, in_order = gains.abs().sort().values, gains.sort().values
+    below, above = torch.searchsorted(in_order, -bars, right=True), len(bars) - torch.searchsorted(in_order, bars)
+    fits = 1 + below <= level * above
+    return gains >= bars[fits.int().argmax()] if fits.any() else torch.ones_like(gains, dtype=torch.bool)

@@ -12,8 +12,10 @@ and no server. `--text` prints the same highlighting on the terminal instead. It
 
 import argparse
 import base64
+import bisect
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -92,6 +94,7 @@ def signals(
         found |= zip(members, zip(*parts, strict=True), strict=True)
     for probe in probes:
         probe.remove()
+    baselines.check_losses(model, {i: nll for i, (nll, _, _) in found.items()})
     return (found[i] for i in range(len(examples)))
 
 
@@ -112,7 +115,7 @@ def pieces(tokenizer: data.Tokenizer, ids: list[int], before: int | None) -> lis
         text = tokenizer.decode(start + group)[len(tokenizer.decode(start)) :]
         if text.endswith("\ufffd") and len(group) < 4 and place < len(ids) - 1:  # a character has four bytes at most
             continue
-        text, tokens = visible(text), len(group)
+        text, tokens = text.translate(command.SHOWN), len(group)
         if found and (found[-1][0].endswith(JOINER) or extends(text[:1])):
             text, tokens = found[-1][0] + text, found.pop()[1] + tokens
         found.append((text, tokens))
@@ -127,12 +130,6 @@ def extends(character: str) -> bool:
     """Whether a character is drawn into the one before: an accent, a vowel sign, a joiner, an emoji's skin colour."""
     mark = unicodedata.category(character or " ").startswith("M")
     return mark or character == JOINER or "\U0001f3fb" <= character <= "\U0001f3ff"
-
-
-def visible(text: str) -> str:
-    """Text with its control characters, all but line break and tab, as pictures of them: no terminal obeys it."""
-    pictures = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
-    return text.translate(pictures | dict.fromkeys(range(0x80, 0xA0), 0xFFFD))
 
 
 def split_parts(example: data.Example, tokenizer: data.Tokenizer) -> list:
@@ -158,14 +155,15 @@ def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Token
         ids, text = ids[response].tolist(), str(row.get("output", ""))
         places = [*tokenizer.places(text), (tokenizer.eos_id, len(text), len(text) + 1)][: len(ids)]
         try:
-            wrong = [(int(start), int(end)) for start, end in row["noise"]]
-        except (KeyError, TypeError, ValueError):  # no such column, or one of anything else
+            wrong = sorted((int(start), int(end)) for start, end in row["noise"])
+        except (KeyError, TypeError, ValueError, OverflowError):  # no such column, or one of anything else
             wrong = None
         if wrong is None or [token for token, _, _ in places] != ids:
             found.append(None)
             continue
         spans = [(end - len(text[start:end].lstrip() or text[start:end] or " "), end) for _, start, end in places]
-        found.append(torch.tensor([any(start < b and a < end for a, b in wrong) for start, end in spans]))
+        reach = [0, *itertools.accumulate((b for _, b in wrong), max)]  # how far those go that start before another
+        found.append(torch.tensor([reach[bisect.bisect_left(wrong, (end,))] > start for start, end in spans]))
     return found
 
 
@@ -292,7 +290,7 @@ def layer_numbers(asked: str, count: int) -> list[int]:
     names, found = {"shallow": 0, "medium": count // 2, "deep": count - 1}, []
     for name in asked.split(","):
         name = name.strip()
-        number = names.get(name, int(name) if re.fullmatch(r"-?\d+", name) else None)
+        number = names.get(name, int(name) if re.fullmatch(r"-?\d{1,9}", name) else None)
         if number is None or not -count <= number < count:
             raise UserError(f"--layers {name!r}: layers are 0 to {count - 1}, -1 the last, or {', '.join(names)}")
         found.append(number % count)
@@ -317,8 +315,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="decoder layers whose attention is held: shallow, medium, deep (Table 2) or numbers, comma-separated")
     add = parser.group("data")
     add("--data", metavar="SOURCE[,SOURCE...]", help="rows to show, as train.py's --data")
-    add("--limit", type=int, default=50, metavar="N", help="the first N rows of each source")
-    add("--max-length", type=int, default=2048, help="cut samples to this many tokens (Appendix A.3)")
+    add("--limit", type=int, default=50, bound="at least 1", metavar="N", help="the first N rows of each source")
+    add("--max-length", type=int, default=2048, bound="at least 2", help="cut samples to this many tokens")
     add = parser.group("output")
     add("--out", metavar="FILE", help="the page to write; default: explorer.html")
     add("--text", action="store_true", help="print highlighted text instead; colours follow NO_COLOR")
@@ -334,8 +332,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, flag)
         if not fits or round(100 * value) != round(100 * value, 9):
             raise UserError(f"--{flag} is {value}; it must be in [0, 1], rho above 0, and in whole hundredths")
-    if args.limit < 1 or args.max_length < 2:
-        raise UserError("--limit must be at least 1, and --max-length at least 2")
     if args.text and args.out:
         raise UserError("--text prints to the terminal: it does not go with --out")
     if not (args.model and args.data) and (args.model or args.data or args.adapter or args.text or not args.run):
@@ -391,7 +387,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
         more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255)
         samples.append(Sample(*parts, *more, *of_sample))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
-    about = f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}"
+    about = command.one_line(f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}")
     return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
 
 
@@ -407,7 +403,7 @@ def main(argv: list[str] | None = None):
         for sample in samples:
             print(terminal_text(sample, choose(sample, -1, 0, args.gamma, args.rho), coloured), end="\n\n")
         return
-    shown = curves.with_states(logs, states)
+    shown = [run | {"name": command.one_line(run["name"])} for run in curves.with_states(logs, states)]
     head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
     head |= {"sigma": SIGMA, "top": TOP}
     page = build_page(samples, head | {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)})

@@ -1,8 +1,12 @@
 """The command lines of scripts: flags with their bounds, and text that is safe to print."""
 
 import argparse
+import itertools
+import os
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from support import machine
 from support.files import UserError
@@ -16,14 +20,11 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 # What a flag's value may be -> whether it is
-BOUNDS = {
+BOUNDS = {f"at least {least}": lambda value, least=least: value >= least for least in range(3)} | {
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in (0, 1], or auto": lambda value: value == "auto" or 0 < value <= 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
-    "at least 0": lambda value: value >= 0,
-    "at least 1": lambda value: value >= 1,
-    "at least 2": lambda value: value >= 2,
     "above 0": lambda value: 0 < value < float("inf"),
     "above 0 and finite": lambda value: 0 < value < float("inf"),
     "from 0 to 2^63 - 1": lambda value: 0 <= value < 2**63,
@@ -61,9 +62,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
         """The command line; a value outside its flag's bound is a UserError that names the flag.
 
-        A --dtype that is not given is the one that the --device computes quickly.
+        A --dtype that is not given is the one that the --device computes quickly. Bytes that are no UTF-8 are spelled.
         """
-        args = super().parse_args(argv, namespace)
+        words = [os.fsencode(word) for word in (sys.argv[1:] if argv is None else argv)]
+        args = super().parse_args([word.decode(errors="backslashreplace") for word in words], namespace)
         for flag, (name, bound) in self.bounds.items():
             value = getattr(args, name)
             if value is not None and not BOUNDS[bound](value):
@@ -76,20 +78,32 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def add_flags(parser: ArgumentParser, of: str = ""):
-    """Where every script computes, and in what; of: what --dtype is of."""
+def add_flags(parser: ArgumentParser):
+    """Where every script computes, and in what."""
     add = parser.group("machine")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help=f"of the {of}weights and activations; default: bfloat16, on a CPU without instructions for it float32",
-    )
+    say = "of the weights and activations; default: bfloat16, on a CPU without instructions for it float32"
+    add("--dtype", choices=("bfloat16", "float32"), help=say)
     add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
 
 
 def one_line(text: str) -> str:
     """`text` on one line of a terminal, with what is not printable spelled out: parts may come from anyone's file."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+# Characters that no terminal and no page is to obey -> what is shown of them: controls, all but line break and tab, and
+# those that turn a text's direction (Unicode's Bidi_Control)
+SHOWN = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
+SHOWN |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+SHOWN |= {i: f"\\u{i:04x}" for i in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """What models are called in print: the last part of each one's path, or as many as tell it from the others."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    every = set(parts)
+    ends = {a: next(a[-n:] for n in itertools.count(1) if sum(a[-n:] == b[-n:] for b in every) == 1) for a in every}
+    return [one_line("/".join(ends[own])) for own in parts]
 
 
 def cell(text: str) -> str:

@@ -130,12 +130,10 @@ def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
     return torch.tensor([ids + [0] * (longest - len(ids)) for ids in lists], device=device), last
 
 
-def read_prompts(
-    model: nn.Module, rows: list[Row], max_new_tokens: int, batch_tokens: float
-) -> tuple[Block, list[Tensor]]:
-    """A block of rows, the longest first, and the hidden state of each one's last token, (1, D)."""
+def read_prompts(model: nn.Module, rows: list[Row], capacity: int, batch_tokens: float) -> tuple[Block, list[Tensor]]:
+    """A block of rows, the longest first, of so many tokens each, and the hidden state of each one's last, (1, D)."""
     layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
-    block = Block(model.config, rows, room(len(rows[0].ids), max_new_tokens), weight)
+    block = Block(model.config, rows, capacity, weight)
     size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
     for first in range(0, len(rows), size):
         ids, last = pad_right([row.ids for row in rows[first : first + size]], weight.device)
@@ -144,15 +142,16 @@ def read_prompts(
     return block, hidden
 
 
-def room(prompt_length: int, max_new_tokens: int) -> int:
-    """How many tokens a row's cache is to hold. A row without a guess gets padding where others have theirs."""
-    return prompt_length + max_new_tokens + GUESS
-
-
 def penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
     """The logits (V,), those above zero divided, those below multiplied, of the tokens in `seen`."""
     seen = torch.tensor(seen, device=logits.device).unique()
     return logits.index_copy(0, seen, torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty))
+
+
+def check_numbers(values: Tensor, model: nn.Module):
+    """UserError where one of the values that a model gives is NaN or infinite: none of its answers means anything."""
+    if not values.isfinite().all():
+        raise UserError(f"{model.name_or_path}: a prediction is no finite number, by its weights or its adapter's")
 
 
 @torch.no_grad()
@@ -182,8 +181,8 @@ def generate(
     hidden: list[Tensor] = []  # of each row of all blocks, its last token's state and those of its guess, (n, D)
     layers, device = range(model.config.num_hidden_layers), model.lm_head.weight.device
 
-    def size(i):
-        return room(len(prompts[i]), max_new_tokens)
+    def size(i):  # what its row's cache is to hold; one without a guess gets padding where others have theirs
+        return len(prompts[i]) + max_new_tokens + GUESS
 
     while blocks or waiting:
         free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
@@ -193,11 +192,12 @@ def generate(
                 alike = sum(size(i) >= SIMILAR * largest for i in waiting)
                 numbers = [waiting.pop() for _ in range(int(max(1, min(free / largest, alike))))]
                 rows = [Row(i, prompts[i]) for i in numbers]
-                block, read = read_prompts(model, rows, max_new_tokens, batch_tokens)
+                block, read = read_prompts(model, rows, largest, batch_tokens)
                 blocks, hidden, free = [*blocks, block], [*hidden, *read], free - len(rows) * largest
 
-        logits = model.lm_head(torch.cat(hidden))
-        likeliest, at = logits.argmax(dim=-1).tolist(), 0
+        logits, at = model.lm_head(torch.cat(hidden)), 0
+        check_numbers(logits.amax(dim=-1), model)
+        likeliest = logits.argmax(dim=-1).tolist()
         for row in (row for block in blocks for row in block.rows):
             for n, guessed in enumerate([*row.guess, None], start=at):
                 token = likeliest[n]
@@ -231,16 +231,13 @@ def generate(
 # lm-eval switches off, for speed, or for what is returned.
 NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "encoder_repetition_penalty": 1}
 NEUTRAL |= {"guidance_scale": 1, "cache_implementation": ("dynamic", "static", "hybrid", "sliding_window", "offloaded")}
-NEUTRAL |= dict.fromkeys(
-    [
-        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "max_new_tokens"),
-        *("max_time", "stop_strings", "bad_words_ids", "force_words_ids", "constraints", "forced_bos_token_id"),
-        *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "penalty_alpha"),
-        *("exponential_decay_length_penalty", "dola_layers", "watermarking_config", "remove_invalid_values"),
-        *("diversity_penalty", "token_healing"),
-    ],
-    0,
-)
+OFF = """
+no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens max_new_tokens max_time stop_strings
+bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
+sequence_bias penalty_alpha exponential_decay_length_penalty dola_layers watermarking_config remove_invalid_values
+diversity_penalty token_healing
+"""
+NEUTRAL |= dict.fromkeys(OFF.split(), 0)
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:

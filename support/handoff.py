@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support.checkpoint import TOKENIZER_FILES, with_ends
 from support.command import cell
-from support.files import read_json, write_json, write_whole
+from support.files import read_json, readable, write_json, write_whole
 from support.machine import find_device, usual_dtype
 from support.tokenizer import Tokenizer
 
@@ -68,24 +68,21 @@ def write_card(record: dict, folder: Path, defaults: dict):
     defaults: the arguments of a run that is given only its model, which the card's command leaves out.
     """
     path = folder / "README.md"
-    if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    text = card(record, folder.resolve().name, defaults)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    try:
+        stays = path.exists() and MADE not in readable(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no file, or none to be read
+        stays = True
+    if not stays:
+        text = card(record, folder.resolve().name, defaults)
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def card(record: dict, name: str, defaults: dict) -> str:
     """A model card: the head that the hub reads, in YAML, then what was done. What users named is escaped."""
-    args = record["arguments"]
-    head = {"base_model": args["model"], "library_name": "peft", "pipeline_tag": "text-generation"}
+    args, head = record["arguments"], {"library_name": "peft", "pipeline_tag": "text-generation"}
+    where = "the model in the local folder " * Path(args["model"]).is_dir()
+    head |= {} if where else {"base_model": args["model"]}  # a name of the hub's, which knows no folder of ours
     head["tags"] = ["lora", "sstoken", "token-selection", f"method:{args['method']}"]
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", MADE, ""]
-    lines += [
-        f"# {cell(name)}",
-        "",
-        f"A LoRA adapter of {cell(args['model'])}, trained with `--method {args['method']}` of",
-    ]
-    lines += ["ssToken (self-modulated and semantic-aware token selection).", "", "| | |", "|---|---|"]
     rows = {"data": args["data"], "samples": record["samples"], "seed": args["seed"], "rho": args["rho"]}
     rows |= {"gamma": args["gamma"], "rank, alpha": f"{args['lora_rank']}, {args['lora_alpha']}"}
     rows |= {"learning rate, epochs, batch": f"{args['lr']}, {args['epochs']}, {args['batch_size']}"}
@@ -93,8 +90,11 @@ def card(record: dict, name: str, defaults: dict) -> str:
         if f"held_out_loss_{when}" in record:
             rows[f"held-out response loss {when}"] = f"{record[f'held_out_loss_{when}']:.4f} nats a token"
     rows["versions"] = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
-    lines += [f"| {key} | {cell(str(value))} |" for key, value in rows.items()]
     command = shlex.join(["python", "train.py", "--model", args["model"], *given_flags(args, defaults)])
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", MADE, ""]
+    lines += [f"# {cell(name)}", "", f"A LoRA adapter of {where}{cell(args['model'])}, trained with"]
+    lines += [f"`--method {args['method']}` of ssToken (self-modulated and semantic-aware token selection)."]
+    lines += ["", "| | |", "|---|---|", *(f"| {key} | {cell(str(value))} |" for key, value in rows.items())]
     lines += ["", "The command:", "", f"    {' '.join(command.split())}", ""]
     lines += ["Ask it in the template that it was trained in, which its tokenizer carries (`apply_chat_template`).", ""]
     return "\n".join(lines)
@@ -117,17 +117,16 @@ def next_commands(args: argparse.Namespace, folder: Path, reference: bool, demo:
 
     reference: whether the run trained one, into its folder. demo: the folder of the demo, if this was it.
     """
-    these = ["--model", args.model, *(["--revision", args.revision] if args.revision else [])]
     usual = usual_dtype(find_device("auto"))  # as of commands that name no device
-    these += ["--adapter", str(folder), *(["--dtype", args.dtype] if args.dtype != usual else [])]
+    asked = given_flags({"revision": args.revision, "dtype": args.dtype}, {"dtype": usual})
+    these = ["--model", args.model, "--adapter", str(folder), *asked]
     better = str(folder / "reference") if reference else args.reference
     rows = [args.data, "--limit", "40"] if demo else [args.eval_data or args.data]  # the demo's mark their noise
-    shown = ["--data", *rows, *(["--reference", better] if better else [])]
-    shown += ["--max-length", str(args.max_length)] if args.max_length != 2048 else []
+    asked = given_flags({"reference": better, "max_length": args.max_length}, {"max_length": 2048})
     question = "Now say up, hot in opposites." if demo else "What is the capital of France?"
     graded = ["--tasks", "instructions", "--data", demo] if demo else []
     commands = [["evaluate.py", *these, "--ask", question], ["evaluate.py", *these, *graded]]
-    commands.append(["-m", "paper.visualize", *these, *shown])
+    commands.append(["-m", "paper.visualize", *these, "--data", *rows, *asked])
     if demo:
         larger = ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--data", "tatsu-lab/alpaca", "--limit", "1000"]
         commands += [["train.py", "--rho", "auto"], ["train.py", *larger]]

@@ -99,18 +99,15 @@ QUERY_BLOCK = 64  # queries of a head that it takes at a time
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def blocks(length):
-        return [slice(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
-
-    @staticmethod
     def forward(ctx, q, k, v):
         # Queries of all heads that share a key head go together: (B * H_kv, groups, L, d) beside (B * H_kv, L, d)
         shape, groups, wide = q.shape, q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
         q, k, v = q.reshape(-1, groups, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
         scaled, keys, out = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide).mT, torch.empty_like(q)
         later = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=wide).triu_(1)
-        kept = []
-        for block in _ShortAttention.blocks(q.shape[2]):
+        kept, length = [], q.shape[2]
+        ctx.blocks = [slice(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+        for block in ctx.blocks:
             size = block.stop - block.start
             scores = scaled[:, :, block].flatten(1, 2) @ keys[..., : block.stop]  # (B * H_kv, groups * size, stop)
             scores.unflatten(1, (groups, size))[..., block] += later[:size, :size]
@@ -124,7 +121,7 @@ class _ShortAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         shape, grad, wide = grad.shape, grad.reshape(q.shape), torch.promote_types(q.dtype, torch.float32)
         grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-        for block, attention in zip(_ShortAttention.blocks(q.shape[2]), kept, strict=True):
+        for block, attention in zip(ctx.blocks, kept, strict=True):
             block_q, block_grad = (x[:, :, block].flatten(1, 2) for x in (q, grad))
             grad_v[:, : block.stop] += attention.mT @ block_grad
             grad_attention = block_grad @ v[:, : block.stop].mT

@@ -46,12 +46,8 @@ def cores() -> int:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on: Python, the packages, the machine."""
-    found = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    } | found
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    return found | {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def reuse_memory():

@@ -1,6 +1,7 @@
 """How a script starts and ends.
 
-It is the first import of every script: from then on Ctrl-C ends it without a traceback, while torch is imported too.
+It is the first import of every script: from then on Ctrl-C ends it without a traceback, while torch is imported too,
+and no stream of its process fails.
 """
 
 import os
@@ -19,6 +20,11 @@ started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolv
 ours = started.parent in SCRIPTS and started.is_file() and "run_script(main)" in started.read_text(encoding="utf-8")
 if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items() if ours else ():
+    # A missing stream is the null device, before another file gets its number; what one cannot write is spelled, \xe9
+    stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
+    stream.reconfigure(encoding="utf-8" if mode == "r" else None, errors="backslashreplace")
+    setattr(sys, name, stream)
 
 
 def run_script(main: Callable[[], None]):
