@@ -1,6 +1,7 @@
 """The evaluator alone: trees and aggregation by hand, the command and its files. Against lm-eval: test_parity.py."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -124,6 +125,21 @@ def test_the_table_has_table_1_s_columns_and_an_average_of_all_ten():
 
 
 # ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_rows_of_one_name_are_told_apart_in_the_table():
+    results = {"arc_easy": {"acc": 0.25, "n": 4}, "logiqa": {"acc": 0.5, "acc_norm": 0.5, "n": 4}}
+    adapters = [None, "runs/a/step-00000028", "runs/b/step-00000028/", "x/base"]
+    lines = table([{"model": "org/base", "adapter": adapter, "results": results} for adapter in adapters]).splitlines()
+    names = ["org/base", "a/step-00000028", "b/step-00000028", "x/base"]
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == names
+    assert [line.split(":")[0] for line in lines[6:]] == names  # the notes below
+
+
+def test_choices_too_unlikely_to_be_told_from_zero_have_a_share_all_the_same():
+    row = {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 0]}}
+    answers = [(-1000.0, False), (-1001.0, False), (-2000.0, False)]
+    assert TASKS["truthfulqa_mc2"]["metrics"](row, answers)["acc"] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp_path, monkeypatch, capsys):

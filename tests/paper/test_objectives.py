@@ -211,6 +211,19 @@ def test_which_answers_belong_to_their_prompt_by_hand():
     assert own_prompt(gains).tolist() == [False] * 6 + [True] * 40
     assert own_prompt(torch.tensor([5.0, -5.0, 4.0, -4.0])).all()  # of these nothing can be told
     assert own_prompt(gains, level=0.2)[3:6].tolist() == [True] * 3
+    generator = torch.Generator().manual_seed(1)
+    for size in (1, 2, 20, 50, 100) * 20:  # with many that are equal, and zeros of either sign
+        gains = (torch.randint(-3, 20, (size,), generator=generator) / 4).mul(
+            torch.randn(1, generator=generator).sign()
+        )
+        assert own_prompt(gains).tolist() == knockoff(gains.tolist(), 0.05)
+
+
+def test_a_million_answers_are_told_too():  # looked at for each threshold anew they would take half an hour
+    gains = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) + 1
+    mask = own_prompt(gains)
+    bar = gains[mask].min()
+    assert (gains <= -bar).sum() + 1 <= 0.05 * mask.sum() < 1.01 * (gains <= -bar).sum() + 2
 
 
 def test_few_answers_to_something_else_are_kept_and_it_is_the_knockoff_filter():

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import sstoken
 import train
+from model import load_model
 from paper import visualize
-from paper.curves import read_run, with_states
+from paper.curves import find_states, read_run, with_states
 from paper.objectives import weigh
 from support import files
 
@@ -734,6 +735,89 @@ def test_text_prints_the_same_highlighting(made, monkeypatch):
     assert "\u241b31mred" in re.sub(r"[][{}]", "", texts[3])
 
 
+SAME = {"instruction": "Say a colour.", "output": "green"}
+TURNING = "".join(map(chr, [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
+FEW = {
+    "one row": [{"instruction": "Say a colour.", "output": "red, \u202eneerg\u202c, blue"}],
+    "one token": [{"instruction": "Say a colour.", "output": ""}],
+    "one conversation": [{"messages": [{"role": role, "content": text} for role, text in TURNS]}],
+    "one prompt": [SAME, SAME | {"output": "blue"}, SAME],
+    "nearly one prompt": [SAME, SAME | {"output": "blue"}, {"instruction": "Say a number.", "output": "4"}],
+    "two prompts": [SAME, SAME, SAME | {"instruction": "Say a number."}, SAME | {"instruction": "Say a number."}],
+}
+
+
+@pytest.mark.parametrize("rows", FEW.values(), ids=FEW)
+def test_few_rows_or_prompts_that_are_alike_are_shown(rows, made, browser, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", str(made[0] / "model"), "--data", str(tmp_path / "rows.jsonl"), "--dtype", "float32"]
+    visualize.main([*flags, "--out", str(tmp_path / "page.html")])
+    page, noise = browser.new_page(), []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    assert page.locator("#samples button").count() == len(rows)
+    for number in range(len(rows)):
+        go_to(page, number)
+        found = []
+        for method in ("surprise", "rho auto"):  # of few answers nothing can be told: all belong to their prompt
+            page.select_option("#method-a", method)
+            found.append(selected(page))
+        assert any(found[0]) and found[0] == found[1]
+    page.close()
+    assert not noise
+
+
+def test_what_turns_a_text_is_shown_and_not_obeyed(made, browser, tmp_path, capsys):
+    turned = f"a{TURNING}b"
+    folder = tmp_path / f"r{TURNING}\x1b"
+    folder.mkdir()
+    row = {"instruction": turned, "output": f"{HEBREW} {turned} 5 \u200c\u200d"}
+    (folder / f"{TURNING}.jsonl").write_text(json.dumps(row) + "\n")
+    shutil.copytree(made[0] / "run" / "step-00000001", folder / "run")
+    flags = ["--model", str(made[0] / "model"), "--data", str(folder / f"{TURNING}.jsonl"), "--dtype", "float32"]
+    flags += ["--adapter", str(folder / "run"), "--run", str(made[0] / "run")]
+    visualize.main([*flags, "--out", str(tmp_path / "page.html")])
+    shown = "a" + "".join(f"\\u{ord(c):04x}" for c in TURNING) + "b"
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    text = page.eval_on_selector(".side .text", "text => text.textContent")
+    assert text.count(shown) == 2 and f"{HEBREW} {shown} 5" in text and "\u200c\u200d" in text
+    assert shown in page.locator("#samples button").inner_text()
+    page.close()
+    assert not set(TURNING) & set((tmp_path / "page.html").read_text())  # nor in names, nor where no script runs
+    capsys.readouterr()
+    visualize.main([*flags[:6], "--text"])
+    printed = re.sub(r"[][{}]", "", capsys.readouterr().out)
+    assert printed.count(shown) == 2 and not set(TURNING) & set(printed)
+
+
+def test_models_of_one_folder_name_are_told_apart(made, tmp_path):
+    for name in "ab":
+        shutil.copytree(made[0] / "run" / "step-00000001", tmp_path / name / "last")
+    model = load_model(made[0] / "model")
+    adapters = [str(tmp_path / "a" / "last"), str(tmp_path / "b" / "last"), str(made[0] / "better")]
+    assert [state.label for state in find_states(adapters, model)] == ["base model", "a/last", "b/last", "better"]
+
+
+def test_noise_that_cannot_be_is_none_and_much_of_it_takes_no_longer():
+    tokenizer = data.load_tokenizer(Path(__file__).parents[2] / "demo" / "model")
+    text, generator = "hot, cold, up and down " * 200, random.Random(0)
+    example = data.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": text}], tokenizer, 10**5)
+    ids = example.ids[example.response].tolist()
+    places = [*tokenizer.places(text.strip()), (tokenizer.eos_id, len(text) - 1, len(text))]
+    assert [token for token, _, _ in places] == ids
+    for size in (1, 3, 40):
+        wrong = [(start := generator.randrange(-5, len(text)), start + generator.randrange(-3, 9)) for _ in range(size)]
+        (found,) = visualize.marked([{"output": text.strip(), "noise": wrong}], [example], tokenizer)
+        spans = [(end - len(text[start:end].lstrip() or " "), end) for _, start, end in places]
+        assert found.tolist() == [any(start < b and a < end for a, b in wrong) for start, end in spans]
+    (found,) = visualize.marked([{"output": text.strip(), "noise": [[0, 10**400]] * 10**5}], [example], tokenizer)
+    assert found.all() and len(found) == len(ids)
+    for wrong in ([[float("inf"), 1]], [[float("nan"), 1]], [[1]], 5, "ab", {"a": 1}, [None], [["x", "y"]]):
+        assert visualize.marked([{"output": text.strip(), "noise": wrong}], [example], tokenizer) == [None]
+
+
 def test_colours_of_the_terminal():
     sample = visualize.Sample(["ask\n", [("a", 1), ("b\nc", 1), ("d", 1)]], *(torch.zeros(1),) * 3, None)
     chosen = torch.tensor([False, True, True]), torch.tensor([False, False, True])
@@ -749,6 +833,7 @@ def test_colours_of_the_terminal():
     [
         (["--layers", "3"], "--layers '3'"),
         (["--layers", "deepest"], "--layers 'deepest'"),
+        (["--layers", "9" * 5000], "--layers '999"),
         (["--gamma", "1.5"], "--gamma is 1.5"),
         (["--gamma", "0.333"], "hundredths"),
         (["--rho", "0"], "--rho is 0"),

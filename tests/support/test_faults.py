@@ -27,7 +27,7 @@ import evaluate
 import lora
 import train
 from model import load_model
-from paper import baselines
+from paper import baselines, visualize
 from sstoken import share_of
 from support import files, ranks, runs, start
 from support.files import UserError
@@ -694,6 +694,50 @@ def test_frozen_losses_that_are_no_numbers_rank_nothing(place, poisoned, capsys)
     flags("--method", "rho1", "--reference", "AT/adapter")(place)
     status, lines = end(train.main, train_command(place), capsys)
     assert_refused(status, lines, f"the loss of samples {poisoned} (from 0) is no finite number")
+
+
+def only(name: str, number: float, at=...):
+    """A model that is in order but for some numbers of one tensor; 100 is a token of many answers."""
+    return tensors(name, lambda held: held[name].__setitem__(at, number))
+
+
+@pytest.mark.parametrize("asked", ["arc_easy", "truthfulqa_mc2", "triviaqa", "--ask", "explorer", "one row"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        only(NORM, torch.nan, 0),
+        only("lm_head.weight", torch.nan, 100),  # the likeliest token, for who does not look
+        only("model.layers.1.mlp.down_proj.weight", torch.inf),
+    ],
+)
+def test_a_model_without_numbers_is_asked_nothing(place, capsys, change, asked):
+    change(place)
+    report, page = place.at / "report.json", place.at / "page.html"
+    command, main = [*evaluate_command(place), "--tasks", asked, "--out", report], evaluate.main
+    if asked == "--ask":
+        command = ["--model", place.model, "--device", "cpu", "--ask", "hello"]
+    elif asked in ("explorer", "one row"):
+        command, main = ["--model", place.model, "--data", place.at / "rows.jsonl", "--out", page], visualize.main
+        command += ["--device", "cpu"] + ["--limit", "1"] * (asked == "one row")
+    status, lines = end(main, command, capsys)
+    assert_refused(status, lines, "no finite number")
+    assert str(place.model) in lines[-1] and not report.exists() and not page.exists()
+
+
+def test_an_adapter_without_numbers_is_refused_and_what_was_answered_before_is_kept(place, capsys):
+    shutil.copytree(place.at / "adapter", place.at / "broken")
+    path = place.at / "broken" / "adapter_model.safetensors"
+    save_file({name: tensor.fill_(torch.nan) for name, tensor in load_file(path).items()}, path)
+    report = place.at / "report.json"
+    named = ["--adapter", place.at / "adapter", "--adapter", place.at / "broken", "--out", report]
+    status, lines = end(evaluate.main, [*evaluate_command(place), *named], capsys)
+    assert status == 2 and lines[-1].startswith("error: ") and "no finite number" in lines[-1]
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    held = json.loads(report.read_text(), parse_constant=refuse)
+    assert [bool(record["results"]) for record in held["runs"]][:2] == [True, True]
 
 
 # ------------------------------------------------------------------------------------------- disks that take no more

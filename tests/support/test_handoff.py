@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import BOS, EOS, make_checkpoint
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train
-from support.handoff import write_card, write_tokenizer
+from support.handoff import card, write_card, write_tokenizer
 from support.machine import find_device, usual_dtype
 
 TEXT = strategies.text(max_size=40).filter(lambda text: BOS not in text and EOS not in text)
@@ -122,7 +124,8 @@ def test_a_card_is_what_the_hub_reads_and_nothing_in_it_is_markup(llama, rows, t
     )
     text = (out / "README.md").read_text()
     head = ModelCard(text).data
-    assert (head.base_model, head.library_name, head.tags[1]) == (str(llama), "peft", "sstoken")
+    assert (head.base_model, head.library_name, head.tags[1]) == (None, "peft", "sstoken")  # no model of the hub's
+    assert "A LoRA adapter of the model in the local folder " in text and llama.name in text.split("The command:")[0]
     record = json.loads((out / "run.json").read_text())
     for when in ("before", "after"):
         assert f"| held-out response loss {when} | {record[f'held_out_loss_{when}']:.4f} nats a token |" in text
@@ -135,7 +138,22 @@ def test_a_card_is_what_the_hub_reads_and_nothing_in_it_is_markup(llama, rows, t
     assert "--rho" not in again and "--gain" in again  # and no longer than it must be
 
 
-def test_a_card_that_somebody_wrote_stays(tmp_path):
-    (tmp_path / "README.md").write_text("# mine")
+def test_a_card_names_a_base_that_the_hub_knows(tmp_path, monkeypatch):
+    record = {"arguments": vars(train.parse_arguments(["--model", "org/name"])), "samples": 1, "versions": {}}
+    monkeypatch.chdir(tmp_path)
+    assert ModelCard(card(record, "run", {})).data.base_model == "org/name"
+    (tmp_path / "org" / "name").mkdir(parents=True)  # what a folder here is called is no name there
+    assert ModelCard(text := card(record, "run", {})).data.base_model is None
+    assert "A LoRA adapter of the model in the local folder org/name, trained with" in text
+    monkeypatch.chdir(tmp_path / "org")
+    assert ModelCard(card(record, "run", {})).data.base_model == "org/name"
+
+
+@pytest.mark.parametrize("what", ["of somebody else", "a pipe", "a folder", "without end"])
+def test_a_card_that_somebody_wrote_stays(tmp_path, what):
+    path = tmp_path / "README.md"
+    make = {"a pipe": os.mkfifo, "a folder": Path.mkdir, "without end": lambda path: path.symlink_to("/dev/zero")}
+    make.get(what, lambda path: path.write_text("# mine"))(path)
+    before = path.lstat()
     write_card({}, tmp_path, {})
-    assert (tmp_path / "README.md").read_text() == "# mine"
+    assert path.lstat() == before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,64 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(script, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in errors, errors
+
+
+STREAMS = r"""
+import support.start  # run_script(main): what makes a script one of ours
+import os, sys
+file = open("file", "w")
+print(repr(sys.stdin.readline()))
+print("caf\u00e9 \udcff", flush=True)
+print("caf\u00e9", file=sys.stderr)
+for number in (1, 2):  # as a library that is no Python may
+    os.write(number, b"raw")
+file.write("kept")
+"""
+
+
+def streams(folder, redirect: str, **environment) -> subprocess.CompletedProcess:
+    """A script that imports our start first and then uses all its streams; sh's `redirect` is what they are."""
+    (folder / "support").mkdir()
+    shutil.copy(start.__file__, folder / "support")
+    (folder / "script.py").write_text(STREAMS)
+    command = f"printf 'caf\\351 caf\\303\\251\\n' | {sys.executable} script.py {redirect}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | environment
+    return subprocess.run(["sh", "-c", command], cwd=folder, env=environment, capture_output=True)
+
+
+READ = rb"'caf\\xe9 caf"  # one byte that is no UTF-8, spelled out; then two that are
+
+
+@pytest.mark.parametrize(
+    ("encoding", "e"), [("utf-8", "\u00e9".encode()), ("ascii", rb"\xe9"), ("cp1252", b"\xe9"), ("cp437", b"\x82")]
+)
+def test_what_a_stream_cannot_read_or_write_is_spelled_out(encoding, e, tmp_path):
+    found = streams(tmp_path, "", PYTHONIOENCODING=encoding)
+    assert found.stdout.splitlines() == [READ + e + rb"\n'", b"caf" + e + rb" \udcff", b"raw"], found
+    assert found.stderr.splitlines() == [b"caf" + e, b"raw"] and found.returncode == 0
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_missing_are_nothing_and_no_file_gets_what_is_printed(closed, tmp_path):
+    found = streams(tmp_path, closed)
+    assert found.returncode == 0 and (tmp_path / "file").read_text() == "kept", found
+    read = b"''" if "<" in closed else READ + "\u00e9".encode() + rb"\n'"
+    said = [read, "caf\u00e9 ".encode() + rb"\udcff", b"raw"]
+    assert found.stdout.splitlines() == ([] if " >&-" in f" {closed}" else said)
+    assert found.stderr.splitlines() == ([] if "2>&-" in closed else ["caf\u00e9".encode(), b"raw"])
+
+
+@pytest.mark.slow
+def test_a_run_without_streams_or_with_others_is_saved_and_ends_well(rows, tmp_path):
+    given = f"train.py --model demo/model --data {rows} --limit 8 --max-steps 1 --lora-rank 2 --device cpu --out"
+    for number, (redirect, encoding) in enumerate([("<&- >&- 2>&-", "utf-8"), ("", "ascii")]):
+        out = tmp_path / f"\u00e9t\u00e9 {number}"
+        command = f"{sys.executable} {given} '{out}' {redirect}"
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        found = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, capture_output=True)
+        assert found.returncode == 0, found.stderr
+        assert (out / "adapter_model.safetensors").exists() and (out / "README.md").exists()
 
 
 @pytest.mark.parametrize("form", ["typed in", "a file of the user's beside ours"])
