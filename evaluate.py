@@ -8,12 +8,12 @@ read once and kept as keys and values; only the positions that are scored meet t
 """
 
 import argparse
-import functools
 import itertools
 import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
 from support import chat, command, machine, ranks, runs, templates
 from support.adapters import find_adapter, read_adapter
-from support.command import ArgumentParser, cell
+from support.command import ArgumentParser, cell, short_names
 from support.decoding import SharedPrefix, check_numbers, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
@@ -243,7 +243,7 @@ def table(records: list[dict]) -> str:
     own = [OWN] if OWN[1] in found else []
     columns = own if found == {OWN[1]} else TABLE + own
     lines = [["model", *(column for column, _, _ in columns), *(["AVG"] if columns != own else [])]]
-    notes, names = [], command.short_names([record["adapter"] or record["model"] for record in records])
+    notes, names = [], short_names([record["adapter"] or record["model"] for record in records])
     for record, name in zip(records, names, strict=True):
         results = record["results"]
         values = [100 * results[task][metric] if task in results else None for _, task, metric in columns]
@@ -339,11 +339,11 @@ def main(argv: list[str] | None = None):
 
 
 def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
-    """--ask: answers of the base model and of each adapter, in the template that they were trained in."""
-    become = [functools.partial(lora.load_adapter, model, name) for name in args.adapter]
-    become.insert(0, functools.partial(lora.remove_lora, model))
-    who = list(zip(command.short_names([args.model, *args.adapter]), become, strict=True))
-    chat.converse(model, tokenizer, args.ask, who, lambda messages: data.prompt_ids(messages, tokenizer))
+    """--ask: answers of the base model and of each adapter."""
+    become = [partial(lora.remove_lora, model)]
+    become += [partial(lora.load_adapter, model, name) for name in args.adapter]
+    who = short_names([args.model, *args.adapter])
+    chat.converse(model, tokenizer, args.ask, who, become, partial(data.prompt_ids, tokenizer=tokenizer))
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):

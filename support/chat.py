@@ -39,13 +39,11 @@ def questions(text: str) -> Iterator[str | None]:
         yield line.strip() or None
 
 
-def converse(
-    model, tokenizer, text: str, who: list[tuple[str, Callable[[], None]]], encode: Callable[[list[dict]], list[int]]
-):
+def converse(model, tokenizer, text: str, who: list[str], become: list[Callable], encode: Callable[[list], list[int]]):
     """Print everyone's answers to `text`, or to the questions on stdin, of which each sees those before it.
 
-    who: a name of each model, and what makes `model` that one. encode: messages -> the ids that ask for an answer. At
-    least a quarter of the context, or LONGEST, is left to it: older turns than there is room for are left out.
+    who, become: each one's name, and what makes `model` that one. encode: messages -> the ids that ask for an answer.
+    At least a quarter of the context, or LONGEST, is left to it: older turns than there is room for are left out.
     """
     context, talks = model.config.max_position_embeddings, [[] for _ in who]
     room = context - min(LONGEST, context // 4)
@@ -54,11 +52,11 @@ def converse(
         print(piece.translate(SHOWN), end="", flush=True)
 
     for question in questions(text):
-        for (name, become), talk in zip(who, talks, strict=True):
+        for name, change, talk in zip(who, become, talks, strict=True):
             if question is None:
                 talk.clear()
                 continue
-            become()
+            change()
             talk.append({"role": "user", "content": question})
             while len(prompt := encode(talk)) > room and len(talk) > 1:
                 note(f"a conversation of more than {room} tokens loses its oldest turns: the model reads {context}")

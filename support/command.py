@@ -49,11 +49,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def group(self, title: str) -> Callable:
         """What adds a flag to the group of help that is called so: `add_argument`, and a bound, one of BOUNDS."""
-        if title not in self.groups:
-            self.groups[title] = self.add_argument_group(title)
+        group = self.groups.get(title) or self.groups.setdefault(title, self.add_argument_group(title))
 
         def add(flag: str, bound: str | None = None, **settings):
-            action = self.groups[title].add_argument(flag, **settings)
+            action = group.add_argument(flag, **settings)
             if bound:
                 self.bounds[flag] = (action.dest, bound)
 
@@ -62,10 +61,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
         """The command line; a value outside its flag's bound is a UserError that names the flag.
 
-        A --dtype that is not given is the one that the --device computes quickly. Bytes that are no UTF-8 are spelled.
+        A --dtype that is not given is the one that the --device computes quickly. Bytes of no character are spelled.
         """
-        words = [os.fsencode(word) for word in (sys.argv[1:] if argv is None else argv)]
-        args = super().parse_args([word.decode(errors="backslashreplace") for word in words], namespace)
+        given, encoding = sys.argv[1:] if argv is None else argv, sys.getfilesystemencoding()
+        words = [os.fsencode(word).decode(encoding, "backslashreplace") for word in given]
+        args = super().parse_args(words, namespace)
         for flag, (name, bound) in self.bounds.items():
             value = getattr(args, name)
             if value is not None and not BOUNDS[bound](value):
@@ -91,8 +91,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
-# Characters that no terminal and no page is to obey -> what is shown of them: controls, all but line break and tab, and
-# those that turn a text's direction (Unicode's Bidi_Control)
+# What no terminal and no page is to obey -> what is shown: controls but line break and tab, Unicode's Bidi_Control
 SHOWN = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
 SHOWN |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 SHOWN |= {i: f"\\u{i:04x}" for i in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -101,8 +100,9 @@ SHOWN |= {i: f"\\u{i:04x}" for i in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202
 def short_names(paths: list[str]) -> list[str]:
     """What models are called in print: the last part of each one's path, or as many as tell it from the others."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    every = set(parts)
-    ends = {a: next(a[-n:] for n in itertools.count(1) if sum(a[-n:] == b[-n:] for b in every) == 1) for a in every}
+    ends = {
+        a: next(a[-n:] for n in itertools.count(1) if sum(a[-n:] == b[-n:] for b in set(parts)) == 1) for a in parts
+    }
     return [one_line("/".join(ends[own])) for own in parts]
 
 
