@@ -13,8 +13,8 @@ import torch
 
 import lora
 from model import Transformer
+from support import command
 from support.adapters import find_adapter, read_adapter
-from support.command import short_names
 from support.files import UserError, read_json, read_log
 from support.runs import INNER, snapshot_step, snapshots_in
 
@@ -99,7 +99,7 @@ def find_states(adapters: list[str], model: Transformer) -> list[State]:
     UserError for an adapter that does not fit `model`.
     """
     states = [State("base model")]
-    for adapter, name in zip(adapters, short_names(adapters), strict=True):
+    for adapter, name in zip(adapters, command.short_names(adapters), strict=True):
         run, parts = Path(adapter), snapshots_in(Path(adapter))
         going = parts and not (run / "adapter_config.json").exists()
         run = run if going else find_adapter(adapter)
