@@ -1,7 +1,6 @@
 """The evaluator alone: trees and aggregation by hand, the command and its files. Against lm-eval: test_parity.py."""
 
 import json
-import math
 import os
 import random
 import shutil
@@ -139,7 +138,8 @@ def test_rows_of_one_name_are_told_apart_in_the_table():
 def test_choices_too_unlikely_to_be_told_from_zero_have_a_share_all_the_same():
     row = {"mc2_targets": {"choices": ["a", "b", "c"], "labels": [1, 0, 0]}}
     answers = [(-1000.0, False), (-1001.0, False), (-2000.0, False)]
-    assert TASKS["truthfulqa_mc2"]["metrics"](row, answers)["acc"] == pytest.approx(1 / (1 + math.exp(-1)))
+    share = torch.tensor([-1000.0, -1001.0, -2000.0], dtype=torch.float64).softmax(0)[0].item()
+    assert TASKS["truthfulqa_mc2"]["metrics"](row, answers)["acc"] == pytest.approx(share)
 
 
 def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp_path, monkeypatch, capsys):
