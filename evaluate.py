@@ -34,8 +34,9 @@ from support.command import ArgumentParser, cell, short_names
 from support.decoding import SharedPrefix, check_numbers, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
+from support.losses import model_key
 from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
-from support.runs import digest, weights_key
+from support.runs import digest
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
 CACHE_SHARE = 32  # written answers are computed a token a row, so their cache may hold more than a batch has tokens
@@ -155,6 +156,7 @@ class Questions(NamedTuple):
 
     rows: list[dict]
     requests: list[list[tuple]]
+    key: str  # a digest of all of them
 
 
 def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None = None) -> Questions:
@@ -167,18 +169,18 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
         rows = task["rows"](load, tokenizer)
         if limit is not None:
             rows = rows[: math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
-        requests = []
+        requests, keys = [], []
         for row in rows:
             number = len(requests) + 1
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
             task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
-            digest(row, "".join(context for context, _ in requests[-1]))  # nor is it text if half a character is in it
+            keys.append(digest(row, requests[-1]))  # fails too where half a character is in it, which is no text
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
         raise UserError(f"{name}, row {number}: {type(reason).__name__} {reason}") from None
-    return Questions(rows, requests)
+    return Questions(rows, requests, digest(keys))
 
 
 def answer(
@@ -246,7 +248,9 @@ def table(records: list[dict]) -> str:
     notes, names = [], short_names([record["adapter"] or record["model"] for record in records])
     for record, name in zip(records, names, strict=True):
         results = record["results"]
-        values = [100 * results[task][metric] if task in results else None for _, task, metric in columns]
+        values = [
+            100 * results[task][metric] if metric in results.get(task, {}) else None for _, task, metric in columns
+        ]
         if columns != own:
             ten = values[: len(TABLE)]
             values.append(None if None in ten else sum(ten) / len(ten))
@@ -255,7 +259,7 @@ def table(records: list[dict]) -> str:
             ("logiqa", "acc_norm", "the paper's LogiQA column may be this"),
             ("tydiqa_release", "f1", "the paper's TyDiQA column is this protocol's"),
         ):
-            if task in results:
+            if metric in results.get(task, {}):
                 notes.append(f"{lines[-1][0]}: {task} {metric} {100 * results[task][metric]:.2f} ({note})")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -285,7 +289,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
     add("--limit", type=float, bound="above 0", metavar="N",
         help="the first N rows of each task; below 1: this share of them")
-    add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again")
+    add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again. "
+        "Each model, adapter, --dtype, --template, --data and --limit has a record there, beside the others")
     add = parser.group("machine")
     add("--batch-tokens", type=int, bound="at least 1", metavar="N",
         help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
@@ -306,8 +311,9 @@ def main(argv: list[str] | None = None):
     reports = ranks.first_rank()
     forget_rows()
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
-    report = runs.Report(Path(args.out) if args.out else None)
-    tokenizer = data.load_tokenizer(args.model, args.revision, args.template or templates.trained_in(args.adapter))
+    report = runs.Report(Path(args.out) if args.out and reports else None)
+    template = args.template or templates.trained_in(args.adapter)
+    tokenizer = data.load_tokenizer(args.model, args.revision, template)
     folder = Path(args.data) if args.data else None
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
@@ -323,11 +329,11 @@ def main(argv: list[str] | None = None):
         for adapter in ([None] if len(args.adapter) != 1 else []) + args.adapter:
             if adapter:
                 lora.load_adapter(model, adapter)
-            head = {"model": args.model, "adapter": adapter, "dtype": args.dtype, "versions": machine.versions()}
-            head |= {"data": args.data, "limit": args.limit, "device": str(device)}
-            key = weights_key(model.folder, find_adapter(adapter) if adapter else None)
-            records.append(report.record(key, head))
-            run(model, tokenizer, questions, records[-1], batch_tokens, report.save if reports else lambda: None)
+            head = {"model": args.model, "adapter": adapter, "dtype": args.dtype, "template": template}
+            head |= {"data": args.data, "limit": args.limit, "device": str(device), "versions": machine.versions()}
+            key = model_key(model.folder, find_adapter(adapter) if adapter else None)
+            records.append(ranks.gather(report.record(key, head))[0])
+            run(model, tokenizer, questions, records[-1], batch_tokens, report.saving)
             lora.remove_lora(model)
     except KeyboardInterrupt:
         if reports:
@@ -346,17 +352,20 @@ def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
     chat.converse(model, tokenizer, args.ask, who, become, partial(data.prompt_ids, tokenizer=tokenizer))
 
 
-def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, save: Callable):
-    """Answer the tasks that `record` does not hold yet, one after the other; save() after each.
+def forget(record: dict, tasks: list[str]):
+    """Take tasks, and the groups that they are in, out of a record: what it holds of them answers other rows."""
+    for name in [*tasks, *(group for group, (names, _, _) in GROUPS.items() if set(names) & set(tasks))]:
+        for part in runs.PARTS:
+            record[part].pop(name, None)
+
+
+def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, saving: Callable):
+    """Answer the tasks that `record` does not hold yet, one after the other; each is put in it while `saving` it.
 
     Tasks of one group that are answered in writing are answered at once and share their time by `cost`.
     """
-    keys = {name: digest(asked.rows, asked.requests) for name, asked in questions.items()}
-    left = [name for name in questions if record["keys"].get(name) != keys[name]]
-    stale = [*left, *(group for group, (names, _, _) in GROUPS.items() if set(names) & set(left))]
-    for name in stale:  # of other rows: not to be read as an answer to these
-        for part in ("results", "keys", "timing"):
-            record[part].pop(name, None)
+    left = [name for name, asked in questions.items() if record["keys"].get(name) != asked.key]
+    forget(record, left)
     costs = {name: [cost(row) for row in questions[name].requests] for name in left}
     together = {}
     for name in left:
@@ -375,15 +384,18 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
                 bar.update(todo[name][row])
                 todo[name][row] = 0
 
-            record["results"] |= score(tasks, answer(model, tokenizer, tasks, batch_tokens, progress))
+            results = score(tasks, answer(model, tokenizer, tasks, batch_tokens, progress))
             seconds = time.perf_counter() - start
             bar.update(sum(map(sum, todo.values())))  # other ranks' share
             whole = sum(sum(costs[name]) for name in tasks)
-            record["timing"] |= {name: seconds * sum(costs[name]) / whole for name in tasks}
-            record["keys"] |= {name: keys[name] for name in tasks}
-            record["seconds"] = sum(record["timing"].values())
-            add_groups(record["results"])
-            save()
+            with saving(record):
+                forget(record, left)
+                record["results"] |= results
+                record["timing"] |= {name: seconds * sum(costs[name]) / whole for name in tasks}
+                record["keys"] |= {name: questions[name].key for name in tasks}
+                record["seconds"] = sum(record["timing"].values())
+                add_groups(record["results"])
+            left = [name for name in left if name not in tasks]
 
 
 def cost(requests: list[tuple]) -> int:

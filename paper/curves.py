@@ -15,13 +15,12 @@ import lora
 from model import Transformer
 from support import command
 from support.adapters import find_adapter, read_adapter
-from support.files import UserError, read_json, read_log
-from support.runs import INNER, snapshot_step, snapshots_in
+from support.files import UserError, is_number, read_log
+from support.runs import INNER, read_record, snapshot_step, snapshots_in
 
 MOST = 600  # points of a curve: of a longer run, each is the mean of several steps
 ROWS = 20  # of a table, at most
 QUANTILES = (0.1, 0.5, 0.9)
-READ = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")
 
 
 def read_run(folder: Path) -> dict:
@@ -35,11 +34,7 @@ def read_run(folder: Path) -> dict:
     if not lines:
         instead = f"; inside it there are {', '.join(map(str, sorted(inner)))}" if inner else ""
         raise UserError(f"{folder} has no log.jsonl, or no step in it yet{instead}")
-    for number, line in enumerate(lines, 1):
-        wrong = [key for key in READ if not isinstance(line.get(key) if isinstance(line, dict) else None, int | float)]
-        if wrong:
-            raise UserError(f"{folder / 'log.jsonl'}, line {number}: no number {wrong[0]}")
-    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    record = read_record(folder)
     held_out = {0: record.get("held_out_loss_before")}
     held_out |= {line["step"]: line.get("held_out_loss") for line in lines}
     if (after := record.get("held_out_loss_after")) is not None:
@@ -52,7 +47,7 @@ def read_run(folder: Path) -> dict:
         "steps": lines[-1]["step"],
         "every": every,
         "points": {key: [value(block) for block in blocks] for key, value in CURVES.items()},
-        "held_out": [[step, loss] for step, loss in held_out.items() if is_finite(loss)],
+        "held_out": [[step, loss] for step, loss in held_out.items() if is_number(loss)],
         "states": {},
     }
 
@@ -68,20 +63,11 @@ def ratio(above: float, below: float) -> float | None:
 # What is drawn of a few lines of a log that stand beside each other
 CURVES = {
     "step": lambda block: block[-1]["step"],
-    "loss": lambda block: finite(total(block, "loss") / len(block)),
-    "lr": lambda block: finite(block[-1]["lr"]),
+    "loss": lambda block: total(block, "loss") / len(block),
+    "lr": lambda block: block[-1]["lr"],
     "share": lambda block: ratio(total(block, "selected_tokens"), total(block, "response_tokens")),
     "speed": lambda block: ratio(total(block, "tokens"), total(block, "seconds")),
 }
-
-
-def is_finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def finite(value: float) -> float | None:
-    """The number, or None, as JSON knows no other."""
-    return value if is_finite(value) else None
 
 
 class State(NamedTuple):

@@ -70,7 +70,7 @@ def read_ratings(rows: list[tuple[str, dict]], field: str) -> Tensor:
     for where, row in rows:
         try:  # .csv has text only
             found.append(float(row[field]))
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, OverflowError):
             found.append(math.nan)
         if found[-1] not in RATINGS or isinstance(row[field], bool):
             raise UserError(f"{where}: column {field} holds {row.get(field)!r}, not a whole number from 0 to 5")

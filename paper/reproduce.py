@@ -22,14 +22,16 @@ from support.start import run_script
 
 import numpy as np
 
-from data import RELEASED_POOL
+from data import RELEASED_POOL, load_tokenizer
+from evaluate import prepare
 from model import read_config
 from paper.baselines import WITH_REFERENCE
-from paper.benchmarks import GROUPS, TABLE, task_names
+from paper.benchmarks import GROUPS, TABLE, loader, task_names
 from paper.objectives import OBJECTIVES
-from support import command, machine, runs
+from support import command, machine, runs, templates
 from support.checkpoint import find_checkpoint
 from support.files import UserError, check_writable, read_json, write_json, write_whole
+from support.losses import files_key, model_key
 from support.sources import Account, find_files, source_names
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +148,9 @@ class Cells:
     def __init__(self, args: argparse.Namespace, model: Path):
         """model: the folder of --model."""
         self.args, self.out, self.model = args, Path(args.out).resolve(), model
-        self.content = {}  # what the first cell found in --model and --data, to be the same in all
+        rows, tokenizer = args.benchmarks and Path(args.benchmarks), load_tokenizer(model)
+        asked = {name: prepare(name, loader(name, rows), tokenizer, args.eval_limit) for name in task_names(args.tasks)}
+        self.keys = {name: questions.key for name, questions in asked.items()}
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
         if not shutil.which(self.launcher[0]):
             raise UserError(f"--launcher {self.launcher[0]} is no command of this machine")
@@ -158,10 +162,6 @@ class Cells:
         if row.method in WITH_REFERENCE:
             flags += ["--reference", self.reference(seed)]
         self._train(folder, seed, flags, args.limit)
-        found = read_json(folder / "run.json")["fingerprints"]
-        for what, content in found.items():
-            if self.content.setdefault(what, content) != content:
-                raise UserError(f"{folder}: the content of {what} was another when this cell was made; make it again")
         return folder
 
     def reference(self, seed: int) -> Path:
@@ -187,7 +187,7 @@ class Cells:
 
     def _train(self, folder: Path, seed: int, flags: list, limit: int | None):
         args = self.args
-        if (folder / "run.json").exists() and "seconds" in read_json(folder / "run.json"):
+        if "seconds" in runs.read_record(folder):
             return
         flags += ["--limit", limit] if limit else []
         flags += ["--max-steps", args.max_steps] if args.max_steps else []
@@ -200,23 +200,27 @@ class Cells:
         """evaluate.py's record of an adapter, or of the base model, made unless it is there."""
         args = self.args
         file = (adapter or self.out) / ("evaluation.json" if adapter else "base.json")
-        record = read_json(file) if file.exists() else {"results": {}}
-        asked = (args.benchmarks, args.eval_limit, runs.weights_key(self.model, adapter))
-        same = tuple(map(record.get, ("data", "limit", "key"))) == asked
-        if not same or any(task not in record["results"] for task in args.asked):
+        if not self.answered(file, adapter):
             flags = ["--tasks", args.tasks, "--out", file, *args.machine]
             flags += ["--adapter", adapter] if adapter else []
             flags += ["--data", args.benchmarks] if args.benchmarks else []
             flags += ["--limit", args.eval_limit] if args.eval_limit else []
             call([*self.launcher, ROOT / "evaluate.py", "--model", args.model, *flags])
-            record = read_json(file)
-        return record
+        if not (found := self.answered(file, adapter)):
+            raise UserError(f"{file} has no answers of this model to these rows: another process may have replaced it")
+        return found[0]
+
+    def answered(self, file: Path, adapter: Path | None) -> list[dict]:
+        """Of a report, the records with the answers of these very files to all that is asked; there is one or none."""
+        asked = (model_key(self.model, adapter), templates.trained_in([adapter] if adapter else []))
+        found = [held for held in runs.Report(file).records().values() if (held["key"], held.get("template")) == asked]
+        return [held for held in found if self.keys.items() <= held["keys"].items()]
 
     def seconds(self, row: Row, seed: int, folder: Path) -> dict[str, float]:
         """What a cell took in all, as Figure 2 counts it: loading, reference, losses of frozen models, training."""
-        taken = dict(read_json(folder / "run.json")["seconds"])
+        taken = dict(runs.read_record(folder)["seconds"])
         if row.method in WITH_REFERENCE:
-            taken["reference"] = sum(read_json(self.reference(seed) / "run.json")["seconds"].values())
+            taken["reference"] = sum(runs.read_record(self.reference(seed))["seconds"].values())
         return taken
 
 
@@ -452,11 +456,12 @@ def main(argv: list[str] | None = None):
     check_writable(out / "settings.json")
     if args.table in (1, 3, 4):
         find_pyplot()
-    for source in source_names(f"{args.data},{args.reference_data or args.data}"):
-        if source != "pool":
-            find_files(source, Account())
+    sources = source_names(f"{args.data},{args.reference_data or args.data}")
+    files = [file for source in sources if source != "pool" for file in find_files(source, Account())]
+    folder = find_checkpoint(args.model, args.revision)
     shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
-    shared["what follows --"] = shared.pop("--flags")
+    shared |= {"what follows --": shared.pop("--flags"), "the content of the rows": files_key(files)}
+    shared["the content of --model"] = model_key(folder, whole=True)  # a cell is known by its name alone
     settings = out / "settings.json"
     held = read_json(settings) if settings.exists() and any(out.glob("*/run.json")) else shared
     for name in sorted(held.keys() | shared.keys()):
@@ -464,7 +469,6 @@ def main(argv: list[str] | None = None):
             raise UserError(f"{out} has cells of another setting: {name} was {held.get(name)}, now {shared.get(name)}")
     write_json(settings, shared)
 
-    folder = find_checkpoint(args.model, args.revision)
     rows = asked_rows(args, read_config(folder).num_hidden_layers)
     columns = [column for column in TABLE if column[1] in args.asked]
     cells, lines = Cells(args, folder), {row: Line(row.label, [], [], []) for row in rows}

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import platform
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -33,7 +34,9 @@ def readable(path: Path, most: int = 2**28) -> Path:
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises UserError naming the file when it is missing or holds anything else."""
     try:
-        value = json.loads(readable(path).read_text(encoding="utf-8"))
+        value = json.loads(text := readable(path).read_text(encoding="utf-8"))
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a surrogate pair is no text that can be shown or written
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as reason:
@@ -119,22 +122,30 @@ def _to_disk(path: Path):
 def write_json(path: Path, value):
     """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # a path's bytes that are no UTF-8 become escapes of JSON
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+LINE = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")  # numbers, in each of a log
 
 
 def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log, one for each optimizer step that it holds; none before the first.
 
     A last line that is not whole is left out: the run may be writing it, or the disk was full.
+    Raises UserError for a file that cannot be read, and a line that has not all of LINE.
     """
-    path, found = folder / "log.jsonl", []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as reason:
-            if line.endswith("\n"):
-                raise UserError(f"{path}, line {number}: {reason}") from None
+    path, found, line = folder / "log.jsonl", [], b"\n"
+    try:
+        for line in readable(path).read_bytes().splitlines(keepends=True) if path.exists() else ():
+            value = json.loads(line)
+            wrong = [key for key in LINE if not (isinstance(value, dict) and is_number(value.get(key)))]
+            if wrong:
+                raise ValueError(f"no number {wrong[0]}")
+            found.append(value)
+    except (OSError, ValueError, RecursionError) as reason:
+        if line.endswith(b"\n"):
+            raise UserError(f"{path}, line {len(found) + 1}: {reason}") from None
     return found
 
 
@@ -155,5 +166,6 @@ def keep_lines(log: Path, count: int):
 
     The last line may be half a line, where the disk was full.
     """
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-    write_whole(log, lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    with writing(log):
+        lines = readable(log).read_bytes().splitlines(keepends=True)[:count]
+    write_whole(log, lambda path: path.write_bytes(b"".join(lines)))

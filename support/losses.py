@@ -1,21 +1,46 @@
 """Per-token losses of frozen models, kept on disk under a digest of all that they depend on."""
 
 import hashlib
-import re
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from support.checkpoint import find_tensors, open_safetensors
-from support.files import UserError, write_whole
+from support.checkpoint import TOKENIZER_FILES, find_tensors
+from support.files import UserError
 from support.ranks import first_rank, gather
+from support.runs import read_state, write_state
 
 LOSSES = 1  # how they are computed; a change to that makes it 2, and what an older version kept is not found again
+
+
+def files_key(whole: Iterable[Path], dated: Iterable[Path] = ()) -> str:
+    """A digest of files by their names, sizes and contents; of the `dated` ones the time stands for the content."""
+    digest, dated = hashlib.sha256(), set(dated)
+    for path in sorted({*whole, *dated}, key=lambda path: path.name):
+        status = path.stat()
+        digest.update(os.fsencode(path.name) + f" {status.st_size} {path in dated and status.st_mtime_ns} ".encode())
+        with path.open("rb") as file:
+            while path not in dated and (block := file.read(2**22)):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> str:
+    """A digest of all files that a model's answers depend on, in its folder and, perhaps, in that of an adapter.
+
+    They are weights, configurations, tokenizer and templates; of the weights it reads no more than size and time,
+    unless they are to count by their content too (`whole`).
+    """
+    weights = {stored.path for stored in find_tensors(model).values()}
+    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    files = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
+    if adapter:
+        weights.add(adapter / "adapter_model.safetensors")
+        files.add(adapter / "adapter_config.json")
+    return files_key(files | weights) if whole else files_key(files, weights)
 
 
 def losses_key(
@@ -23,18 +48,10 @@ def losses_key(
 ) -> str:
     """A digest of all that per-token losses depend on, in full: nothing that has changed hides behind an old name.
 
-    That is every byte of the weights and configurations in the folders of a model and, perhaps, of an adapter, every
-    token of `examples` and whether it is supervised, hence tokenizer, template, rows and length limit, and dtype and
-    kind of device.
+    That is `model_key`, every token of `examples` and whether it is supervised, hence template, rows and length limit,
+    and dtype and kind of device.
     """
-    digest = hashlib.sha256(f"{LOSSES} {dtype} {device}".encode())
-    files = [model / "config.json", *sorted({stored.path for stored in find_tensors(model).values()})]
-    files += [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"] if adapter else []
-    for path in files:
-        digest.update(f" {path.name} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+    digest = hashlib.sha256(f"{LOSSES} {dtype} {device} {model_key(model, adapter, whole=True)}".encode())
     for ids, response in examples:
         digest.update(f" {len(ids)} ".encode() + ids.numpy().tobytes() + response.numpy().tobytes())
     return digest.hexdigest()
@@ -51,11 +68,8 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
     def held():
         if path is None or not path.exists():
             return None
-        file = open_safetensors(path)
-        seconds, nll = (file.metadata() or {}).get("seconds", ""), file.get_tensor("nll")
-        if not re.fullmatch(r"\d+\.\d+", seconds) or nll.dtype != torch.float32 or nll.dim() != 1:
-            raise UserError(f"{path} holds no losses: remove it")
-        return nll, float(seconds)
+        head, tensors = read_state(path)
+        return tensors["nll"], float(head["seconds"])
 
     try:
         if cache and first_rank():
@@ -65,8 +79,7 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
         start = time.perf_counter()
         nll, seconds = compute(), time.perf_counter() - start
         if path and first_rank():
-            content, metadata = {"nll": nll.contiguous()}, {"seconds": f"{seconds:.3f}"}
-            write_whole(path, lambda file: save_file(content, file, metadata=metadata), others_write=True)
-    except (OSError, SafetensorError) as reason:
+            write_state(path, {"nll": nll.contiguous()}, {"seconds": f"{seconds:.3f}"}, others_write=True)
+    except OSError as reason:
         raise UserError(f"--cache {cache} cannot be used: {reason}") from None
     return gather(held() if first_rank() else None)[0] if path else (nll, seconds)

@@ -7,9 +7,12 @@ model) and snapshots of its adapter, step-.../. Runs inside a run have folders o
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +30,9 @@ from support.files import (
     UserError,
     append_line,
     check_writable,
+    is_number,
     keep_lines,
+    note,
     read_json,
     read_log,
     write_json,
@@ -36,7 +41,7 @@ from support.files import (
 )
 from support.machine import peak_memory_mb, versions
 from support.ranks import first_rank, gather, rank, ranks, say, sum_over_ranks
-from support.sources import Account
+from support.sources import Account, source_names
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
@@ -48,54 +53,73 @@ FAILED = "failed-step-{:08d}.safetensors"  # the samples of a step that gave no 
 def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder of a new run: `out`, or a fresh one under runs/ that is called after `name` and the time.
 
-    Raises UserError when `out` holds a run already, unless with `overwrite`, which deletes that run's files, or
-    `resume`, which leaves them.
+    Raises UserError when `out` holds a run already, unless with `overwrite` or `resume`. Nothing is deleted yet.
     """
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a model (config.json): choose another --out")
-    old = [path for name in FILES for path in folder.glob(name)] + checkpoints_in(folder) + snapshots_in(folder)
-    old += folder.glob(FAILED.replace("{:08d}", "*"))
-    if (folder / "run.json").exists():
-        old += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
-    if old and not (overwrite or resume):
-        raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
-    for path in old if overwrite else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a model (config.json): choose another --out")
+    old = left_in(folder)
+    if old and not (overwrite or resume):
+        raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
     check_writable(folder / "run.json")
     return folder
 
 
-def check_arguments(folder: Path, arguments: dict, free: set[str]):
-    """UserError if the run that `folder` holds was started with other arguments than these, the `free` ones aside."""
-    if not (folder / "run.json").exists():
-        return
-    held = read_json(folder / "run.json").get("arguments", {})
-    for name in sorted((held.keys() | arguments.keys()) - free):
-        then, now = held.get(name), arguments.get(name)
-        if name == "device":  # each rank has a card of its own, and a run may go on on another
-            then, now = (str(device).split(":")[0] for device in (then, now))
-        if then != now:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{folder} holds a run of another configuration: {flag} was {then}, now it is {now}")
+def left_in(folder: Path) -> list[Path]:
+    """What a run's folder holds of it; links among them, wherever they lead."""
+    found = [folder / name for name in FILES if os.path.lexists(folder / name)]
+    found += [path for form in (CHECKPOINT, SNAPSHOT, FAILED) for path in numbered(folder, form)]
+    if (folder / "run.json").exists():
+        found += [path for name in INNER for path in folder.glob(name) if (path / "log.jsonl").exists()]
+    return found
 
 
-def open_folder(out: str | None, name: str, overwrite: bool, resume: bool) -> Path:
-    """The folder of a run, which the first rank makes and all use; arguments as `new_folder`'s."""
-    return gather(new_folder(out, name, overwrite, resume) if first_rank() else None)[0]
+def check_reads(folder: Path, arguments: dict):
+    """UserError if a run in `folder` reads what it would replace there, by a name of its own or by a link."""
+    own = [path.resolve() for path in left_in(folder)]
+    for flag in ("model", "reference", "data", "eval_data", "reference_data"):
+        for source in source_names(arguments[flag]) if arguments[flag] else ():
+            path = Path(source if os.path.exists(source) else source.split(":")[0])
+            for read in (path, path.parent, *path.glob("*")):
+                if any(read.resolve().is_relative_to(lost) for lost in own):
+                    name = f"--{flag.replace('_', '-')} {source}"
+                    raise UserError(f"{name} reads {read}, which a run in {folder} replaces: choose another --out")
+
+
+def read_record(folder: Path) -> dict:
+    """A run's run.json, {} before it is there. UserError unless its parts are objects, and its seconds numbers."""
+    path = folder / "run.json"
+    record = read_json(path) if path.exists() else {}
+    parts = [record.get(part, {}) for part in ("arguments", "fingerprints", "seconds")]
+    if not all(isinstance(part, dict) for part in parts) or not all(map(is_number, parts[-1].values())):
+        raise UserError(f"{path} holds no record of a run")
+    return record
+
+
+def check_same(where: str, held: dict, now: dict):
+    """UserError that names the first of a run's settings that differs from what it was."""
+    for name in sorted(held.keys() | now.keys()):
+        if (then := held.get(name)) != now.get(name):
+            raise UserError(f"{where} of another configuration: {name} was {then}, now it is {now.get(name)}")
+
+
+def numbered(folder: Path, form: str) -> list[Path]:
+    """What a folder holds under names of this form, the least number first; checkpoint-x is nobody's checkpoint."""
+    start, end = form.split("{:08d}")
+    found = {path.name.removeprefix(start).removesuffix(end): path for path in folder.glob(f"{start}*{end}")}
+    return [found[number] for number in sorted(found, key=lambda n: (len(n), n)) if re.fullmatch("[0-9]{8,}", number)]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints that a run's folder holds, the newest last."""
-    return sorted(folder.glob(CHECKPOINT.replace("{:08d}", "*")))
+    return numbered(folder, CHECKPOINT)
 
 
 def snapshots_in(folder: Path) -> list[Path]:
     """The snapshots of its adapter that a run's folder holds (train.py --snapshot-every), the first one first."""
-    found = folder.glob(SNAPSHOT.replace("{:08d}", "*"))
-    return sorted(path for path in found if (path / "adapter_config.json").exists())
+    return [path for path in numbered(folder, SNAPSHOT) if (path / "adapter_config.json").exists()]
 
 
 def snapshot_step(folder: Path) -> int:
@@ -103,11 +127,11 @@ def snapshot_step(folder: Path) -> int:
     return int(folder.name.removeprefix(SNAPSHOT.partition("{")[0]))
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """What tells these tensors from others without reading all of them: a digest of shapes and of first elements."""
+def fingerprint(tensors: Iterable[Tensor], most: int | None = 4096) -> str:
+    """What tells these tensors from others: a digest of shapes and of the first elements, or of all: `most` None."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        start = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().flatten()[:4096]
+        start = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().flatten()[:most]
         digest.update(repr(tensor.shape).encode() + start.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -159,27 +183,28 @@ class Checkpoints:
 
     steps: of the whole run; every: how many lie between two checkpoints, by default a tenth; the last step leaves one
     too. settings: what a run that goes on must share with the one that wrote the checkpoint. The last two are kept.
-    Each is a safetensors file, in whose header step and settings stand as text: nothing is ever unpickled.
+    Each is a safetensors file, in whose header step, settings and a digest of all stand as text: nothing is unpickled.
     Without a folder nothing is written. While it is entered (`with`), SIGTERM and Ctrl-C are noted, and after the step
     in which they came a checkpoint is written and the script ends.
     """
 
     def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
-        """Reads the newest checkpoint in `folder`; a UserError says in what its settings differ, if they do."""
+        """Reads the newest checkpoint in `folder` that is whole; UserError if none is, or its settings differ."""
         self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
-        self.done, self.signal = 0, 0
+        self.done, self.held, self.signal, damage = 0, {}, 0, ""
         self.settings = gather(settings)[0]  # the first rank's; a shard's content would differ
-        self.newest = max(checkpoints_in(folder), default=None) if folder else None
-        if self.newest:
-            head = open_safetensors(self.newest).metadata() or {}
+        for path in reversed(checkpoints_in(folder) if folder else []):
             try:
+                head, self.held = read_state(path)
                 self.done, held = int(head["step"]), json.loads(head["settings"])
-            except (KeyError, ValueError):
-                raise UserError(f"{self.newest} is no checkpoint of train.py: remove it, or add --overwrite") from None
-            for name in sorted(held.keys() | self.settings.keys()):
-                then, now = held.get(name), self.settings.get(name)
-                if then != now:
-                    raise UserError(f"{self.newest} is of another configuration: {name} was {then}, now it is {now}")
+            except UserError as reason:
+                damage = damage or str(reason)
+                continue
+            if damage:
+                note(f"{damage}; the run goes on from {path.name}")
+            return check_same(f"{path} is", held, self.settings)
+        if damage:
+            raise UserError(f"{damage}; there is no other: remove it, or add --overwrite")
 
     def __enter__(self):
         def note(number, frame):
@@ -202,12 +227,11 @@ class Checkpoints:
         From then on these same objects are what is written. The log loses the lines of later steps.
         """
         self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
-        done = self.done
+        done, held, self.held = self.done, self.held, {}
         if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
             keep_lines(log, done)
         if not done:
             return 0
-        held = {name: tensor.clone() for name, tensor in load_file(self.newest).items()}  # not a mapping of the file
         with torch.no_grad():
             for i, parameter in enumerate(adapters):
                 parameter.copy_(held[f"adapter.{i}"])
@@ -265,9 +289,33 @@ class Checkpoints:
             tensors |= {f"history.{i}.{j}": factor for j, factor in enumerate(factors)}
         head = {"step": str(step), "settings": json.dumps(self.settings)}
         if first_rank():
-            write_whole(self.folder / CHECKPOINT.format(step), lambda path: save_file(tensors, path, metadata=head))
-            for old in checkpoints_in(self.folder)[:-2]:
+            path = self.folder / CHECKPOINT.format(step)
+            write_state(path, tensors, head)
+            found = checkpoints_in(self.folder)
+            for old in {*found} - {*[held for held in found if held <= path][-2:]}:  # what is later was damaged
                 old.unlink()
+
+
+def state_digest(tensors: dict[str, Tensor], head: dict[str, str]) -> str:
+    names = sorted(tensors)
+    said = sorted((key, value) for key, value in head.items() if key != "digest")
+    return digest(said, names, fingerprint((tensors[name] for name in names), None))
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], head: dict[str, str], others_write: bool = False):
+    """Write tensors, with what `head` says of them and a digest of all; arguments as write_whole's."""
+    head = head | {"digest": state_digest(tensors, head)}
+    write_whole(path, lambda file: save_file(tensors, file, metadata=head), others_write)
+
+
+def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What `write_state` has written: (head, tensors). UserError for a file that is not whole, or of other content."""
+    file = open_safetensors(path)
+    names, head = file.keys(), file.metadata() or {}
+    tensors = {name: file.get_tensor(name).clone() for name in names}  # not a mapping of the file
+    if head.get("digest") != state_digest(tensors, head):
+        raise UserError(f"{path} is damaged: its content is not what its digest says")
+    return head, tensors
 
 
 class Run:
@@ -275,11 +323,14 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, examples: list, account: Account):
         """Opens the folder that `args` names, or a new one; examples: (ids, response) each, account: of their rows."""
-        self.first, self.weights = first_rank(), fingerprint(p for p in model.parameters() if not p.requires_grad)
-        if args.resume:
-            check_arguments(Path(args.out), vars(args), FREE)
+        frozen = fingerprint(p for p in model.parameters() if not p.requires_grad)
+        self.first, self.weights = first_rank(), digest(frozen, model.config.raw)
         name = f"{Path(args.model).name}-{args.method}"
-        self.folder, self.trained = open_folder(args.out, name, args.overwrite, args.resume), set()
+        folder = new_folder(args.out, name, args.overwrite, args.resume) if self.first else None
+        self.folder, self.trained = gather(folder)[0], set()
+        check_reads(self.folder, vars(args))
+        if args.resume and (held := read_record(self.folder).get("arguments")):
+            check_same(f"{self.folder} holds a run", settings(held, {}), settings(vars(args), {}))
         content = {"--model": self.weights, "--data": fingerprint_of(examples)}
         self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
         self.record |= {"samples": len(examples)} | account.record()
@@ -314,6 +365,10 @@ class Run:
         there; asked for snapshots, and when the training has ended well.
         """
         content = {"the content of --model": self.weights, "the content of --data": fingerprint_of(samples)} | content
+        if args.overwrite and self.first and not self.trained:  # all that is read has been read by now
+            for path in left_in(self.folder):
+                with writing(path):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # refuses another configuration's checkpoint before anything is written
         checkpoints = Checkpoints(folder, steps, args.checkpoint_every, settings(vars(args), content))
         with writing(folder):
@@ -353,43 +408,62 @@ def fingerprint_of(examples: list) -> str:
     return fingerprint(tensor for example in examples for tensor in example)
 
 
+SAME = ("model", "adapter", "dtype", "template", "data", "limit")  # who answers what, in which form
+PARTS = ("results", "keys", "timing")  # of a record, each by task
+
+
 class Report:
-    """An evaluation's records, one for each (model, adapter, dtype), in one file that each save rewrites whole."""
+    """An evaluation's records in one file, one for each SAME; several processes may add to it at once."""
 
     def __init__(self, path: Path | None):
-        self.path, self.records = path, []
-        if path and not path.is_file():
+        self.path = path
+        if path:
             check_writable(path)  # before the work, not after it
-        elif path:
-            held = read_json(path)
-            self.records = held.get("runs", [held])
-            if not all(isinstance(record, dict) and "results" in record for record in self.records):
-                raise UserError(f"--out {path} exists and holds no evaluation")
+        self.records()
+
+    def records(self) -> dict[str, dict]:
+        """What the file holds by now, each record under a digest of its SAME."""
+        held = read_json(self.path) if self.path and self.path.exists() else {"runs": []}
+        records = held.get("runs", [held])
+        if not (isinstance(records, list) and all(map(is_record, records))):
+            raise UserError(f"--out {self.path} exists and holds no evaluation")
+        return {digest(*map(record.get, SAME)): record for record in records}
 
     def record(self, key: str, head: dict) -> dict:
-        """The record of the same model, adapter and dtype: as held if its key is the same, else a new one."""
-        for record in self.records:
-            if all(record[field] == head[field] for field in ("model", "adapter", "dtype")):
-                if record["key"] != key:  # the weights have changed since
-                    record.update(key=key, results={}, timing={}, keys={}, seconds=0.0)
-                record.update(head)
-                return record
-        self.records.append({**head, "key": key, "results": {}, "seconds": 0.0, "timing": {}, "keys": {}})
-        return self.records[-1]
+        """`head` with what is held of its SAME, if its key is the same; a model that has changed has no answers yet."""
+        held = self.records().get(digest(*map(head.get, SAME)), {})
+        return head | {"key": key} | {part: held[part] if held.get("key") == key else {} for part in PARTS}
 
-    def save(self):
-        if self.path:
-            write_json(self.path, self.records[0] if len(self.records) == 1 else {"runs": self.records})
+    @contextlib.contextmanager
+    def saving(self, record: dict):
+        """A context in which no other process writes, and `record` has all that is held of it; its end is written."""
+        if not self.path:
+            yield
+            return
+        lock = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network disks have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            now = self.record(record["key"], record)
+            record |= {part: record[part] | now[part] for part in PARTS}
+            yield
+            records = [*(self.records() | {digest(*map(record.get, SAME)): record}).values()]
+            write_json(self.path, record if len(records) == 1 else {"runs": records})
+        finally:
+            os.close(lock)
+
+
+def is_record(value) -> bool:
+    """Whether a value from JSON is a record: a key and, by task, results, which are numbers or null, and times."""
+    parts = [value.get(part) for part in PARTS] if isinstance(value, dict) and {"key", "model"} <= value.keys() else [0]
+    if not all(isinstance(part, dict) for part in [*parts, *(parts[0].values() if isinstance(parts[0], dict) else ())]):
+        return False
+    numbers = [number for result in parts[0].values() for number in result.values() if number is not None]
+    return all(map(is_number, [*numbers, *parts[2].values()]))
 
 
 def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
-
-
-def weights_key(model: Path, adapter: Path | None) -> str:
-    """What tells one set of weights from another without reading it: a digest of its files' names, sizes and times."""
-    files = [*sorted(model.glob("*.safetensors")), *([adapter / "adapter_model.safetensors"] if adapter else [])]
-    return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 # What may differ between a run and the one that goes on with it: none of it changes the adapter, but for --cache where
@@ -404,7 +478,8 @@ def settings(arguments: dict, content: dict) -> dict:
     content: what stands behind the arguments, such as the digest of a file that one of them names.
     """
     flags = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in FREE}
-    return flags | {"--device": torch.device(arguments["device"]).type, "the number of ranks": ranks()} | content
+    kind = str(arguments.get("device")).split(":")[0]  # each rank has a card of its own, and a run may go on on another
+    return flags | {"--device": kind, "the number of ranks": ranks()} | content
 
 
 def check_flags(args: argparse.Namespace):

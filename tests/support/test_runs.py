@@ -467,13 +467,13 @@ def test_memory_does_not_grow_with_the_shapes_multiplied():
     assert int(grown) < 50 * 1024  # KiB; 137 to 197 MiB where one of the caches has its usual size
 
 
-def test_a_run_goes_on_on_another_card_and_not_on_another_kind_of_device(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"device": "cuda:3", "rho": 0.6}}))
-    runs.check_arguments(tmp_path, {"device": "cuda:0", "rho": 0.6}, runs.FREE)
-    with pytest.raises(UserError, match="--device was cuda, now it is cpu"):
-        runs.check_arguments(tmp_path, {"device": "cpu", "rho": 0.6}, runs.FREE)
+def test_a_run_goes_on_on_another_card_and_not_on_another_kind_of_device():
+    held = runs.settings({"device": "cuda:3", "rho": 0.6}, {})
+    runs.check_same("it is", held, runs.settings({"device": "cuda:0", "rho": 0.6}, {}))
+    with pytest.raises(UserError, match="it is of another configuration: --device was cuda, now it is cpu"):
+        runs.check_same("it is", held, runs.settings({"device": "cpu", "rho": 0.6}, {}))
     with pytest.raises(UserError, match="--rho was 0.6, now it is 0.5"):
-        runs.check_arguments(tmp_path, {"device": "cuda:0", "rho": 0.5}, runs.FREE)
+        runs.check_same("it is", held, runs.settings({"device": "cuda:0", "rho": 0.5}, {}))
 
 
 NUMBERED = """
