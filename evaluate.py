@@ -10,6 +10,7 @@ read once and kept as keys and values; only the positions that are scored meet t
 import argparse
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,15 +29,13 @@ import lora
 from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
-from support import chat, command, machine, ranks, runs, templates
+from support import chat, command, losses, machine, ranks, runs, templates
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell, short_names
 from support.decoding import SharedPrefix, check_numbers, generate, generation_settings
 from support.files import UserError
 from support.kernels import logits_at_once
-from support.losses import model_key
 from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
-from support.runs import digest
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
 CACHE_SHARE = 32  # written answers are computed a token a row, so their cache may hold more than a batch has tokens
@@ -115,17 +114,13 @@ def generations(
     Under torchrun as `loglikelihoods`.
     """
     answers, ids = {}, encode_contexts(tokenizer, requests, model.config.vocab_size)
+    text = functools.partial(tokenizer.decode, skip_special_tokens=True)
     indices = ranks.share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[i]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
-        group, until = list(same), settings["until"]
-        new = settings.get("max_gen_toks", MAX_NEW_TOKENS)
+        group, until, new = list(same), settings["until"], settings.get("max_gen_toks", MAX_NEW_TOKENS)
         room = model.config.max_position_embeddings - new
         if room <= 0:
             raise UserError(f"an answer of {new} tokens leaves no room for its question: the model reads {room + new}")
-
-        def text(tokens):
-            return tokenizer.decode(tokens, skip_special_tokens=True)
-
         found = generate(
             model,
             [ids[i][-room:] for i in group],
@@ -175,12 +170,12 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
             task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
-            keys.append(digest(row, requests[-1]))  # fails too where half a character is in it, which is no text
+            keys.append(runs.digest(row, requests[-1]))  # fails too where half a character is in it, which is no text
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
         raise UserError(f"{name}, row {number}: {type(reason).__name__} {reason}") from None
-    return Questions(rows, requests, digest(keys))
+    return Questions(rows, requests, runs.digest(keys))
 
 
 def answer(
@@ -248,9 +243,7 @@ def table(records: list[dict]) -> str:
     notes, names = [], short_names([record["adapter"] or record["model"] for record in records])
     for record, name in zip(records, names, strict=True):
         results = record["results"]
-        values = [
-            100 * results[task][metric] if metric in results.get(task, {}) else None for _, task, metric in columns
-        ]
+        values = [100 * results[task][metric] if task in results else None for _, task, metric in columns]
         if columns != own:
             ten = values[: len(TABLE)]
             values.append(None if None in ten else sum(ten) / len(ten))
@@ -259,13 +252,11 @@ def table(records: list[dict]) -> str:
             ("logiqa", "acc_norm", "the paper's LogiQA column may be this"),
             ("tydiqa_release", "f1", "the paper's TyDiQA column is this protocol's"),
         ):
-            if metric in results.get(task, {}):
+            if task in results:
                 notes.append(f"{lines[-1][0]}: {task} {metric} {100 * results[task][metric]:.2f} ({note})")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    text = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
+    text = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines]
     return "\n".join(text + notes)
 
 
@@ -290,7 +281,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=float, bound="above 0", metavar="N",
         help="the first N rows of each task; below 1: this share of them")
     add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again. "
-        "Each model, adapter, --dtype, --template, --data and --limit has a record there, beside the others")
+        "Each model, adapter, --dtype, --template, --data and --limit has a record of its own there")
     add = parser.group("machine")
     add("--batch-tokens", type=int, bound="at least 1", metavar="N",
         help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
@@ -300,7 +291,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     templates.add_flags(parser, "model", default=None)
     command.add_flags(parser)
     args = parser.parse_args(argv)
-    if args.data and not Path(args.data).is_dir():
+    if args.data is not None and not os.path.isdir(args.data):
         raise UserError(f"--data {args.data} is no folder")
     return args
 
@@ -308,13 +299,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     names, device = task_names(args.tasks) if args.ask is None else [], ranks.start_ranks(args.device)
-    reports = ranks.first_rank()
     forget_rows()
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
-    report = runs.Report(Path(args.out) if args.out and reports else None)
+    report = runs.Report(Path(args.out) if args.out and ranks.first_rank() else None)
     template = args.template or templates.trained_in(args.adapter)
     tokenizer = data.load_tokenizer(args.model, args.revision, template)
-    folder = Path(args.data) if args.data else None
+    folder = args.data and Path(args.data)
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
     for adapter in args.adapter:  # all of them before the first is evaluated
@@ -331,16 +321,16 @@ def main(argv: list[str] | None = None):
                 lora.load_adapter(model, adapter)
             head = {"model": args.model, "adapter": adapter, "dtype": args.dtype, "template": template}
             head |= {"data": args.data, "limit": args.limit, "device": str(device), "versions": machine.versions()}
-            key = model_key(model.folder, find_adapter(adapter) if adapter else None)
+            key = losses.model_key(model.folder, adapter and find_adapter(adapter))
             records.append(ranks.gather(report.record(key, head))[0])
             run(model, tokenizer, questions, records[-1], batch_tokens, report.saving)
             lora.remove_lora(model)
     except KeyboardInterrupt:
-        if reports:
+        if ranks.first_rank():
             print(f"stopped; {args.out} holds what is done" if args.out else "stopped", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        if reports and records:
+        if ranks.first_rank() and records:
             print(table(records))
 
 
@@ -352,11 +342,13 @@ def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
     chat.converse(model, tokenizer, args.ask, who, become, partial(data.prompt_ids, tokenizer=tokenizer))
 
 
-def forget(record: dict, tasks: list[str]):
-    """Take tasks, and the groups that they are in, out of a record: what it holds of them answers other rows."""
-    for name in [*tasks, *(group for group, (names, _, _) in GROUPS.items() if set(names) & set(tasks))]:
+def unanswered(record: dict, questions: dict[str, Questions]) -> list[str]:
+    """The tasks that a record has no answers to; those to other rows, and what groups make of them, leave it."""
+    left = [name for name, asked in questions.items() if record["keys"].get(name) != asked.key]
+    for name in [*left, *(group for group, (names, _, _) in GROUPS.items() if set(names) & set(left))]:
         for part in runs.PARTS:
             record[part].pop(name, None)
+    return left
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, saving: Callable):
@@ -364,8 +356,7 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
 
     Tasks of one group that are answered in writing are answered at once and share their time by `cost`.
     """
-    left = [name for name, asked in questions.items() if record["keys"].get(name) != asked.key]
-    forget(record, left)
+    left = unanswered(record, questions)
     costs = {name: [cost(row) for row in questions[name].requests] for name in left}
     together = {}
     for name in left:
@@ -377,25 +368,22 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
     with tqdm(total=total, disable=not ranks.first_rank(), bar_format=form) as bar:
         for title, tasks in together.items():
             bar.set_description(title)
-            todo = {name: list(costs[name]) for name in tasks}
-            start = time.perf_counter()
+            todo, start = {name: list(costs[name]) for name in tasks}, time.perf_counter()
 
             def progress(name, row, todo=todo):
                 bar.update(todo[name][row])
                 todo[name][row] = 0
 
             results = score(tasks, answer(model, tokenizer, tasks, batch_tokens, progress))
-            seconds = time.perf_counter() - start
+            pace = (time.perf_counter() - start) / sum(sum(costs[name]) for name in tasks)
             bar.update(sum(map(sum, todo.values())))  # other ranks' share
-            whole = sum(sum(costs[name]) for name in tasks)
             with saving(record):
-                forget(record, left)
+                unanswered(record, questions)
                 record["results"] |= results
-                record["timing"] |= {name: seconds * sum(costs[name]) / whole for name in tasks}
+                record["timing"] |= {name: pace * sum(costs[name]) for name in tasks}
                 record["keys"] |= {name: questions[name].key for name in tasks}
                 record["seconds"] = sum(record["timing"].values())
                 add_groups(record["results"])
-            left = [name for name in left if name not in tasks]
 
 
 def cost(requests: list[tuple]) -> int:

@@ -213,7 +213,9 @@ class Cells:
     def answered(self, file: Path, adapter: Path | None) -> list[dict]:
         """Of a report, the records with the answers of these very files to all that is asked; there is one or none."""
         asked = (model_key(self.model, adapter), templates.trained_in([adapter] if adapter else []))
-        found = [held for held in runs.Report(file).records().values() if (held["key"], held.get("template")) == asked]
+        found = [
+            held for held in runs.Report(file).records().values() if (held.get("key"), held.get("template")) == asked
+        ]
         return [held for held in found if self.keys.items() <= held["keys"].items()]
 
     def seconds(self, row: Row, seed: int, folder: Path) -> dict[str, float]:
@@ -460,7 +462,7 @@ def main(argv: list[str] | None = None):
     files = [file for source in sources if source != "pool" for file in find_files(source, Account())]
     folder = find_checkpoint(args.model, args.revision)
     shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
-    shared |= {"what follows --": shared.pop("--flags"), "the content of the rows": files_key(files)}
+    shared |= {"what follows --": shared.pop("--flags"), "the content of --data": files_key(files)}
     shared["the content of --model"] = model_key(folder, whole=True)  # a cell is known by its name alone
     settings = out / "settings.json"
     held = read_json(settings) if settings.exists() and any(out.glob("*/run.json")) else shared

@@ -159,13 +159,3 @@ def write_lines(path: Path, values: list[dict]):
     """Write a log anew, whole or not at all."""
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def keep_lines(log: Path, count: int):
-    """Cut a log after its first `count` lines; a step that was logged after its last checkpoint is done again.
-
-    The last line may be half a line, where the disk was full.
-    """
-    with writing(log):
-        lines = readable(log).read_bytes().splitlines(keepends=True)[:count]
-    write_whole(log, lambda path: path.write_bytes(b"".join(lines)))

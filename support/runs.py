@@ -25,20 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from support import files
 from support.checkpoint import open_safetensors
-from support.files import (
-    UserError,
-    append_line,
-    check_writable,
-    is_number,
-    keep_lines,
-    note,
-    read_json,
-    read_log,
-    write_json,
-    write_whole,
-    writing,
-)
+from support.files import LINE, UserError, is_number, read_log, writing
 from support.machine import peak_memory_mb, versions
 from support.ranks import first_rank, gather, rank, ranks, say, sum_over_ranks
 from support.sources import Account, source_names
@@ -63,7 +52,7 @@ def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool
     old = left_in(folder)
     if old and not (overwrite or resume):
         raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
-    check_writable(folder / "run.json")
+    files.check_writable(folder / "run.json")
     return folder
 
 
@@ -91,7 +80,7 @@ def check_reads(folder: Path, arguments: dict):
 def read_record(folder: Path) -> dict:
     """A run's run.json, {} before it is there. UserError unless its parts are objects, and its seconds numbers."""
     path = folder / "run.json"
-    record = read_json(path) if path.exists() else {}
+    record = files.read_json(path) if path.exists() else {}
     parts = [record.get(part, {}) for part in ("arguments", "fingerprints", "seconds")]
     if not all(isinstance(part, dict) for part in parts) or not all(map(is_number, parts[-1].values())):
         raise UserError(f"{path} holds no record of a run")
@@ -132,7 +121,8 @@ def fingerprint(tensors: Iterable[Tensor], most: int | None = 4096) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         start = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().flatten()[:most]
-        digest.update(repr(tensor.shape).encode() + start.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(repr((tensor.shape, tensor.dtype)).encode())
+        digest.update(start.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -161,16 +151,10 @@ class StepRecord:
         signals = torch.full_like(self.loss, signal)
         sums = sum_over_ranks([self.loss, self.selected, signals])
         loss, selected, signalled, norm = torch.stack([*sums, gradient_norm]).tolist()
-        line = {
-            "step": self.number,
-            "loss": loss,
-            "lr": lr,
-            "tokens": sum(len(ids) for ids, _ in self.samples.values()),
-            "response_tokens": sum(int(response.sum()) for _, response in self.samples.values()),
-            "selected_tokens": int(selected),
-            "seconds": round(time.perf_counter() - self.start, 3),
-            "peak_memory_mb": round(peak_memory_mb(self.device), 1),
-        }
+        sizes = [(len(ids), int(response.sum())) for ids, response in self.samples.values()]
+        seconds = round(time.perf_counter() - self.start, 3)
+        values = (self.number, loss, lr, *map(sum, zip(*sizes, strict=True)), int(selected), seconds)
+        line = dict(zip(LINE, values, strict=True)) | {"peak_memory_mb": round(peak_memory_mb(self.device), 1)}
         return line, norm, signalled > 0
 
 
@@ -201,7 +185,7 @@ class Checkpoints:
                 damage = damage or str(reason)
                 continue
             if damage:
-                note(f"{damage}; the run goes on from {path.name}")
+                files.note(f"{damage}; the run goes on from {path.name}")
             return check_same(f"{path} is", held, self.settings)
         if damage:
             raise UserError(f"{damage}; there is no other: remove it, or add --overwrite")
@@ -229,7 +213,7 @@ class Checkpoints:
         self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
         done, held, self.held = self.done, self.held, {}
         if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
-            keep_lines(log, done)
+            files.write_lines(log, read_log(self.folder)[:done])  # a step after the checkpoint is done again
         if not done:
             return 0
         with torch.no_grad():
@@ -268,7 +252,7 @@ class Checkpoints:
             content = {f"ids {i}": samples[i][0] for i in numbers} | {f"response {i}": samples[i][1] for i in numbers}
             about = {"step": str(step), "loss": str(loss), "gradient norm": str(gradient)}
             if first_rank():
-                write_whole(path, lambda file: save_file(content, file, metadata=about))
+                files.write_whole(path, lambda file: save_file(content, file, metadata=about))
             gather(None)  # a rank that ended now would have the others ended too
             where = f", saved in {path}; the last checkpoint is untouched"
         raise UserError(
@@ -305,7 +289,7 @@ def state_digest(tensors: dict[str, Tensor], head: dict[str, str]) -> str:
 def write_state(path: Path, tensors: dict[str, Tensor], head: dict[str, str], others_write: bool = False):
     """Write tensors, with what `head` says of them and a digest of all; arguments as write_whole's."""
     head = head | {"digest": state_digest(tensors, head)}
-    write_whole(path, lambda file: save_file(tensors, file, metadata=head), others_write)
+    files.write_whole(path, lambda file: save_file(tensors, file, metadata=head), others_write)
 
 
 def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -331,7 +315,7 @@ class Run:
         check_reads(self.folder, vars(args))
         if args.resume and (held := read_record(self.folder).get("arguments")):
             check_same(f"{self.folder} holds a run", settings(held, {}), settings(vars(args), {}))
-        content = {"--model": self.weights, "--data": fingerprint_of(examples)}
+        content = {"--model": self.weights, "--data": fingerprint(tensor for example in examples for tensor in example)}
         self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
         self.record |= {"samples": len(examples)} | account.record()
         self.held_out_loss: Callable[[], float] | None = None  # where there are held-out samples: measures their loss
@@ -352,7 +336,7 @@ class Run:
 
     def save(self):
         if self.first:
-            write_json(self.folder / "run.json", self.record)
+            files.write_json(self.folder / "run.json", self.record)
 
     def written(self) -> list[str]:
         return [file for file in (*FILES, "tokenizer.json") if (self.folder / file).exists()]
@@ -364,7 +348,10 @@ class Run:
         content: what the arguments do not say of what the adapter depends on. save_adapter: folder -> the adapter is
         there; asked for snapshots, and when the training has ended well.
         """
-        content = {"the content of --model": self.weights, "the content of --data": fingerprint_of(samples)} | content
+        content = {
+            "the content of --model": self.weights,
+            "the content of --data": fingerprint(tensor for sample in samples for tensor in sample),
+        } | content
         if args.overwrite and self.first and not self.trained:  # all that is read has been read by now
             for path in left_in(self.folder):
                 with writing(path):
@@ -384,7 +371,7 @@ class Run:
                     line["held_out_loss"] = self.held_out_loss()  # of all ranks together
                     held_out = f", held out {line['held_out_loss']:.3f}"
                 if self.first:
-                    append_line(folder / "log.jsonl", line)
+                    files.append_line(folder / "log.jsonl", line)
                     if args.snapshot_every and line["step"] % args.snapshot_every == 0:
                         save_adapter(folder / SNAPSHOT.format(line["step"]))
                 share, speed = line["selected_tokens"] / line["response_tokens"], line["tokens"] / line["seconds"]
@@ -404,10 +391,6 @@ class Run:
         self.save()
 
 
-def fingerprint_of(examples: list) -> str:
-    return fingerprint(tensor for example in examples for tensor in example)
-
-
 SAME = ("model", "adapter", "dtype", "template", "data", "limit")  # who answers what, in which form
 PARTS = ("results", "keys", "timing")  # of a record, each by task
 
@@ -418,16 +401,21 @@ class Report:
     def __init__(self, path: Path | None):
         self.path = path
         if path:
-            check_writable(path)  # before the work, not after it
+            files.check_writable(path)  # before the work, not after it
         self.records()
 
     def records(self) -> dict[str, dict]:
-        """What the file holds by now, each record under a digest of its SAME."""
-        held = read_json(self.path) if self.path and self.path.exists() else {"runs": []}
-        records = held.get("runs", [held])
-        if not (isinstance(records, list) and all(map(is_record, records))):
-            raise UserError(f"--out {self.path} exists and holds no evaluation")
-        return {digest(*map(record.get, SAME)): record for record in records}
+        """What the file holds by now, each record under a digest of its SAME; UserError for another file."""
+        held = files.read_json(self.path) if self.path and self.path.exists() else {"runs": []}
+        try:
+            found = list.copy(held.get("runs", [held]))
+            found = [record | {part: dict.copy(record[part]) for part in PARTS} for record in found]
+            values = [part for record in found for part in (record["timing"], *record["results"].values())]
+            if not all(n is None or is_number(n) for part in values for n in part.values()):
+                raise TypeError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"--out {self.path} exists and holds no evaluation") from None
+        return {digest(*map(record.get, SAME)): record for record in found}
 
     def record(self, key: str, head: dict) -> dict:
         """`head` with what is held of its SAME, if its key is the same; a model that has changed has no answers yet."""
@@ -448,18 +436,9 @@ class Report:
             record |= {part: record[part] | now[part] for part in PARTS}
             yield
             records = [*(self.records() | {digest(*map(record.get, SAME)): record}).values()]
-            write_json(self.path, record if len(records) == 1 else {"runs": records})
+            files.write_json(self.path, record if len(records) == 1 else {"runs": records})
         finally:
             os.close(lock)
-
-
-def is_record(value) -> bool:
-    """Whether a value from JSON is a record: a key and, by task, results, which are numbers or null, and times."""
-    parts = [value.get(part) for part in PARTS] if isinstance(value, dict) and {"key", "model"} <= value.keys() else [0]
-    if not all(isinstance(part, dict) for part in [*parts, *(parts[0].values() if isinstance(parts[0], dict) else ())]):
-        return False
-    numbers = [number for result in parts[0].values() for number in result.values() if number is not None]
-    return all(map(is_number, [*numbers, *parts[2].values()]))
 
 
 def digest(*parts) -> str:

@@ -1,6 +1,7 @@
 """The evaluator alone: trees and aggregation by hand, the command and its files. Against lm-eval: test_parity.py."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ from lora import save_adapter
 from model import load_model, token_nll
 from paper import benchmarks
 from paper.benchmarks import TABLE, TASKS
-from support import decoding, packing
+from support import decoding, packing, runs
 from support.decoding import generate
 from support.files import UserError
 from support.tokenizer import load_tokenizer
@@ -172,7 +173,7 @@ def test_the_command_writes_results_and_runs_nothing_twice(llama, questions, tmp
     assert asked == [3, 2, 5]
     evaluate.main([*command, "--tasks", "tydiqa_goldp_en,arc_challenge,tydiqa_goldp_fi", "--limit", "1"])
     assert sorted(asked[3:]) == [1, 2]  # what a group has to write is written at once
-    held = json.loads(out.read_text())
+    *_, held = json.loads(out.read_text())["runs"]
     assert held["seconds"] == pytest.approx(sum(held["timing"].values())) and held["timing"]["tydiqa_goldp_fi"] > 0
 
 
@@ -205,13 +206,143 @@ def test_results_survive_an_interrupt(llama, questions, tmp_path, monkeypatch, c
 
 def test_results_of_other_rows_are_gone_once_new_ones_are_asked_for(llama, questions, tmp_path, monkeypatch):
     out = tmp_path / "out.json"
-    command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy,logiqa"]
-    evaluate.main([*command, "--limit", "1"])
+    data = shutil.copytree(questions, tmp_path / "rows")
+    command = ["--model", str(llama), "--data", str(data), "--out", str(out), "--tasks", "arc_easy,logiqa"]
+    evaluate.main(command)
+    for path in data.rglob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     interrupt_second_answer(monkeypatch)
     with pytest.raises(SystemExit):
-        evaluate.main([*command, "--limit", "2"])
+        evaluate.main(command)
     record = json.loads(out.read_text())
-    assert record["limit"] == 2 and {name: result["n"] for name, result in record["results"].items()} == {"arc_easy": 2}
+    assert {name: result["n"] for name, result in record["results"].items()} == {"arc_easy": 2}
+
+
+def rows_answered(out: Path) -> list[tuple]:
+    """Of each record of a report: its limit, and of how many rows each result is."""
+    held = json.loads(out.read_text())
+    return [
+        (record["limit"], {name: result["n"] for name, result in record["results"].items()})
+        for record in held.get("runs", [held])
+    ]
+
+
+def test_a_smaller_look_stands_beside_full_results_and_speaks_for_itself(llama, questions, tmp_path, monkeypatch):
+    out, other = tmp_path / "out.json", shutil.copytree(questions, tmp_path / "rows")
+    command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks"]
+    evaluate.main([*command, "arc_easy,logiqa", "--limit", "3"])
+    evaluate.main([*command, "arc_easy,logiqa"])
+    first = json.loads(out.read_text())["runs"]
+    evaluate.main([*command, "arc_easy", "--limit", "2"])
+    evaluate.main([*command[:2], "--data", str(other), *command[4:], "logiqa"])
+    every = {"arc_easy": 4, "logiqa": 4}
+    assert rows_answered(out) == [
+        (3, {"arc_easy": 3, "logiqa": 3}),
+        (None, every),
+        (2, {"arc_easy": 2}),
+        (None, {"logiqa": 4}),
+    ]
+    assert json.loads(out.read_text())["runs"][:2] == first
+    monkeypatch.setattr(evaluate, "answer", lambda *given: pytest.fail("held already"))
+    evaluate.main([*command, "arc_easy,logiqa"])
+
+
+def test_processes_that_write_one_report_at_once_keep_each_other_s_answers(tmp_path):
+    """Four write each task of one record in turn, a fifth one of another record."""
+    context = multiprocessing.get_context("fork")
+    at_once, start = 8, context.Barrier(5)
+
+    def write(model, names):
+        report = runs.Report(tmp_path / "out.json")
+        record = report.record("key", {"model": model})
+        start.wait()
+        for name in names:
+            with report.saving(record):
+                record["results"][name] = {"n": len(name)}
+
+    names = [[f"task {i} {j}" for j in range(at_once)] for i in range(5)]
+    processes = [context.Process(target=write, args=("a" if i < 4 else "b", names[i])) for i in range(5)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    a, b = sorted(json.loads((tmp_path / "out.json").read_text())["runs"], key=lambda record: record["model"])
+    assert sorted(a["results"]) == sum(names[:4], []) and sorted(b["results"]) == names[4]
+
+
+def change(path: Path, **settings):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+
+
+# What an answer depends on, beside the weights
+CHANGES = {
+    "rope": lambda at: change(at / "m" / "config.json", rope_theta=3.0, rope_parameters={"rope_theta": 3.0}),
+    "norm": lambda at: change(at / "m" / "config.json", rms_norm_eps=0.5),
+    "ends": lambda at: change(at / "m" / "generation_config.json", eos_token_id=7),
+    "penalty": lambda at: change(at / "m" / "generation_config.json", repetition_penalty=1.5),
+    "tokens": lambda at: change(at / "m" / "tokenizer_config.json", bos_token=None),
+    "vocabulary": lambda at: (at / "m" / "tokenizer.json").write_text((at / "m" / "tokenizer.json").read_text() + " "),
+    "map": lambda at: change(at / "m" / "special_tokens_map.json", pad_token="x"),
+    "template": lambda at: (at / "m" / "chat_template.jinja").write_text("{{ messages }}"),
+    "alpha": lambda at: change(at / "a" / "adapter_config.json", lora_alpha=99),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_answer_is_asked_again_once_a_file_has_changed_that_it_depends_on(
+    llama, questions, tmp_path, monkeypatch, name
+):
+    model, out = shutil.copytree(llama, tmp_path / "m"), tmp_path / "out.json"
+    save_adapter(adapted(llama), tmp_path / "a")
+    command = ["--model", str(model), "--adapter", str(tmp_path / "a"), "--data", str(questions), "--out", str(out)]
+    command += ["--tasks", "arc_easy", "--limit", "2", "--dtype", "float32"]
+    asked, real = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *given: asked.append(1) or real(*given))
+    evaluate.main(command)
+    evaluate.main(command)
+    assert len(asked) == 1
+    (tmp_path / "m" / "README.md").write_text("changes nothing")
+    evaluate.main(command)
+    assert len(asked) == 1
+    CHANGES[name](tmp_path)
+    evaluate.main(command)
+    assert len(asked) == 2 and len(rows_answered(out)) == 1
+
+
+REPORTS = [
+    {"runs": 5}, {"runs": {}}, {"runs": [5]}, {"runs": None}, {"results": {}},
+    {"results": [], "keys": {}, "timing": {}},
+    {"runs": [{"results": {"arc_easy": 5}, "keys": {}, "timing": {}}]},
+    {"results": {"arc_easy": {"acc": "high"}}, "keys": {}, "timing": {}},
+    {"results": {"arc_easy": {"acc": 10**400}}, "keys": {}, "timing": {}},
+    {"results": {}, "keys": None, "timing": {}}, {"results": {}, "keys": {}, "timing": {"arc_easy": []}},
+    {"results": {}, "keys": {}, "timing": {}, "model": "\ud800"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", REPORTS)
+def test_a_report_of_another_shape_is_refused_and_stays(llama, questions, tmp_path, content):
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps(content))
+    command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy"]
+    with pytest.raises(UserError, match="out.json exists and holds no evaluation|out.json cannot be read as JSON"):
+        evaluate.main(command)
+    assert json.loads(out.read_text()) == content
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "long"])
+def test_a_report_that_is_no_file_is_named(llama, questions, tmp_path, kind):
+    out = tmp_path / ("o" * 5000 if kind == "long" else "out.json")
+    if kind == "pipe":
+        os.mkfifo(out)
+    elif kind == "device":
+        out.symlink_to("/dev/zero")
+    elif kind == "folder":
+        out.mkdir()
+    command = ["--model", str(llama), "--data", str(questions), "--out", str(out), "--tasks", "arc_easy"]
+    with pytest.raises(UserError, match=out.name[:9]):
+        evaluate.main(command)
 
 
 def test_base_and_adapters_in_one_go_load_the_base_once(llama, questions, tmp_path, monkeypatch, capsys):

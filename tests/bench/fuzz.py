@@ -125,7 +125,7 @@ def check_rows(folder: Path):
     for line in re.split("\r\n|\r|\n", path.read_bytes().decode("utf-8-sig")):
         row = json.loads(line) if line.strip() else None
         if row and "messages" in row:
-            expected.append([(turn["role"], turn["content"]) for turn in row["messages"]])
+            expected.append([(turn["role"].lower(), turn["content"]) for turn in row["messages"]])
         elif row:
             question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
             expected.append([("user", question), ("assistant", row["output"])])

@@ -233,7 +233,7 @@ def test_cells_of_other_rows_are_not_averaged(llama, rows, benchmarks, tmp_path,
     place = flags.index("--seeds") + 1
     reproduce.main([*flags[:place], "1", *flags[place:]])
     rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
-    with pytest.raises(UserError, match="full-seed43: the content of --data was another"):
+    with pytest.raises(UserError, match="the content of --data was "):
         reproduce.main([*flags[:place], "2", *flags[place:]])
 
 

@@ -1,8 +1,10 @@
 """What a run keeps and who takes part: killed runs end as others do, several ranks train as one process does."""
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PATIENCE, make_checkpoint, write_rows
+from conftest import PATIENCE, edit_json, make_checkpoint, write_rows
 from interrupt import interrupted
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
 from model import load_model
 from support import runs
-from support.files import UserError, write_whole
+from support.files import UserError, read_log, write_whole
 
 ROOT = Path(__file__).parents[2]
 # with the state that is easiest to lose: dropout (0.1) draws random numbers, and the history is an average
@@ -212,6 +215,244 @@ def test_overwrite_removes_a_run_s_own_folders_and_no_others(llama, rows, tmp_pa
     (tmp_path / "runs" / "reference" / "log.jsonl").write_text("{}")
     main(llama, rows, tmp_path / "runs", "--overwrite")  # it holds no run itself
     assert (tmp_path / "runs" / "reference" / "log.jsonl").exists()
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def merged(llama, tmp_path_factory) -> Path:
+    """A run with merged/, a reference of its own and snapshots."""
+    folder = tmp_path_factory.mktemp("merged")
+    rows = write_rows(folder / "rows.jsonl")
+    flags = ["--method", "rho1", "--reference-data", rows, "--merge", "--snapshot-every", "2"]
+    main(llama, rows, folder / "run", *flags)
+    return folder / "run"
+
+
+# What a new run in AT/run may read of the old one there, by any way
+READERS = {
+    "--model": lambda at: ["--model", at / "run" / "merged"],
+    "--model by a link": lambda at: ["--model", link(at / "a", at / "run" / "merged")],
+    "--model by a link in its folder": lambda at: ["--model", link(at / "a", at / "run") / "merged"],
+    "--model of links": lambda at: ["--model", linked(at / "run" / "merged", at / "a")],
+    "--model by dots": lambda at: ["--model", at / "run" / "merged" / ".." / "merged"],
+    "--reference": lambda at: ["--method", "rho1", "--reference", at / "run" / "reference"],
+    "--reference itself": lambda at: ["--method", "rho1", "--reference", at / "run"],
+    "--reference of a step": lambda at: ["--method", "rho1", "--reference", at / "run" / "step-00000002"],
+    "--eval-data": lambda at: ["--eval-data", shutil.copy(at / "rows.jsonl", at / "run" / "merged")],
+    "--reference-data": lambda at: [
+        *("--method", "rho1", "--reference-data"),
+        link(at / "b.jsonl", shutil.copy(at / "rows.jsonl", at / "run" / "reference")),
+    ],
+}
+
+
+def link(path: Path, target) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def linked(folder: Path, copy: Path) -> Path:
+    """A folder of links to another's files, as the hub's cache is."""
+    copy.mkdir()
+    for path in folder.iterdir():
+        link(copy / path.name, path)
+    return copy
+
+
+@pytest.mark.parametrize("way", READERS)
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--overwrite", "--merge"]])
+def test_overwrite_deletes_nothing_that_the_new_run_reads(llama, merged, tmp_path, way, flags):
+    shutil.copytree(merged, tmp_path / "run")
+    rows = shutil.copy(merged.parent / "rows.jsonl", tmp_path)
+    reads = READERS[way](tmp_path)
+    before = files_below(tmp_path)
+    with pytest.raises(UserError, match=f"{way.split()[0]} .* a run in .*run replaces: choose another --out"):
+        main(llama, rows, tmp_path / "run", *flags, *reads)
+    assert files_below(tmp_path) == before
+
+
+def test_a_merge_does_not_take_its_base_s_place(llama, merged, tmp_path):
+    """--resume where there is no run yet, beside a model that bears merged/'s name."""
+    shutil.copytree(merged / "merged", tmp_path / "run" / "merged")
+    before = files_below(tmp_path)
+    with pytest.raises(UserError, match="--model .* replaces: choose another --out"):
+        main(tmp_path / "run" / "merged", merged.parent / "rows.jsonl", tmp_path / "run", "--resume", "--merge")
+    assert files_below(tmp_path) == before
+
+
+def test_what_is_read_may_lie_beside_and_a_link_is_cut_not_followed(llama, merged, tmp_path):
+    """Rows, a cache and somebody else's model in the run's folder; merged/, a snapshot and run.json that are links."""
+    run, store = shutil.copytree(merged, tmp_path / "run"), tmp_path / "store"
+    store.mkdir()
+    for name in ("merged", "step-00000002", "run.json"):
+        (run / name).rename(store / name)
+        (run / name).symlink_to(store / name)
+    (run / "step-00000004").symlink_to(tmp_path / "nothing")
+    (run / "checkpoint-x.safetensors").write_text("a user's")
+    (run / "step-²").mkdir()
+    before = files_below(store)
+    rows = shutil.copy(merged.parent / "rows.jsonl", run / "rows.jsonl")
+    main(store / "merged", rows, run, "--overwrite", "--cache", run / "cache")
+    assert files_below(store) == before
+    assert not os.path.lexists(run / "merged") and not os.path.lexists(run / "step-00000004")
+    assert (run / "rows.jsonl").exists() and (run / "checkpoint-x.safetensors").exists() and (run / "step-²").exists()
+    assert not (run / "run.json").is_symlink() and not (run / "reference").exists()
+
+
+@pytest.mark.parametrize("mistake", ["--layer 9", "--eval-data nothing.jsonl", "NaN"])
+def test_a_run_that_does_not_start_deletes_nothing(llama, merged, tmp_path, mistake):
+    run, model = shutil.copytree(merged, tmp_path / "run"), llama
+    flags = mistake.split() if mistake != "NaN" else ["--eval-data", merged.parent / "rows.jsonl"]
+    if mistake == "NaN":  # seen when the held-out rows are, before the first step
+        model = shutil.copytree(llama, tmp_path / "model")
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] *= torch.nan
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    before = files_below(run)
+    with pytest.raises(UserError):
+        main(model, merged.parent / "rows.jsonl", run, "--overwrite", *flags)
+    assert files_below(run) == before
+
+
+def resave(change):
+    """A checkpoint with other tensors under the same header."""
+
+    def damage(path: Path):
+        with safe_open(path, "pt") as file:
+            head = file.metadata()
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(tensors, head)
+        save_file(tensors, path, metadata=head)
+
+    return damage
+
+
+def halve(path: Path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half of it zeros": halve,
+    "all of it zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "a bit": lambda path: path.write_bytes(path.read_bytes()[:-7] + b"\x01" + path.read_bytes()[-6:]),
+    "no adapter": resave(lambda tensors, head: tensors.pop("adapter.0")),
+    "no moments": resave(lambda tensors, head: tensors.pop("optimizer.1.exp_avg_sq")),
+    "no random state": resave(lambda tensors, head: tensors.pop("random.0.cpu")),
+    "no history": resave(lambda tensors, head: tensors.pop("history.1.0")),
+    "another shape": resave(lambda tensors, head: tensors.update({"adapter.0": tensors["adapter.0"][:1].clone()})),
+    "other numbers": resave(lambda tensors, head: tensors["adapter.3"].add_(1e-3)),
+    "another step": resave(lambda tensors, head: head.update(step="2")),
+    "a step that is none": resave(lambda tensors, head: head.update(step="²")),
+    "settings that are none": resave(lambda tensors, head: head.update(settings="[]")),
+    "no header": resave(lambda tensors, head: head.clear()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    main(llama, write_rows(folder / "rows.jsonl"), folder / "run", "--checkpoint-every", "1")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(llama, whole, tmp_path, capsys, what):
+    run, rows = shutil.copytree(whole, tmp_path / "run"), whole.parent / "rows.jsonl"
+    (run / "adapter_model.safetensors").unlink()
+    DAMAGE[what](run / runs.CHECKPOINT.format(3))
+    main(llama, rows, run, "--checkpoint-every", "1", "--resume")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert str(run / runs.CHECKPOINT.format(3)) in line and line.endswith(f"from {runs.CHECKPOINT.format(2)}")
+    assert adapter(run) == adapter(whole) and log(run) == log(whole)
+    assert load_file(run / runs.CHECKPOINT.format(3)).keys() == load_file(whole / runs.CHECKPOINT.format(3)).keys()
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_anew(llama, whole, tmp_path):
+    run, rows = shutil.copytree(whole, tmp_path / "run"), whole.parent / "rows.jsonl"
+    for path in runs.checkpoints_in(run):
+        halve(path)
+    before = files_below(run)
+    with pytest.raises(UserError, match=f"{runs.CHECKPOINT.format(3)} is damaged.*there is no other"):
+        main(llama, rows, run, "--checkpoint-every", "1", "--resume")
+    assert {name: content for name, content in files_below(run).items() if name in before} == before
+
+
+RECORDS = [
+    '{"arguments": []}', '{"arguments": null}', '{"arguments": "x"}', '{"fingerprints": 5}', '{"seconds": [1]}',
+    '{"seconds": {"training": "x"}}', '{"seconds": {"training": 1e999}}', "[]", "5", "", '{"arguments": {"a": "\\udfff"}}',
+    '{"seconds": {"training": ' + "9" * 400 + "}}", "[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", RECORDS)
+def test_a_record_of_another_shape_is_named(llama, whole, tmp_path, text):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "run.json").write_text(text)
+    with pytest.raises(UserError, match="run.json"):
+        main(llama, whole.parent / "rows.jsonl", run, "--checkpoint-every", "1", "--resume")
+
+
+STEP = {"step": 1, "loss": 1.0, "lr": 1.0, "tokens": 1, "response_tokens": 1, "selected_tokens": 1, "seconds": 1.0}
+LINES = {
+    "\xff\n": "line 1",
+    "5\n": "line 1: no number step",
+    json.dumps(STEP | {"loss": None}) + "\n": "line 1: no number loss",
+    json.dumps(STEP) + "\n" + json.dumps(STEP | {"lr": math.inf}) + "\n": "line 2: no number lr",
+    json.dumps(STEP | {"seconds": 10**400}) + "\n": "line 1: no number seconds",
+    json.dumps(STEP | {"tokens": True}) + "\n": "line 1: no number tokens",
+    "[" * 100_000 + "\n": "line 1: maximum recursion",
+}
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_a_log_of_another_shape_is_named_with_its_line(tmp_path, text):
+    (tmp_path / "log.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"log.jsonl, {LINES[text]}"):
+        read_log(tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(json.dumps(STEP).encode() + b"\n" + text.encode("latin-1")[:1])
+    assert read_log(tmp_path) == [STEP]  # what follows is half a line
+
+
+@pytest.mark.parametrize("name", ["run.json", "log.jsonl"])
+def test_a_pipe_in_a_run_s_folder_is_named_not_waited_for(llama, whole, tmp_path, name):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(UserError, match=f"{name}.*it is no regular file"):
+        main(llama, whole.parent / "rows.jsonl", run, "--checkpoint-every", "1", "--resume")
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]])
+def test_a_name_too_long_for_a_file_is_named(llama, rows, tmp_path, flags):
+    with pytest.raises(UserError, match=r"ooo cannot be written \(File name too long\)"):
+        main(llama, rows, tmp_path / ("o" * 5000), *flags)
+
+
+def test_folders_that_are_no_snapshots_are_none(tmp_path):
+    for name in ("step-x", "step-²", "step-4", "step-00000007", "step-00000007x", "step-100000000", "step-00000012"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    assert [runs.snapshot_step(path) for path in runs.snapshots_in(tmp_path)] == [7, 12, 100_000_000]
+
+
+def test_a_run_does_not_go_on_with_another_configuration_of_the_same_weights(llama, whole, tmp_path):
+    run, model = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(llama, tmp_path / "model")
+    edit_json(model / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    record = json.loads((run / "run.json").read_text())
+    record["arguments"]["model"] = str(model)
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="--model was"):
+        main(model, whole.parent / "rows.jsonl", run, "--checkpoint-every", "1", "--resume")
+    shutil.copytree(llama, tmp_path / "same")
+    edit_json(tmp_path / "same" / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
 
 
 def test_other_rows_or_weights_are_another_configuration(finished, llama, rows):
