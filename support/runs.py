@@ -67,12 +67,13 @@ def left_in(folder: Path) -> list[Path]:
 
 def check_reads(folder: Path, arguments: dict):
     """UserError if a run in `folder` reads what it would replace there, by a name of its own or by a link."""
-    own = [path.resolve() for path in left_in(folder)]
+    own = {path.parent.resolve() / path.name for path in left_in(folder)}  # of a link, the link alone
     for flag in ("model", "reference", "data", "eval_data", "reference_data"):
         for source in source_names(arguments[flag]) if arguments[flag] else ():
             path = Path(source if os.path.exists(source) else source.split(":")[0])
             for read in (path, path.parent, *path.glob("*")):
-                if any(read.resolve().is_relative_to(lost) for lost in own):
+                real, named = read.resolve(), read.parent.resolve() / read.name
+                if own & {real, named, *real.parents, *named.parents}:
                     name = f"--{flag.replace('_', '-')} {source}"
                     raise UserError(f"{name} reads {read}, which a run in {folder} replaces: choose another --out")
 
