@@ -26,7 +26,7 @@ from data import RELEASED_POOL, load_tokenizer
 from evaluate import prepare
 from model import read_config
 from paper.baselines import WITH_REFERENCE
-from paper.benchmarks import GROUPS, TABLE, loader, task_names
+from paper.benchmarks import GROUPS, TABLE, forget_rows, loader, task_names
 from paper.objectives import OBJECTIVES
 from support import command, machine, runs, templates
 from support.checkpoint import find_checkpoint
@@ -148,6 +148,7 @@ class Cells:
     def __init__(self, args: argparse.Namespace, model: Path):
         """model: the folder of --model."""
         self.args, self.out, self.model = args, Path(args.out).resolve(), model
+        forget_rows()
         rows, tokenizer = args.benchmarks and Path(args.benchmarks), load_tokenizer(model)
         asked = {name: prepare(name, loader(name, rows), tokenizer, args.eval_limit) for name in task_names(args.tasks)}
         self.keys = {name: questions.key for name, questions in asked.items()}

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import random
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -376,6 +377,14 @@ def test_whatever_changes_a_loss_changes_its_key(llama, rows, reference, tmp_pat
     keys["a weight in the second of them"] = key(copy)
     edit_json(copy / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
     keys["config"] = key(copy)
+    (copy / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    keys["how it writes, which DS2's judge does"] = key(copy)
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    keys["tokenizer"] = key(copy)
+    changed = shutil.copytree(adapter, tmp_path / "adapter")
+    assert key(llama, changed) == keys["with an adapter"]
+    edit_json(changed / "adapter_config.json", lambda config: config.update(lora_alpha=99))
+    keys["alpha"] = key(llama, changed)
     ids, response = examples[7]
     for name, change in {
         "a token": (torch.cat([ids[:-1], ids[-1:] + 1]), response),
@@ -426,6 +435,26 @@ def test_a_cache_that_cannot_be_used_is_named(llama, rows, tmp_path, monkeypatch
     kept.write_bytes(kept.read_bytes()[:-9])
     with pytest.raises(UserError, match=f"{kept.name} is not a whole safetensors file"):
         main(llama, rows, tmp_path / "c", "--cache", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("change", ["zeros", "a bit", "fewer", "seconds", "another name"])
+def test_losses_that_were_changed_after_they_were_kept_are_named(tmp_path, change):
+    losses.kept_losses(tmp_path, "key", lambda: torch.arange(500.0))
+    path, compute = tmp_path / "key.safetensors", lambda: pytest.fail("computed again")
+    nll, _ = losses.kept_losses(tmp_path, "key", compute)
+    assert torch.equal(nll, torch.arange(500.0))
+    content, seconds = path.read_bytes(), {"seconds": "0.001"}
+    with safe_open(path, "pt") as file:
+        head = file.metadata()
+    if change == "zeros":
+        path.write_bytes(content[:1500] + bytes(len(content) - 1500))
+    elif change == "a bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        tensors = {"nll" if change != "another name" else "loss": nll[: 500 if change != "fewer" else 499].clone()}
+        save_file(tensors, path, metadata=head | seconds if change == "seconds" else head)
+    with pytest.raises(UserError, match="key.safetensors is damaged"):
+        losses.kept_losses(tmp_path, "key", compute)
 
 
 def test_random_selects_exactly_the_share_of_the_whole_pool():

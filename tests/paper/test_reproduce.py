@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_rows import write_benchmarks
-from conftest import write_rows
+from conftest import edit_json, write_rows
 from interrupt import interrupted
 from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
@@ -212,6 +213,48 @@ def test_an_evaluation_of_other_weights_is_not_taken(llama, rows, benchmarks, tm
     assert second["key"] != first["key"] and second["keys"] == first["keys"]
     reproduce.main(flags)
     assert json.loads((cell / "evaluation.json").read_text()) == second
+
+
+def test_a_cell_answers_for_the_files_that_it_was_made_of(
+    llama, rows, benchmarks, tmp_path, monkeypatch, in_this_process
+):
+    """Benchmark rows and an adapter's settings: asked again, that alone. The model's: cells of another setting."""
+    model, questions = shutil.copytree(llama, tmp_path / "model"), shutil.copytree(benchmarks, tmp_path / "questions")
+    flags = command(model, rows, questions, tmp_path / "out", "--methods", "base,full", "--seeds", "1")
+    reproduce.main(flags)
+    calls, real = [], reproduce.call
+
+    def call(given):
+        calls.append(Path(given[1]).name)
+        real(given)
+
+    monkeypatch.setattr(reproduce, "call", call)
+    reproduce.main(flags)
+    assert calls == []
+    edit_json(tmp_path / "out" / "full-seed42" / "adapter_config.json", lambda config: config.update(lora_alpha=99))
+    reproduce.main(flags)
+    assert calls == ["evaluate.py"]
+    path = next(questions.rglob("arc_easy.test.jsonl"))
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    reproduce.main(flags)
+    assert calls == ["evaluate.py"] * 3
+    reproduce.main(flags)
+    (tmp_path / "out" / "base.json").write_text('{"runs": 5}')
+    with pytest.raises(UserError, match="base.json exists and holds no evaluation"):
+        reproduce.main(flags)
+    edit_json(model / "config.json", lambda config: config.update(rms_norm_eps=0.1))
+    with pytest.raises(UserError, match="cells of another setting: the content of --model was"):
+        reproduce.main(flags)
+    assert calls == ["evaluate.py"] * 3
+
+
+@pytest.mark.parametrize("text", ["[]", '{"seconds": 5}', '{"seconds": {"training": "x"}}', '{"seconds": {}'])
+def test_a_cell_whose_record_is_of_another_shape_is_named(llama, rows, benchmarks, tmp_path, in_this_process, text):
+    flags = command(llama, rows, benchmarks, tmp_path, "--methods", "full", "--seeds", "1")
+    reproduce.main(flags)
+    (tmp_path / "full-seed42" / "run.json").write_text(text)
+    with pytest.raises(UserError, match="full-seed42/run.json"):
+        reproduce.main(flags)
 
 
 def test_what_is_named_is_there_before_anything_is_made(llama, rows, benchmarks, tmp_path, monkeypatch):
