@@ -4,7 +4,7 @@
 
 The numbers are lm-evaluation-harness's, at a fraction of its work: choices of one question share its context, so it is
 read once, with all choices behind it in one sequence whose mask is a tree; what all questions of a task begin with is
-read once and kept as keys and values; only the positions that are scored meet the vocabulary.
+read once and kept as keys and values; only scored positions meet the vocabulary.
 """
 
 import argparse
@@ -38,8 +38,8 @@ from support.kernels import logits_at_once
 from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
-CACHE_SHARE = 32  # written answers are computed a token a row, so their cache may hold more than a batch has tokens
-Progress = Callable[[int], None]  # is told the index of each request that has its answer
+CACHE_SHARE = 32  # written answers take a token a row at a time, so their cache may hold more than a batch
+Progress = Callable[[int], None]  # is told the index of each answered request
 
 # --------------------------------------------------------------------------------------------- how a model answers
 
@@ -71,7 +71,7 @@ def loglikelihoods(
     """(log P(continuation | context) in nats, whether greedy decoding would write it) of each (context, continuation).
 
     Neighbours that begin alike are computed together, so keep a question's choices side by side. Under torchrun, each
-    rank answers its share and all get all answers. Raises UserError for a continuation without tokens, or with more
+    rank answers its share and all get all. Raises UserError for a continuation without tokens, or with more
     than the model reads.
     """
     device, config = model.lm_head.weight.device, model.config
@@ -120,7 +120,7 @@ def generations(
         group, until, new = list(same), settings["until"], settings.get("max_gen_toks", MAX_NEW_TOKENS)
         room = model.config.max_position_embeddings - new
         if room <= 0:
-            raise UserError(f"an answer of {new} tokens leaves no room for its question: the model reads {room + new}")
+            raise UserError(f"an answer of {new} tokens leaves its question no room: the model reads {room + new}")
         found = generate(
             model,
             [ids[i][-room:] for i in group],
@@ -151,13 +151,13 @@ class Questions(NamedTuple):
 
     rows: list[dict]
     requests: list[list[tuple]]
-    key: str  # a digest of all of them
+    key: str  # their digest
 
 
 def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None = None) -> Questions:
     """The first `limit` rows of a task (below 1: that share of them) and their requests. load(split) -> rows.
 
-    Raises UserError that names the task, and the row, where rows do not have the columns that the task reads.
+    Raises UserError naming task and row where a column is missing that the task reads.
     """
     task, number = TASKS[name], "any row"
     try:
@@ -170,7 +170,7 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
             task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
-            keys.append(runs.digest(row, requests[-1]))  # fails too where half a character is in it, which is no text
+            keys.append(runs.digest(row, requests[-1]))  # fails too where half a character is no text
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
@@ -187,8 +187,8 @@ def answer(
 ) -> dict[str, list[list]]:
     """The answers to each row's requests, of whichever kind they are: {task: [[answer, ...] of a row, ...]}.
 
-    What is to be written is written together, whichever task asks; choices are answered task by task, since a task's
-    questions begin alike. progress is told the task and the row of each answer.
+    What is to be written is written together, whichever task asks; choices come task by task, since a task's questions
+    begin alike. progress is told the task and the row of each answer.
     """
     asked = [
         (name, row, request)
@@ -220,7 +220,7 @@ def score(questions: dict[str, Questions], answers: dict[str, list[list]]) -> di
 
 
 def summarize(values: list[dict[str, float]]) -> dict[str, float | None]:
-    """Mean and standard error of each metric over rows, and their number "n". One row alone has no standard error."""
+    """Mean and standard error of each metric over rows, and their number "n". One row has no standard error."""
     n, result = len(values), {}
     for metric in values[0]:
         column = [value[metric] for value in values]
@@ -232,9 +232,9 @@ def summarize(values: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def table(records: list[dict]) -> str:
-    """Table 1's columns in its order, in percent, one row for each record; AVG where all ten are there.
+    """Table 1's columns in its order, in percent, a row for each record; AVG where all ten are there.
 
-    Beside them a column for the user's own rows, or that one alone, where they were asked about.
+    Beside them, or alone, a column for the user's own rows, where they were asked about.
     """
     found = {task for record in records for task in record["results"]}
     own = [OWN] if OWN[1] in found else []
@@ -271,7 +271,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--adapter", action="append", default=[], metavar="NAME|DIR",
-        help="a LoRA adapter in peft's format, such as a run's folder; give several to evaluate the base and each")
+        help="a LoRA adapter in peft's format, such as a run's folder; of several, the base and each")
     add = parser.group("tasks and data (Appendix A.2)")
     add("--tasks", default="all",
         help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten. instructions: rows of your "
@@ -280,11 +280,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
     add("--limit", type=float, bound="above 0", metavar="N",
         help="the first N rows of each task; below 1: this share of them")
-    add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds already is not run again. "
-        "Each model, adapter, --dtype, --template, --data and --limit has a record of its own there")
+    add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds is not run again. A record "
+        "for each model, adapter, dtype, template, --data and --limit")
     add = parser.group("machine")
     add("--batch-tokens", type=int, bound="at least 1", metavar="N",
-        help=f"tokens computed at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
+        help=f"tokens at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
         "default: 1024 on a CPU, 2048 on a GPU")
     # fmt: on
     chat.add_flags(parser)
@@ -302,12 +302,12 @@ def main(argv: list[str] | None = None):
     forget_rows()
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
     report = runs.Report(Path(args.out) if args.out and ranks.first_rank() else None)
-    template = args.template or templates.trained_in(args.adapter)
-    tokenizer = data.load_tokenizer(args.model, args.revision, template)
+    args.template = args.template or templates.trained_in(args.adapter)
+    tokenizer = data.load_tokenizer(args.model, args.revision, args.template)
     folder = args.data and Path(args.data)
     questions = {name: prepare(name, loader(name, folder), tokenizer, args.limit) for name in names}
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
-    for adapter in args.adapter:  # all of them before the first is evaluated
+    for adapter in args.adapter:  # all, before the first is evaluated
         read_adapter(find_adapter(adapter), lora.decoder_linears(model))
     if any(isinstance(asked.requests[0][0][1], dict) for asked in questions.values()):
         generation_settings(model, tokenizer)
@@ -319,8 +319,8 @@ def main(argv: list[str] | None = None):
         for adapter in ([None] if len(args.adapter) != 1 else []) + args.adapter:
             if adapter:
                 lora.load_adapter(model, adapter)
-            head = {"model": args.model, "adapter": adapter, "dtype": args.dtype, "template": template}
-            head |= {"data": args.data, "limit": args.limit, "device": str(device), "versions": machine.versions()}
+            head = {name: getattr(args, name) for name in ("model", "dtype", "template", "data", "limit")}
+            head |= {"adapter": adapter, "device": str(device), "versions": machine.versions()}
             key = losses.model_key(model.folder, adapter and find_adapter(adapter))
             records.append(ranks.gather(report.record(key, head))[0])
             run(model, tokenizer, questions, records[-1], batch_tokens, report.saving)
@@ -343,18 +343,18 @@ def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
 
 
 def unanswered(record: dict, questions: dict[str, Questions]) -> list[str]:
-    """The tasks that a record has no answers to; those to other rows, and what groups make of them, leave it."""
+    """The tasks that a record does not answer. Answers to other rows leave it, and so do their groups."""
     left = [name for name, asked in questions.items() if record["keys"].get(name) != asked.key]
-    for name in [*left, *(group for group, (names, _, _) in GROUPS.items() if set(names) & set(left))]:
+    for name in [*left, *(group for group, (names, _, _) in GROUPS.items() if {*names} & {*left})]:
         for part in runs.PARTS:
             record[part].pop(name, None)
     return left
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, saving: Callable):
-    """Answer the tasks that `record` does not hold yet, one after the other; each is put in it while `saving` it.
+    """Answer the tasks that `record` does not hold, one by one; each is put in it while `saving` it.
 
-    Tasks of one group that are answered in writing are answered at once and share their time by `cost`.
+    Tasks of one group, if in writing, are answered at once and share their time by `cost`.
     """
     left = unanswered(record, questions)
     costs = {name: [cost(row) for row in questions[name].requests] for name in left}
@@ -387,8 +387,8 @@ def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_t
 
 
 def cost(requests: list[tuple]) -> int:
-    """About how long one row takes, for the progress bar: the characters to read and, perhaps, to write."""
-    written = 500 if isinstance(requests[0][1], dict) else sum(len(continuation) for _, continuation in requests)
+    """About how long a row takes, for the progress bar: the characters to read and perhaps to write."""
+    written = 500 if isinstance(requests[0][1], dict) else sum(len(rest) for _, rest in requests)
     return len(requests[0][0]) + written
 
 

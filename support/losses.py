@@ -66,15 +66,13 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
     path = cache / f"{key}.safetensors" if cache else None
 
     def held():
-        if path is None or not path.exists():
-            return None
-        head, tensors = read_state(path)
-        return tensors["nll"], float(head["seconds"])
+        head, tensors = read_state(path) if path and first_rank() and path.exists() else ({}, {})
+        return gather((tensors["nll"], float(head["seconds"])) if tensors else None)[0]
 
     try:
         if cache and first_rank():
             cache.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        if (found := gather(held() if first_rank() else None)[0]) is not None:
+        if found := held():
             return found
         start = time.perf_counter()
         nll, seconds = compute(), time.perf_counter() - start
@@ -82,4 +80,4 @@ def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> 
             write_state(path, {"nll": nll.contiguous()}, {"seconds": f"{seconds:.3f}"}, others_write=True)
     except OSError as reason:
         raise UserError(f"--cache {cache} cannot be used: {reason}") from None
-    return gather(held() if first_rank() else None)[0] if path else (nll, seconds)
+    return held() or (nll, seconds)

@@ -283,14 +283,13 @@ class Checkpoints:
 
 def state_digest(tensors: dict[str, Tensor], head: dict[str, str]) -> str:
     names = sorted(tensors)
-    said = sorted((key, value) for key, value in head.items() if key != "digest")
-    return digest(said, names, fingerprint((tensors[name] for name in names), None))
+    return digest(sorted(head.items()), names, fingerprint((tensors[name] for name in names), None))
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], head: dict[str, str], others_write: bool = False):
     """Write tensors, with what `head` says of them and a digest of all; arguments as write_whole's."""
-    head = head | {"digest": state_digest(tensors, head)}
-    files.write_whole(path, lambda file: save_file(tensors, file, metadata=head), others_write)
+    said = head | {"digest": state_digest(tensors, head)}
+    files.write_whole(path, lambda file: save_file(tensors, file, metadata=said), others_write)
 
 
 def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -298,7 +297,7 @@ def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     file = open_safetensors(path)
     names, head = file.keys(), file.metadata() or {}
     tensors = {name: file.get_tensor(name).clone() for name in names}  # not a mapping of the file
-    if head.get("digest") != state_digest(tensors, head):
+    if head.pop("digest", None) != state_digest(tensors, head):
         raise UserError(f"{path} is damaged: its content is not what its digest says")
     return head, tensors
 
