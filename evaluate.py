@@ -71,7 +71,7 @@ def loglikelihoods(
     """(log P(continuation | context) in nats, whether greedy decoding would write it) of each (context, continuation).
 
     Neighbours that begin alike are computed together, so keep a question's choices side by side. Under torchrun, each
-    rank answers its share and all get all. Raises UserError for a continuation without tokens, or with more
+    rank answers its share and all get all. Raises UserError for a continuation without tokens, or more
     than the model reads.
     """
     device, config = model.lm_head.weight.device, model.config
@@ -284,7 +284,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "for each model, adapter, dtype, template, --data and --limit")
     add = parser.group("machine")
     add("--batch-tokens", type=int, bound="at least 1", metavar="N",
-        help=f"tokens at once, and 1/{CACHE_SHARE} of those cached for answers in writing: bounds memory; "
+        help=f"tokens at once, and 1/{CACHE_SHARE} of those cached for written answers: bounds memory; "
         "default: 1024 on a CPU, 2048 on a GPU")
     # fmt: on
     chat.add_flags(parser)
