@@ -8,6 +8,7 @@ read once and kept as keys and values; only scored positions meet the vocabulary
 """
 
 import argparse
+import functools
 import itertools
 import math
 import os
