@@ -8,7 +8,6 @@ read once and kept as keys and values; only scored positions meet the vocabulary
 """
 
 import argparse
-import functools
 import itertools
 import math
 import os
@@ -115,7 +114,7 @@ def generations(
     Under torchrun as `loglikelihoods`.
     """
     answers, ids = {}, encode_contexts(tokenizer, requests, model.config.vocab_size)
-    text = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    text = partial(tokenizer.decode, skip_special_tokens=True)
     indices = ranks.share(sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(ids[i]))))
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until, new = list(same), settings["until"], settings.get("max_gen_toks", MAX_NEW_TOKENS)
