@@ -5,29 +5,108 @@ meaning and is refused, or it is about the row (id, source, score, ...): passed 
 The same holds for the keys of a message.
 """
 
-from collections.abc import Iterator
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable
 
 from support.files import UserError
-from support.sources import Account, build_trees
+from support.sources import Account
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, and "weight": 0 if it is not supervised
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ROLES |= {"ai": "assistant", "model": "assistant", "developer": "system"}
+KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))  # a message's role and text
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a system message
-WEIGHTS = ("weight", "train", "training", "loss")  # keys of a message: is it supervised?
-# Keys of a message that change its text or its mask in ways that are not implemented here
+# Columns that tell a schema: what it reads and what it refuses besides. The first whose columns are all there is taken.
+# One column is a list of messages, two are a question and its answer.
+SCHEMAS = {
+    ("messages",): (SYSTEM, ()),
+    ("conversations",): (SYSTEM, ()),
+    ("prompt", "completion"): ((*SYSTEM, "history"), ("input", "context")),
+    ("instruction", "output"): ((*SYSTEM, "history", "input", "context"), ()),  # Alpaca
+    ("instruction", "response"): ((*SYSTEM, "history", "input", "context"), ()),  # Dolly
+}
+KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
+TREE = ("prompt",)  # OpenAssistant, a tree a row
+NODE = ("message_id", "parent_id", "text", "role")  # OpenAssistant, one message a row
+TREE_READS = (*NODE, "prompt", "replies", "rank", "deleted")
+# The marks that are read of a message, by the names that trainers give them: what each says where it is supervised
+MARKS = dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale"), True)
+MARKS |= dict.fromkeys(("loss_mask", "step_loss_mask", "output_with_loss"), True) | {"masked": False}
+SOUNDS = re.compile(r"(?<![a-z])(un|non)?(loss(es)?|train|mask|weight|supervis|ignor)")  # how other names of them sound
+# Keys of a message, and columns in rows of any schema, that change the text or the mask in ways not implemented here
 REFUSED_KEYS = {
     *("tool_calls", "function_call", "tool_call_id", "tools", "functions", "images", "image", "image_url", "audio"),
-    *("audios", "video", "videos", "refusal", "reasoning", "reasoning_content", "thinking", "prefix", "mask"),
-    *("train_detail", "training_detail", "loss_mask", "labels"),
+    *("audios", "video", "videos", "refusal", "reasoning", "reasoning_content", "thinking", "prefix", "labels"),
+    *("train_detail", "training_detail"),
 }
-# Columns that do, in rows of any schema
 REFUSED_COLUMNS = {
-    *("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "kto_tag"),
-    *("weight", "train", "mask", "loss_mask", "completion_mask", "assistant_masks", "history", *SYSTEM),
-    *("documents", "chat_template", "chat_template_kwargs"),
+    *("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "mask"),
+    *("rejected_response", "rejected_messages", "history", "documents", "chat_template", "chat_template_kwargs"),
+    *SYSTEM,
 }
-NOTHING = (None, "", [], {}, "[]", "{}", "null")  # how a column or key says that it does not apply
+NOTHING = ([], {}, "[]", "{}", "null")  # how one of these says that it does not apply, besides null
+LABELS = {"label", "kto_tag", "kto_label", "desirable", "is_desirable"}  # KTO's: is this answer wanted?
+FLAGS = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
+WANTED = {*FLAGS, "-1", "-1.0", "yes", "no", "y", "n", "t", "f", "good", "bad", "desirable", "undesirable"}
+
+
+# --------------------------------------------------------------------------------------------------- keys and values
+
+
+@functools.lru_cache(4096)
+def plain(name) -> str:
+    """A key in lower case, its words parted by _: stepLossMask is step_loss_mask."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[\s-]+", "_", str(name)).lower()
+
+
+def absent(value) -> bool:
+    """Whether a value is none: null, no text, or the NaN that pandas has for both. 0, false and [] are values."""
+    return value is None or value == "" or value != value
+
+
+def flag(value) -> bool | None:
+    """What 1, 0, true or false says, as JSON or a table spells it; None for what is none of them."""
+    return FLAGS.get(str(value).strip().lower())
+
+
+def refused(given: dict, names: set[str], reads: Iterable[str]) -> str | None:
+    """The first key that is not read and changes the text or the mask: one of `names`, or what sounds like a mark."""
+    for key in sorted(given.keys() - set(reads), key=str):
+        name, value = plain(key), given[key]
+        if absent(value) or flag(value) == MARKS.get(name, ""):  # such as a weight of 1, which holds anyway
+            continue
+        off = value in NOTHING or (value is False and names is REFUSED_KEYS)
+        about = isinstance(value, str) and flag(value) is None and name not in MARKS and name != "mask"
+        if not off if key in names else SOUNDS.search(name) and not about:
+            return key
+    return None
+
+
+def first_there(options: Iterable[tuple[str, ...]], given: dict) -> tuple[str, ...] | None:
+    """The first of several tuples of keys that are all filled, or else all there: another source's may be null."""
+    filled = {key for key, value in given.items() if value is not None}
+    return next((keys for there in (filled, given.keys()) for keys in options if there >= set(keys)), None)
+
+
+def listed(value, wrong: str) -> list:
+    """A list, however it was written: as it is, as a text of JSON, as a struct of lists; else a UserError, `wrong`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UserError(f"{wrong}, but a text that is no JSON") from None
+    if isinstance(value, dict):
+        columns = {key: column for key, column in value.items() if column is not None}
+        if not all(isinstance(column, list) for column in columns.values()) or len({*map(len, columns.values())}) > 1:
+            raise UserError(f"{wrong}, but an object, and its values are no lists of one length")
+        value = [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+    if not isinstance(value, list):
+        raise UserError(f"{wrong}, but {type(value).__name__}")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------- a message
@@ -36,11 +115,12 @@ NOTHING = (None, "", [], {}, "[]", "{}", "null")  # how a column or key says tha
 def text_of(role: str, content) -> str:
     """A message's content: a text, or a list of parts that are all text, which stand one behind the other."""
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        kinds = [part.get("type") for part in content if part.get("type") != "text"]
-        if kinds:
-            raise UserError(f"the {role}'s content has a part of type {kinds[0]}, only text is read")
-        parts = [text_of(role, part.get("text")) for part in content]
-        return "".join(parts)
+        for part in content:
+            if part.get("type") != "text":
+                raise UserError(f"the {role}'s content has a part of type {part.get('type')}, only text is read")
+            if key := refused(part, REFUSED_KEYS, ("type", "text")):
+                raise UserError(f"a part of the {role}'s content has {key}, which is not implemented")
+        return "".join(text_of(role, part.get("text")) for part in content)
     if not isinstance(content, str):
         raise UserError(f"the {role}'s content is {type(content).__name__}, not text")
     try:
@@ -54,154 +134,164 @@ def message(role, content) -> Message:
     """A message by its role, whatever its name there, and its content."""
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if role not in ("system", "user", "assistant"):
-        raise UserError(f"role {role!r} is not system, user or assistant")
+        raise UserError(f"role {role!r:.60} is not system, user or assistant")
     return {"role": role, "content": text_of(role, content)}
 
 
-def turn(given: dict, role: tuple[str, ...], content: tuple[str, ...], account: Account) -> Message:
-    """A message from an object of a list. role, content: the keys that hold them, the first that is there."""
-    for key in sorted(given.keys() & REFUSED_KEYS):
-        if given[key] not in NOTHING and given[key] is not False:
-            raise UserError(f"a message has {key}, which is not implemented")
-    role, content = (next((key for key in keys if key in given), keys[0]) for keys in (role, content))
+def turn(given: dict, account: Account) -> Message:
+    """A message from an object of a list; KEYS names its role and its content, MARKS whether it is supervised."""
+    if not isinstance(given, dict):
+        raise UserError(f"a message is {type(given).__name__}, not an object with a role and a content")
+    marks = {key: mark for key, mark in given.items() if plain(key) in MARKS and not absent(mark)}
+    role, content = first_there(KEYS, given) or KEYS[0]
+    reads = {role, content, *marks}
+    if key := refused(given, REFUSED_KEYS, reads):
+        raise UserError(f"a message has {key}, which is not implemented")
     found = message(given.get(role), given.get(content))
-    marks = {key: given[key] for key in WEIGHTS if given.get(key) is not None}
     for key, mark in marks.items():
-        if mark not in (0, 1):
-            raise UserError(f"a message has {key} {mark!r}: it is supervised or not, 1 or 0")
-    if len(set(map(bool, marks.values()))) > 1:
+        if flag(mark) is None:
+            raise UserError(f"a message has {key} {mark!r:.60}: it is supervised or not, 1 or 0")
+    supervised = {flag(mark) == MARKS[plain(key)] for key, mark in marks.items()}
+    if len(supervised) > 1:
         raise UserError(f"a message has {' and '.join(marks)}, which disagree")
-    if found["role"] != "assistant" and any(marks.values()):
-        raise UserError(f"a {found['role']}'s message has {next(iter(marks))} 1: only the assistant's are supervised")
-    if found["role"] == "assistant" and not all(marks.values()):
+    if found["role"] != "assistant" and True in supervised:
+        said = ", ".join(f"{key} {mark!r}" for key, mark in marks.items())
+        raise UserError(f"a {found['role']}'s message has {said}: only the assistant's are supervised")
+    if found["role"] == "assistant" and False in supervised:
         found["weight"] = 0
-    account.pass_over("keys of messages", [key for key in given if key not in {role, content, *WEIGHTS, *REFUSED_KEYS}])
+    account.pass_over("keys of messages", [key for key in given if key not in {*reads, *MARKS, *REFUSED_KEYS}])
     return found
+
+
+def turns(value, what: str, account: Account, roles: tuple[str, str] = ("user", "assistant")) -> list[Message]:
+    """The messages of a list of objects, or of texts (LIMA), which are said by `roles` in turn."""
+    found = listed(value, f"{what} is no list of messages")
+    if all(isinstance(text, str) for text in found):
+        return [message(role, text) for role, text in zip(itertools.cycle(roles), found, strict=False)]
+    return [turn(given, account) for given in found]
 
 
 # ------------------------------------------------------------------------------------------------------- a schema
 
 
-def _messages(row: dict, account: Account) -> list[Message]:
-    return [turn(given, ("role",), ("content",), account) for given in row["messages"]]
+def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Message]:
+    """A question and its answer, each a text or messages; Alpaca's input or Dolly's context is a line of its own.
 
-
-def _sharegpt(row: dict, account: Account) -> list[Message]:
-    return [turn(given, ("from", "role"), ("value", "content"), account) for given in row["conversations"]]
-
-
-def _completion(row: dict, account: Account) -> list[Message]:
-    if not isinstance(row["prompt"], list):
-        return [message("user", row["prompt"]), message("assistant", row["completion"])]
-    prompt, completion = (_messages({"messages": row[part]}, account) for part in ("prompt", "completion"))
-    answers = [given | {"weight": 0} if given["role"] == "assistant" else given for given in prompt]
-    return answers + completion  # what is a prompt is not supervised
-
-
-def _exchange(answer: str):
-    """A question and its answer; Alpaca's input or Dolly's context follows the question on a line of its own."""
-
-    def read(row: dict, account: Account) -> list[Message]:
-        extras = [name for name in ("input", "context") if row.get(name)]
-        if len(extras) > 1:
-            raise UserError("both input and context: one of them is the text that follows the instruction")
-        question = message("user", row["instruction"])
-        for name in extras:
-            question["content"] += "\n" + text_of("user", row[name])
-        return [question, message("assistant", row[answer])]
-
-    return read
-
-
-# Columns that tell a schema: how its rows are read, and columns that it reads besides. The first whose columns are all
-# there is taken.
-SCHEMAS = {
-    ("messages",): (_messages, SYSTEM),
-    ("conversations",): (_sharegpt, SYSTEM),
-    ("prompt", "completion"): (_completion, (*SYSTEM, "history")),
-    ("instruction", "output"): (_exchange("output"), (*SYSTEM, "history", "input", "context")),  # Alpaca
-    ("instruction", "response"): (_exchange("response"), (*SYSTEM, "history", "input", "context")),  # Dolly
-}
-KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
-TREE = ("prompt",)  # OpenAssistant, a tree a row
-TREE_COLUMNS = {"message_id", "parent_id", "text", "role"}  # OpenAssistant, one message a row
-TREE_READS = {*TREE_COLUMNS, "prompt", "replies", "rank", "deleted"}
+    LLaMA-Factory's column history holds earlier turns, supervised as any other.
+    """
+    roles = ("user", "assistant")
+    question, answer = (
+        turns(row[name], name, account, order) if isinstance(row[name], list | dict) else [message(order[0], row[name])]
+        for name, order in zip(schema, (roles, roles[::-1]), strict=True)
+    )
+    extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema][0]]
+    if len(extras) > 1:
+        raise UserError("both input and context: one of them is the text that follows the instruction")
+    for name in extras:
+        question[-1]["content"] += "\n" + text_of("user", row[name])
+    wrong = "history is no list of [question, answer]"
+    earlier = [] if absent(row.get("history")) else listed(row["history"], wrong)
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        raise UserError(wrong)
+    said = [message(role, text) for pair in earlier for role, text in zip(roles, pair, strict=True)]
+    # what is a prompt is not supervised
+    return said + [given | {"weight": 0} if given["role"] == "assistant" else given for given in question] + answer
 
 
 def find_schema(row: dict) -> tuple[str, ...]:
     """The columns that tell which schema a row is of; UserError with its columns if it is of none."""
     if not isinstance(row, dict):
         raise UserError(f"a {type(row).__name__}, not an object with columns")
-    if isinstance(row.get("prompt"), dict):
+    if isinstance(row.get("prompt"), dict) and row.get("completion") is None:
         return TREE
-    filled = {name for name, value in row.items() if value is not None}  # other sources' columns may be null
-    for there in (filled, row.keys()):
-        for columns in SCHEMAS:
-            if there >= set(columns):
-                return columns
+    if schema := first_there((NODE, *SCHEMAS), row):
+        return schema
     raise UserError(f"columns {', '.join(sorted(map(str, row)))} fit no schema ({KNOWN}): rename them to one of these")
+
+
+def check_columns(row: dict, schema: tuple[str, ...], account: Account):
+    """UserError where a column that is not read changes what is trained on; what is passed over is noted."""
+    reads, more = SCHEMAS.get(schema, (TREE_READS, ()))
+    if name := refused(row, {*REFUSED_COLUMNS, *more}, {*schema, *reads}):
+        what = f"column {name} beside {'/'.join(schema)}"
+        raise UserError(f"{what} changes what is trained on, and is not implemented")
+    for name, value in row.items():
+        if plain(name) in LABELS and str(value).strip().lower() in WANTED:
+            words = "says which answers are wanted: that is preference data, not supervised rows"
+            raise UserError(f"column {name} {words}")
+    known = {*schema, *reads, *REFUSED_COLUMNS}
+    account.pass_over("columns", [name for name in row if name not in known and plain(name) not in MARKS])
 
 
 def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[Message]]:
     """The conversations of a row: one, or of an OpenAssistant tree each of its paths."""
+    check_columns(row, schema, account)
     if schema == TREE:
-        account.pass_over("columns", [name for name in {**row, **row["prompt"]} if name not in TREE_READS])
-        return list(tree_conversations(row["prompt"]))
-    read, besides = SCHEMAS[schema]
-    refused = REFUSED_COLUMNS - {*schema, *besides}
-    if set(schema) <= {"prompt", "completion"}:
-        refused |= {"input", "context"}
-    for name in sorted(row.keys() & refused):
-        if row[name] not in NOTHING and not (name in WEIGHTS and row[name] == 1):
-            raise UserError(
-                f"column {name} beside {'/'.join(schema)} changes what is trained on, and is not implemented"
-            )
-    if isinstance(row.get("label"), bool):
-        raise UserError("column label says which answers are wanted: that is preference data, not supervised rows")
-    found = read(row, account)
-    if row.get("history") not in NOTHING:
-        found = _earlier(row["history"]) + found
-    for system in (row[name] for name in SYSTEM if row.get(name) not in NOTHING):
+        check_columns(row["prompt"], schema, account)
+        return tree_conversations(row["prompt"])
+    if schema == NODE:  # checked here, and read once all its tree is there
+        tree_conversations({**row, "role": "user", "replies": [row | {"replies": []}]})
+        return []
+    read = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account)
+    for system in (row[name] for name in SYSTEM if not absent(row.get(name))):
         first = message("system", system)
-        if found and found[0]["role"] == "system" and found[0] != first:
+        if read and read[0]["role"] == "system" and read[0] != first:
             raise UserError("a column for the system message beside a conversation that has another one")
-        found = found if found and found[0] == first else [first, *found]
-    account.pass_over("columns", [name for name in row if name not in {*schema, *besides, *REFUSED_COLUMNS}])
-    return [found]
+        read = read if read and read[0] == first else [first, *read]
+    return [read]
 
 
-def _earlier(history) -> list[Message]:
-    """LLaMA-Factory's column history, a list of [question, answer]: earlier turns, supervised as any other."""
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise UserError("history is no list of [question, answer]")
-    return [message(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+# ------------------------------------------------------------------------------------------------ OpenAssistant's trees
 
 
-def tree_conversations(root: dict) -> Iterator[list[Message]]:
+def replies_to(node: dict, role: str) -> list[dict]:
+    """The messages that follow one in its tree: to a user's the best ranked (lowest; unranked last), else all."""
+    replies = [reply for reply in node.get("replies") or () if not flag(reply.get("deleted"))]
+    ranks = [math.inf if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
+    return replies[:] if role != "user" else [replies[ranks.index(min(ranks))]] if replies else []
+
+
+def tree_conversations(root: dict) -> list[list[Message]]:
     """Every root-to-leaf path of an OpenAssistant tree along the best-ranked replies, each path one conversation.
 
-    Of several assistant replies the one ranked best (lowest; unranked last) is followed, of several user replies each
-    one. Deleted messages are left out; a question that nobody answered is cut off the end of its path.
+    Deleted messages are left out; a question that nobody answered is cut off the end of its path, and a path that is
+    the head of another is none of its own.
     """
-    found = []
-
-    def walk(node, path):
-        path = path + [message(node["role"], node["text"])]
-        replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
-        if path[-1]["role"] == "user":  # so the replies are the assistant's
-            replies.sort(key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
-            replies = replies[:1]
-        for reply in replies:
-            walk(reply, path)
+    lines, places, ends = [], {}, {}  # of each place its line, the places from the root on as (line before, message)
+    waiting = [] if flag(root.get("deleted")) else [(root, None)]
+    while waiting:
+        node, before = waiting.pop()
+        said = message(node["role"], node["text"])
+        place = places.setdefault((before, *said.values()), len(places))  # two that say the same are one
+        lines[place:] = lines[place:] or [(before, said)]
+        replies = replies_to(node, said["role"])
+        waiting += [(reply, place) for reply in reversed(replies)]
         if not replies:
-            path = path[:-1] if path[-1]["role"] == "user" else path
-            if path and path not in found:
-                found.append(path)
+            ends[before if said["role"] == "user" else place] = []
+    ends.pop(None, None)
+    for end, path in ends.items():
+        while end is not None:
+            path.append(end)
+            end = lines[end][0]
+    inner = {place for path in ends.values() for place in path[1:]}
+    return [[lines[place][1] for place in reversed(path)] for end, path in ends.items() if end not in inner]
 
-    if not root.get("deleted"):
-        walk(root, [])
-    # an unanswered question leaves the head of a longer path behind
-    return (path for path in found if not any(other[: len(path)] == path and other != path for other in found))
+
+def build_trees(nodes: dict, source: str, account: Account) -> list[dict]:
+    """The roots of OpenAssistant's messages, {id: (its row's number, the message)}, each message with its replies."""
+    roots, reached = [], set()
+    for _, node in nodes.values():
+        parent = nodes.get(node["parent_id"], (0, {"replies": []}))[1]
+        (roots if absent(node["parent_id"]) else parent["replies"]).append(node)
+    waiting = [*roots]
+    while waiting:
+        waiting += (node := waiting.pop())["replies"]
+        reached.add(node["message_id"])
+    for name, (number, _) in nodes.items():
+        if name not in reached:
+            what = "its parent_id leads to no root: a message above it is missing, or they stand in a circle"
+            account.refuse(f"{source}, row {number}", what)
+    return roots
 
 
 # ---------------------------------------------------------------------------------------------------- all its rows
@@ -214,23 +304,23 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
     Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them, or
     another than the rows before it; with an account that skips bad rows, they are counted there instead.
     """
-    account = account or Account()
-    if all(isinstance(row, dict) and row.keys() >= TREE_COLUMNS for row in rows):
-        try:
-            rows = [{"prompt": root} for root in build_trees(rows)]
-        except TypeError as reason:
-            raise UserError(f"{source}: a message_id or parent_id is no text ({reason})") from None
-    found, first = [], None
+    account, found, nodes, first = account or Account(), [], {}, None
     for number, row in enumerate(rows, 1):
         try:
             schema = find_schema(row)
             if schema != (first := first or schema):
-                found_columns = f"columns {', '.join(sorted(map(str, row)))}, row 1 has {'/'.join(first)}"
-                raise UserError(f"{found_columns}: a source is to hold one schema ({KNOWN})")
+                columns = f"columns {', '.join(sorted(map(str, row)))}, row 1 has {'/'.join(first)}"
+                raise UserError(f"{columns}: a source is to hold one schema ({KNOWN})")
             found += read_row(row, schema, account)
+            if schema == NODE:
+                if absent(row["message_id"]) or row["message_id"] in nodes:
+                    raise UserError(f"message_id {row['message_id']!r:.60} is empty, or another row's as well")
+                nodes[row["message_id"]] = (number, row | {"replies": []})
         except UserError as reason:
             account.refuse(f"{source}, row {number}", str(reason))
-        except (AttributeError, TypeError, KeyError) as reason:
+        except (AttributeError, TypeError, KeyError, ValueError) as reason:
             what = f"{'/'.join(schema)} does not hold what this schema has there"
             account.refuse(f"{source}, row {number}", f"{what} ({type(reason).__name__}: {reason})")
+    for root in build_trees(nodes, source, account):
+        found += tree_conversations(root)
     return found

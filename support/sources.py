@@ -15,7 +15,6 @@ import math
 import os
 import re
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,14 +23,15 @@ import pyarrow
 import pyarrow.parquet
 
 from support.checkpoint import find_folder
-from support.files import UserError, read_json
+from support.files import UserError, read_json, readable
 
 KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
 OPENERS = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # behind the kind: rows.jsonl.gz
 WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
 csv.field_size_limit(2**31 - 1)
-# What readers raise where a file is not what it says
+# What readers raise where a file is not what it says; the last two of dates and time zones that nobody has
 BROKEN = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
+BROKEN += (ArithmeticError, LookupError)
 
 
 class Account:
@@ -392,16 +392,6 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
     order = sorted((i for i, rating in enumerate(ratings) if not math.isnan(rating)), key=lambda i: -ratings[i])
     best, places = set(order[:top]), itertools.count()
     return {source: [row for row in rows[source] if next(places) in best] for source in rows}
-
-
-def build_trees(rows: list[dict]) -> list[dict]:
-    """OpenAssistant's rows of one message each -> its trees: the roots, each message with its "replies"."""
-    replies = defaultdict(list)
-    for row in rows:
-        replies[row["parent_id"]].append(row)
-    for row in rows:
-        row["replies"] = replies[row["message_id"]]
-    return replies[None]
 
 
 def add_flags(parser, group: str = "model and data"):
