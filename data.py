@@ -130,7 +130,9 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
             text += message["content"].strip() + "\n"
     if text := text.removesuffix("\n"):
         append(text, len(text))
-    return Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
+    example = Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
+    example.response[:1] = False  # which nothing predicts
+    return example
 
 
 def load_examples(
@@ -149,7 +151,9 @@ def load_examples(
     """
     account = account or Account()
     found = load_conversations(sources, limit, seed, top, rating_field, account)
-    examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1))  # + 1: is it cut?
+    left_out = tokenizer.template.left_out if tokenizer.template else lambda turns: ""
+    # + 1: is it cut?
+    examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1), left_out)
     kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")

@@ -266,15 +266,19 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
 
 def response_places(response: Tensor, device) -> Tensor:
-    """Where the response tokens of a batch stand when it is read row after row: (B, L) bool, on the host -> (T,)."""
-    return response.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    """Where the response tokens of a batch stand when it is read row after row: (B, L) bool, on the host -> (T,).
+
+    The first token of a row is never one: nothing predicts it.
+    """
+    predicted = nn.functional.pad(response[:, 1:], (1, 0))
+    return predicted.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 
 def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, watch=None) -> Tensor:
-    """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (response.sum(),) float32.
+    """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (T,) float32.
 
-    The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary. No row
-    starts with a response token. With `response` on the host, nothing waits for a GPU. watch: as token_nll's.
+    The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary. They are
+    `response_places`, so T is response[:, 1:].sum(). On the host, nothing waits for a GPU. watch: as token_nll's.
     """
     hidden = model(input_ids)
     places = response_places(response, hidden.device)

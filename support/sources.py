@@ -32,6 +32,8 @@ csv.field_size_limit(2**31 - 1)
 # What readers raise where a file is not what it says; the last two of dates and time zones that nobody has
 BROKEN = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
 BROKEN += (ArithmeticError, LookupError)
+ANY_SIZE = 2**63  # of rows
+HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/)")
 
 
 class Account:
@@ -45,28 +47,34 @@ class Account:
         self.skip_bad_rows, self.dropped, self.cut = skip_bad_rows, 0, 0
         self.passed_over = {"columns": {}, "keys of messages": {}, "files": {}}  # each dict's keys, as they came up
         self.skipped = {}  # reason: how many rows, and where the first is
+        self.left_out = []  # of each sample of which a chat template leaves something out: where it is, and what
 
     def refuse(self, where: str, reason: str):
         """A row that cannot be used: a UserError, or with --skip-bad-rows one more to be counted."""
         if not self.skip_bad_rows:
             way_on = "; --skip-bad-rows leaves such rows out" if self.skip_bad_rows is False else ""
             raise UserError(f"{where}: {reason}{way_on}")
-        count, first = self.skipped.get(reason, (0, where))
-        self.skipped[reason] = (count + 1, first)
+        count, first = self.skipped.get(visible(reason), (0, visible(where)))
+        self.skipped[visible(reason)] = (count + 1, first)
 
-    def each(self, source: str, conversations: list, encode: Callable) -> list:
-        """What `encode` makes of each conversation of a source, without those that it cannot use."""
+    def each(self, source: str, conversations: list, encode: Callable, left_out: Callable) -> list:
+        """What `encode` makes of each conversation of a source, without those that it cannot use.
+
+        left_out: what is not in that of a conversation's text, "" if it is all there.
+        """
         found = []
         for number, messages in enumerate(conversations, 1):
+            where = f"{source}, conversation {number}"
             try:
                 found.append(encode(messages))
+                self.left_out += [(visible(where), text)] if (text := left_out(messages)) else []
             except UserError as reason:
-                self.refuse(f"{source}, conversation {number}", str(reason))
+                self.refuse(where, str(reason))
         return found
 
     def pass_over(self, what: str, names):
         """Take note of columns, keys or files that are not read since they change neither the text nor the mask."""
-        self.passed_over[what] |= dict.fromkeys(names)
+        self.passed_over[what] |= dict.fromkeys(map(visible, names))
 
     def lengths(self, max_length: int) -> str:
         """What became of samples that are longer than that."""
@@ -78,13 +86,22 @@ class Account:
         found = [f"{what} passed over: {', '.join(names)}" for what, names in self.passed_over.items() if names]
         for reason, (count, first) in self.skipped.items():
             found.append(f"skipped: {count:,} rows, the first {first}: {reason}")
+        for where, text in self.left_out[:1]:
+            what = f"passed over by the chat template: part of {len(self.left_out):,} samples"
+            found.append(f"{what}, the first {where}: {text[:80]!r}")
         return found
 
     def record(self) -> dict:
         """The same for run.json."""
         skipped = {reason: count for reason, (count, _) in self.skipped.items()}
         passed_over = {what: list(names) for what, names in self.passed_over.items() if names}
-        return {"dropped": self.dropped, "cut": self.cut, "skipped": skipped, "passed_over": passed_over}
+        counts = {"dropped": self.dropped, "cut": self.cut, "left_out": len(self.left_out)}
+        return counts | {"skipped": skipped, "passed_over": passed_over}
+
+
+def visible(text) -> str:
+    """A text that any stream can write: what is no character (half a pair, a byte of a path) as its escape."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 # --------------------------------------------------------------------------------------------------------- a file
@@ -103,6 +120,7 @@ def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
     account = account or Account()
     kind, packed = kind_of(path) or ("json", "")
     try:
+        readable(path, ANY_SIZE)
         if kind == "parquet":
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
@@ -205,8 +223,12 @@ def _unwrapped(value, path: Path) -> list:
 
 
 def files_below(folder: Path) -> list[str]:
-    """The paths of all files in a folder and its folders, from there, in order."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The paths of all files in a folder and its folders, from there, in order.
+
+    Hidden ones, editors' copies and what a system keeps for itself (.x, ~x, __x/) are none, as for datasets.
+    """
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in paths if not HIDDEN.search(path.as_posix())]
 
 
 def stem(path: str) -> str:
@@ -282,6 +304,16 @@ def _no_split(name: str, split: str, configuration: str | None, paths: list[str]
     return UserError(f"{name} has no {', '.join(KINDS)} file of {wanted}{known}")
 
 
+def names_in(path: Path, key: str) -> list[str]:
+    """The names of files or folders beside `path`, which save_to_disk wrote, that it lists: texts, or "filename"s."""
+    held = read_json(path).get(key)
+    names = held if isinstance(held, list) else []
+    names = [part.get("filename") if isinstance(part, dict) else part for part in names]
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{path} names no {key} of its own folder")
+    return names
+
+
 def folder_files(folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
     """The files of rows in a local folder: what save_to_disk wrote, a data set as on the hub, or files beside another.
 
@@ -290,19 +322,16 @@ def folder_files(folder: Path, split: str | None, configuration: str | None, acc
     """
     name = str(folder)
     if (folder / "dataset_dict.json").exists():
-        splits = read_json(folder / "dataset_dict.json").get("splits") or []
+        splits = names_in(folder / "dataset_dict.json", "splits")
         if (split or "train") not in splits:
-            raise UserError(
-                f"{name} has no split {split or 'train'}; it has {', '.join(f'{name}:{s}' for s in splits)}"
-            )
+            known = ", ".join(f"{name}:{split}" for split in splits)
+            raise UserError(f"{name} has no split {split or 'train'}; it has {known}")
         folder = folder / (split or "train")
+        read_json(folder / "state.json")  # UserError where it is missing
     if (folder / "state.json").exists():
-        files = [part.get("filename") for part in read_json(folder / "state.json").get("_data_files") or ()]
-        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-            raise UserError(f"{folder / 'state.json'} names no _data_files of its own folder")
-        return [folder / file for file in files]
+        return [folder / file for file in names_in(folder / "state.json", "_data_files")]
     found = choose_files(name, folder, split or "train", configuration)
-    beside = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
+    beside = [folder / path for path in files_below(folder) if "/" not in path and kind_of(Path(path))]
     if not found and not split:
         kind = min((KINDS.index(kind_of(path)[0]) for path in beside), default=None)
         found = [path for path in beside if KINDS.index(kind_of(path)[0]) == kind]
@@ -345,7 +374,7 @@ def find_files(source: str, account: Account) -> list[Path]:
         if rest:
             raise UserError(f"{source}: {name} is one file, it has no split {split}")
         try:
-            path.stat()
+            readable(path, ANY_SIZE)
         except (OSError, ValueError) as reason:
             raise UserError(f"{name} cannot be read: {reason}") from None
         return [path]
