@@ -20,18 +20,17 @@ ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "as
 ROLES |= {"ai": "assistant", "model": "assistant", "developer": "system"}
 KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))  # a message's role and text
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a system message
-# Columns that tell a schema: what it reads and what it refuses besides. The first whose columns are all there is taken.
-# One column is a list of messages, two are a question and its answer.
+# Columns that tell a schema, and those that it reads besides. The first whose columns are all there is taken. One
+# column is a list of messages, two are a question and its answer.
 SCHEMAS = {
-    ("messages",): (SYSTEM, ()),
-    ("conversations",): (SYSTEM, ()),
-    ("prompt", "completion"): ((*SYSTEM, "history"), ("input", "context")),
-    ("instruction", "output"): ((*SYSTEM, "history", "input", "context"), ()),  # Alpaca
-    ("instruction", "response"): ((*SYSTEM, "history", "input", "context"), ()),  # Dolly
+    ("messages",): SYSTEM,
+    ("conversations",): SYSTEM,
+    ("prompt", "completion"): (*SYSTEM, "history"),
+    ("instruction", "output"): (*SYSTEM, "history", "input", "context"),  # Alpaca
+    ("instruction", "response"): (*SYSTEM, "history", "input", "context"),  # Dolly
 }
 KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
-TREE = ("prompt",)  # OpenAssistant, a tree a row
-NODE = ("message_id", "parent_id", "text", "role")  # OpenAssistant, one message a row
+TREE, NODE = ("prompt",), ("message_id", "parent_id", "text", "role")  # OpenAssistant, a tree or a message a row
 TREE_READS = (*NODE, "prompt", "replies", "rank", "deleted")
 # The marks that are read of a message, by the names that trainers give them: what each says where it is supervised
 MARKS = dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale"), True)
@@ -40,7 +39,7 @@ SOUNDS = re.compile(r"(?<![a-z])(un|non)?(loss(es)?|train|mask|weight|supervis|i
 # Keys of a message, and columns in rows of any schema, that change the text or the mask in ways not implemented here
 REFUSED_KEYS = {
     *("tool_calls", "function_call", "tool_call_id", "tools", "functions", "images", "image", "image_url", "audio"),
-    *("audios", "video", "videos", "refusal", "reasoning", "reasoning_content", "thinking", "prefix", "labels"),
+    *("audios", "video", "videos", "refusal", "reasoning", "reasoning_content", "thinking", "prefix", "labels", "mask"),
     *("train_detail", "training_detail"),
 }
 REFUSED_COLUMNS = {
@@ -52,7 +51,6 @@ NOTHING = ([], {}, "[]", "{}", "null")  # how one of these says that it does not
 LABELS = {"label", "kto_tag", "kto_label", "desirable", "is_desirable"}  # KTO's: is this answer wanted?
 FLAGS = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
 WANTED = {*FLAGS, "-1", "-1.0", "yes", "no", "y", "n", "t", "f", "good", "bad", "desirable", "undesirable"}
-
 
 # --------------------------------------------------------------------------------------------------- keys and values
 
@@ -73,15 +71,16 @@ def flag(value) -> bool | None:
     return FLAGS.get(str(value).strip().lower())
 
 
-def refused(given: dict, names: set[str], reads: Iterable[str]) -> str | None:
+def refused(given: dict, names: set[str], reads: set[str]) -> str | None:
     """The first key that is not read and changes the text or the mask: one of `names`, or what sounds like a mark."""
-    for key in sorted(given.keys() - set(reads), key=str):
+    for key in sorted(given.keys() - reads, key=str):
         name, value = plain(key), given[key]
         if absent(value) or flag(value) == MARKS.get(name, ""):  # such as a weight of 1, which holds anyway
             continue
-        off = value in NOTHING or (value is False and names is REFUSED_KEYS)
-        about = isinstance(value, str) and flag(value) is None and name not in MARKS and name != "mask"
-        if not off if key in names else SOUNDS.search(name) and not about:
+        off = value in NOTHING or (value is False and names is REFUSED_KEYS and name != "mask")
+        about = isinstance(value, str) and flag(value) is None and name not in MARKS  # a text on something else
+        wanted = name in LABELS and str(value).strip().lower() in WANTED
+        if wanted or (not off if key in names else SOUNDS.search(name) and not about):
             return key
     return None
 
@@ -118,7 +117,7 @@ def text_of(role: str, content) -> str:
         for part in content:
             if part.get("type") != "text":
                 raise UserError(f"the {role}'s content has a part of type {part.get('type')}, only text is read")
-            if key := refused(part, REFUSED_KEYS, ("type", "text")):
+            if key := refused(part, REFUSED_KEYS, {"type", "text"}):
                 raise UserError(f"a part of the {role}'s content has {key}, which is not implemented")
         return "".join(text_of(role, part.get("text")) for part in content)
     if not isinstance(content, str):
@@ -142,24 +141,22 @@ def turn(given: dict, account: Account) -> Message:
     """A message from an object of a list; KEYS names its role and its content, MARKS whether it is supervised."""
     if not isinstance(given, dict):
         raise UserError(f"a message is {type(given).__name__}, not an object with a role and a content")
-    marks = {key: mark for key, mark in given.items() if plain(key) in MARKS and not absent(mark)}
-    role, content = first_there(KEYS, given) or KEYS[0]
-    reads = {role, content, *marks}
-    if key := refused(given, REFUSED_KEYS, reads):
+    marks = {key: flag(mark) for key, mark in given.items() if plain(key) in MARKS and not absent(mark)}
+    keys = first_there(KEYS, given) or KEYS[0]
+    if key := refused(given, REFUSED_KEYS, {*keys, *marks}):
         raise UserError(f"a message has {key}, which is not implemented")
-    found = message(given.get(role), given.get(content))
-    for key, mark in marks.items():
-        if flag(mark) is None:
-            raise UserError(f"a message has {key} {mark!r:.60}: it is supervised or not, 1 or 0")
-    supervised = {flag(mark) == MARKS[plain(key)] for key, mark in marks.items()}
+    found = message(*map(given.get, keys))
+    said = ", ".join(f"{key} {given[key]!r:.60}" for key in marks)
+    supervised = {mark == MARKS[plain(key)] for key, mark in marks.items()}
+    if None in marks.values():
+        raise UserError(f"a message has {said}: it is supervised or not, 1 or 0")
     if len(supervised) > 1:
-        raise UserError(f"a message has {' and '.join(marks)}, which disagree")
+        raise UserError(f"a message has {said}, which disagree")
     if found["role"] != "assistant" and True in supervised:
-        said = ", ".join(f"{key} {mark!r}" for key, mark in marks.items())
         raise UserError(f"a {found['role']}'s message has {said}: only the assistant's are supervised")
     if found["role"] == "assistant" and False in supervised:
         found["weight"] = 0
-    account.pass_over("keys of messages", [key for key in given if key not in {*reads, *MARKS, *REFUSED_KEYS}])
+    account.pass_over("keys of messages", [key for key in given if key not in {*keys, *marks, *MARKS, *REFUSED_KEYS}])
     return found
 
 
@@ -184,7 +181,7 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
         turns(row[name], name, account, order) if isinstance(row[name], list | dict) else [message(order[0], row[name])]
         for name, order in zip(schema, (roles, roles[::-1]), strict=True)
     )
-    extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema][0]]
+    extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema]]
     if len(extras) > 1:
         raise UserError("both input and context: one of them is the text that follows the instruction")
     for name in extras:
@@ -209,53 +206,42 @@ def find_schema(row: dict) -> tuple[str, ...]:
     raise UserError(f"columns {', '.join(sorted(map(str, row)))} fit no schema ({KNOWN}): rename them to one of these")
 
 
-def check_columns(row: dict, schema: tuple[str, ...], account: Account):
-    """UserError where a column that is not read changes what is trained on; what is passed over is noted."""
-    reads, more = SCHEMAS.get(schema, (TREE_READS, ()))
-    if name := refused(row, {*REFUSED_COLUMNS, *more}, {*schema, *reads}):
-        what = f"column {name} beside {'/'.join(schema)}"
-        raise UserError(f"{what} changes what is trained on, and is not implemented")
-    for name, value in row.items():
-        if plain(name) in LABELS and str(value).strip().lower() in WANTED:
-            words = "says which answers are wanted: that is preference data, not supervised rows"
-            raise UserError(f"column {name} {words}")
-    known = {*schema, *reads, *REFUSED_COLUMNS}
-    account.pass_over("columns", [name for name in row if name not in known and plain(name) not in MARKS])
-
-
 def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[Message]]:
     """The conversations of a row: one, or of an OpenAssistant tree each of its paths."""
-    check_columns(row, schema, account)
+    reads, changes = {*schema, *SCHEMAS.get(schema, TREE_READS)}, REFUSED_COLUMNS
+    if schema == ("prompt", "completion"):
+        changes = changes | {"input", "context"}
+    if name := refused(row, changes, reads):
+        words = "says which answers are wanted: that is preference data, not supervised rows"
+        other = f"beside {'/'.join(schema)} changes what is trained on, and is not implemented"
+        raise UserError(f"column {name} {words if plain(name) in LABELS else other}")
+    account.pass_over(
+        "columns", [name for name in row if name not in reads | REFUSED_COLUMNS and plain(name) not in MARKS]
+    )
     if schema == TREE:
-        check_columns(row["prompt"], schema, account)
-        return tree_conversations(row["prompt"])
-    if schema == NODE:  # checked here, and read once all its tree is there
+        return [*read_row(row["prompt"], NODE, account), *tree_conversations(row["prompt"])]
+    if schema == NODE:  # checked here, and read once its tree is whole
         tree_conversations({**row, "role": "user", "replies": [row | {"replies": []}]})
         return []
-    read = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account)
+    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account)
     for system in (row[name] for name in SYSTEM if not absent(row.get(name))):
         first = message("system", system)
-        if read and read[0]["role"] == "system" and read[0] != first:
-            raise UserError("a column for the system message beside a conversation that has another one")
-        read = read if read and read[0] == first else [first, *read]
-    return [read]
+        if found[:1] != [first]:
+            if found and found[0]["role"] == "system":
+                raise UserError("a column for the system message beside a conversation that has another one")
+            found = [first, *found]
+    return [found]
 
 
 # ------------------------------------------------------------------------------------------------ OpenAssistant's trees
 
 
-def replies_to(node: dict, role: str) -> list[dict]:
-    """The messages that follow one in its tree: to a user's the best ranked (lowest; unranked last), else all."""
-    replies = [reply for reply in node.get("replies") or () if not flag(reply.get("deleted"))]
-    ranks = [math.inf if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
-    return replies[:] if role != "user" else [replies[ranks.index(min(ranks))]] if replies else []
-
-
 def tree_conversations(root: dict) -> list[list[Message]]:
     """Every root-to-leaf path of an OpenAssistant tree along the best-ranked replies, each path one conversation.
 
-    Deleted messages are left out; a question that nobody answered is cut off the end of its path, and a path that is
-    the head of another is none of its own.
+    Of several assistant replies the one ranked best (lowest; unranked last) is followed, of several user replies each
+    one. Deleted messages are left out; a question that nobody answered is cut off the end of its path, and a path that
+    is the head of another is none of its own.
     """
     lines, places, ends = [], {}, {}  # of each place its line, the places from the root on as (line before, message)
     waiting = [] if flag(root.get("deleted")) else [(root, None)]
@@ -264,7 +250,10 @@ def tree_conversations(root: dict) -> list[list[Message]]:
         said = message(node["role"], node["text"])
         place = places.setdefault((before, *said.values()), len(places))  # two that say the same are one
         lines[place:] = lines[place:] or [(before, said)]
-        replies = replies_to(node, said["role"])
+        replies = [reply for reply in node.get("replies") or () if not flag(reply.get("deleted"))]
+        if said["role"] == "user":  # so the replies are the assistant's
+            ranks = [math.inf if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
+            replies = replies and [replies[ranks.index(min(ranks))]]
         waiting += [(reply, place) for reply in reversed(replies)]
         if not replies:
             ends[before if said["role"] == "user" else place] = []
@@ -304,7 +293,7 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
     Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them, or
     another than the rows before it; with an account that skips bad rows, they are counted there instead.
     """
-    account, found, nodes, first = account or Account(), [], {}, None
+    account, found, nodes, first, schema = account or Account(), [], {}, None, ()
     for number, row in enumerate(rows, 1):
         try:
             schema = find_schema(row)
@@ -316,11 +305,9 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
                 if absent(row["message_id"]) or row["message_id"] in nodes:
                     raise UserError(f"message_id {row['message_id']!r:.60} is empty, or another row's as well")
                 nodes[row["message_id"]] = (number, row | {"replies": []})
-        except UserError as reason:
-            account.refuse(f"{source}, row {number}", str(reason))
         except (AttributeError, TypeError, KeyError, ValueError) as reason:
-            what = f"{'/'.join(schema)} does not hold what this schema has there"
-            account.refuse(f"{source}, row {number}", f"{what} ({type(reason).__name__}: {reason})")
+            what = f"{'/'.join(schema)} does not hold what this schema has there ({type(reason).__name__}: {reason})"
+            account.refuse(f"{source}, row {number}", str(reason) if isinstance(reason, UserError) else what)
     for root in build_trees(nodes, source, account):
         found += tree_conversations(root)
     return found

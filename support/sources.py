@@ -15,7 +15,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -33,7 +33,8 @@ csv.field_size_limit(2**31 - 1)
 BROKEN = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
 BROKEN += (ArithmeticError, LookupError)
 ANY_SIZE = 2**63  # of rows
-HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/)")
+ENDING = re.compile(r"\.(?:(parquet|arrow)|(jsonl|ndjson|csv|json)(?:\.(gz|bz2|xz))?)$", re.IGNORECASE)
+HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/|(config|dataset_infos?|dataset_dict)\.json$)")
 
 
 class Account:
@@ -107,12 +108,10 @@ def visible(text) -> str:
 # --------------------------------------------------------------------------------------------------------- a file
 
 
-def kind_of(path: Path) -> tuple[str, str] | None:
+def kind_of(path: Path | str) -> tuple[str, str] | None:
     """What a file's name says that it holds, one of KINDS, and how it is packed; None if it says no such thing."""
-    name = path.name.lower()
-    packed = next((suffix for suffix in OPENERS if name.endswith(f".{suffix}")), "")
-    kind = next((kind for kind in KINDS if name.removesuffix(f".{packed}").endswith(f".{kind}")), None)
-    return (kind, packed) if kind and not (packed and kind in ("parquet", "arrow")) else None
+    found = ENDING.search(str(path).lower())
+    return (found[1] or found[2], found[3] or "") if found else None
 
 
 def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
@@ -231,28 +230,22 @@ def files_below(folder: Path) -> list[str]:
     return [str(path) for path in paths if not HIDDEN.search(path.as_posix())]
 
 
-def stem(path: str) -> str:
-    """A path without what says its kind and how it is packed."""
-    return path[: path.lower().rindex(f".{kind_of(Path(path))[0]}")]
-
-
-def file_of_split(path: str, split: str, configuration: str | None = None) -> bool:
-    """Whether a file of a data set, by its path there, is one of a split's: split.parquet, split-*.csv, split/*.json.
+def split_patterns(split: str, configuration: str | None, ends: Iterable[str]) -> list[str]:
+    """The paths in a data set that a split's files may have: split.parquet, split-*.csv, split/*.json.
 
     It stands at the top or in a folder, that of its configuration where the data set has several.
     """
-    if not kind_of(Path(path)):
-        return False
     folders = (f"{configuration}/",) if configuration else ("", "*/")
-    return any(fnmatch(stem(path), f"{folder}{split}{rest}") for folder in folders for rest in ("", "-*", "/*"))
+    return [f"{folder}{split}{rest}{end}" for folder in folders for rest in ("", "-*", "/*") for end in ends]
 
 
 def choose_files(name: str, folder: Path, split: str, configuration: str | None) -> list[Path]:
     """The files of a split in `folder`, of the first of KINDS that has any; [] if none has."""
-    paths = files_below(folder)
+    patterns = split_patterns(split, configuration, [""])
+    paths = [path for path in files_below(folder) if kind_of(path)]
+    paths = [path for path in paths if any(fnmatch(ENDING.sub("", path), pattern) for pattern in patterns)]
     for kind in KINDS:
-        found = [path for path in paths if kind_of(Path(path)) and kind_of(Path(path))[0] == kind]
-        found = [path for path in found if file_of_split(path, split, configuration)]
+        found = [path for path in paths if kind_of(path)[0] == kind]
         if len({str(Path(path).parent) for path in found}) > 1:
             raise UserError(f"{name} has several configurations, not one: write {' or '.join(choices(name, found))}")
         if found:
@@ -263,8 +256,8 @@ def choose_files(name: str, folder: Path, split: str, configuration: str | None)
 def choices(name: str, paths: list[str]) -> list[str]:
     """How a user names each split that a data set's files are of, by their paths there."""
     found = {}
-    for path in filter(lambda path: kind_of(Path(path)), paths):
-        *folders, split = re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", stem(path)).split("/")
+    for path in filter(kind_of, paths):
+        *folders, split = re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", ENDING.sub("", path)).split("/")
         configuration = [part for part in folders[:1] if part != "data"]
         found[":".join([name, *configuration, split])] = True
     return list(found)
@@ -273,9 +266,8 @@ def choices(name: str, paths: list[str]) -> list[str]:
 def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
     """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
     problem = None
-    endings = [*KINDS, *(f"{kind}.{packed}" for kind in KINDS for packed in OPENERS)]
-    folders = (f"{configuration}/",) if configuration else ("", "*/")
-    patterns = [f"{folder}{split}{rest}.{end}" for folder in folders for rest in ("", "-*", "/*") for end in endings]
+    ends = [f".{kind}{packed}" for kind in KINDS for packed in ("", *(f".{packed}" for packed in OPENERS))]
+    patterns = split_patterns(split, configuration, ends)
     for revision in (None, "refs/convert/parquet"):
         try:
             folder = find_folder(name, patterns, revision, repo_type="dataset")
@@ -331,7 +323,7 @@ def folder_files(folder: Path, split: str | None, configuration: str | None, acc
     if (folder / "state.json").exists():
         return [folder / file for file in names_in(folder / "state.json", "_data_files")]
     found = choose_files(name, folder, split or "train", configuration)
-    beside = [folder / path for path in files_below(folder) if "/" not in path and kind_of(Path(path))]
+    beside = [folder / path for path in files_below(folder) if "/" not in path and kind_of(path)]
     if not found and not split:
         kind = min((KINDS.index(kind_of(path)[0]) for path in beside), default=None)
         found = [path for path in beside if KINDS.index(kind_of(path)[0]) == kind]
