@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None):
     def load(names, top=None):
         account = sources.Account(args.skip_bad_rows)
         choice = (args.limit, args.seed, top, args.rating_field)
-        found = data.load_examples(names, tokenizer, args.max_length, *choice, account)[0] if names else []
+        found = data.load_examples(names, tokenizer, args.max_length, *choice, account)[0] if names is not None else []
         return found, account
 
     examples, account = load(args.data, args.reference_top if args.method == "full" else None)

@@ -353,13 +353,15 @@ def find_files(source: str, account: Account) -> list[Path]:
     """The files that hold a source's rows; UserError that says what to write where it is not one split of one set."""
     if "://" in source and not os.path.exists(source):
         raise UserError(f"{source}: no addresses; name a file, a folder or a data set of the hub (OWNER/NAME)")
+    if visible(source) != source or (len(source) > 300 and not os.path.exists(source)):
+        raise UserError(f"{visible(source)[:80]}: its name is not UTF-8, or too long for any file or data set")
     name, *rest = [source] if os.path.exists(source) else source.split(":")
     path, split, configuration = Path(name), rest[-1] if rest else None, rest[0] if len(rest) > 1 else None
     if len(rest) > 2 or not all([name, *rest]):
         raise UserError(f"{source}: a data set is named NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT")
-    if path.is_dir():
+    if os.path.isdir(name):  # not Path's: it raises where a name is too long
         return folder_files(path, split, configuration, account)
-    if path.is_file() or kind_of(path):
+    if os.path.isfile(name) or kind_of(path):
         if not kind_of(path):
             kinds = ", ".join(f".{kind}" for kind in KINDS)
             raise UserError(f"{source} is no {kinds} file, as it is or packed (.{', .'.join(OPENERS)})")
