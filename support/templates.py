@@ -118,7 +118,7 @@ class ChatTemplate:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(signal.SIGINT, f"stopped while {self.of} ran") from None
         except Exception as reason:
-            raise UserError(f"{self.of} {fails}: {reason}") from None
+            raise UserError(f"{self.of} {fails}: {str(reason) or type(reason).__name__}") from None
 
     def render(self, messages: list[dict], ask: bool = False) -> str:
         """The text of a conversation, up to where an answer would begin if it is to `ask` for one."""

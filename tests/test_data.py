@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import BOS, EOS, make_tokenizer
 import data
 from data import Example, collate, conversations, cut_batch, encode, load_conversations, plan_batches
 from support.files import UserError
+from support.sources import Account
 from support.tokenizer import load_tokenizer
 
 
@@ -83,6 +85,84 @@ def test_openassistant_paths_that_end_unanswered():
     stub = node("q", "prompter", node("a", "assistant", node("u1", "prompter"), node("u2", "prompter"), rank=0))
     assert [[t["content"] for t in p] for p in conversations([{"prompt": stub}])] == [["q", "a"]]
     assert conversations([{"prompt": node("alone", "prompter")}, {"prompt": stub}])[0][0]["content"] == "q"
+
+
+def oasst(name, parent, **more):
+    """A row of OpenAssistant's, a message each: questions have names in capitals."""
+    role = "prompter" if name.isupper() else "assistant"
+    return {"message_id": name, "parent_id": parent, "text": f"text {name}", "role": role, **more}
+
+
+def texts(rows, account=None):
+    return [[turn["content"].removeprefix("text ") for turn in path] for path in conversations(rows, "d", account)]
+
+
+@pytest.mark.parametrize("root", [None, "", float("nan")])
+def test_openassistants_roots_and_flags_as_a_table_has_them(root):
+    rows = [oasst("a", "Q", rank="1.0", deleted="False"), oasst("b", "Q", rank="0.0", deleted="False")]
+    rows += [oasst("c", "Q", rank="-1", deleted="True"), oasst("d", "Q", rank=float("nan")), oasst("Q", root)]
+    before = [dict(row) for row in rows]
+    assert texts(rows) == [["Q", "b"]]  # a child may stand before its parent
+    assert str(rows) == str(before)  # what is given stays as it is
+
+
+@pytest.mark.parametrize(
+    ("wrong", "row", "words"),
+    [
+        ([oasst("C", "gone"), oasst("c", "C")], 3, "leads to no root"),
+        ([oasst("X", "y"), oasst("y", "X")], 3, "leads to no root"),
+        ([oasst("X", "X")], 3, "leads to no root"),
+        ([oasst("b", "Q")], 3, "message_id 'b' is empty, or another row's"),
+        ([oasst("x", "Q") | {"message_id": None}], 3, "message_id None is empty"),
+        ([oasst("x", "Q", weight=0)], 3, "column weight beside message_id"),
+        ([oasst("x", "Q", rank="best")], 3, "could not convert string to float: 'best'"),
+        ([{"message_id": "x"}], 3, "columns message_id fit no schema"),
+    ],
+)
+def test_openassistants_messages_that_stand_in_no_tree_are_told_and_counted(wrong, row, words):
+    rows = [oasst("Q", None), oasst("b", "Q"), *wrong]
+    with pytest.raises(UserError, match=f"d, row {row}: .*{words}"):
+        texts(rows)
+    assert texts(rows, account := Account(skip_bad_rows=True)) == [["Q", "b"]]
+    assert sum(account.record()["skipped"].values()) == len(wrong)
+
+
+def slow_paths(node):
+    """Every path of a tree as its definition has it, in time that grows with the square."""
+    replies = [reply for reply in node["replies"] if not reply["deleted"]]
+    if node["role"] == "prompter":
+        replies = sorted(replies, key=lambda reply: (reply["rank"] is None, reply["rank"] or 0))[:1]
+    below = [path for reply in replies for path in slow_paths(reply)]
+    return [[node["text"], *path] for path in below] or [[node["text"]] if node["role"] == "assistant" else []]
+
+
+def test_openassistants_paths_are_those_of_the_definition_in_random_trees():
+    rng = random.Random(0)
+
+    def grow(depth, role):
+        other = {"prompter": "assistant", "assistant": "prompter"}[role]
+        replies = [grow(depth - 1, other) for _ in range(rng.randrange(4) if depth else 0)]
+        gone = rng.random() < 0.2
+        return node(rng.choice("abc"), role, *replies, rank=rng.choice([None, 0, 1, 2]), deleted=gone)
+
+    for _ in range(200):
+        tree = grow(6, "prompter") | {"deleted": False}
+        paths = [path for path in slow_paths(tree) if path]
+        heads = [path for path in paths if any(other[: len(path)] == path and other != path for other in paths)]
+        expected = [path for i, path in enumerate(paths) if path not in heads and path not in paths[:i]]
+        assert [[turn["content"] for turn in path] for path in conversations([{"prompt": tree}])] == expected
+
+
+def test_openassistants_wide_trees_and_long_chains_take_no_square_of_their_size():
+    wide = [oasst("Q", None), oasst("a", "Q")]
+    for i in range(6000):
+        wide += [oasst(f"U{i}", "a"), oasst(f"b{i}", f"U{i}", text=f"{i}")]
+    chain = [oasst("Q", None)]
+    for i in range(5000):
+        chain.append(oasst(f"{'uU'[i % 2]}{i}", chain[-1]["message_id"]))
+    start = time.process_time()
+    assert len(texts(wide)) == 6000 and len(texts(chain)[0]) == 5000
+    assert time.process_time() - start < 5  # 25 s and more, and no end, where it did
 
 
 WRONG_ROWS = {
@@ -193,6 +273,16 @@ def test_truncation_and_samples_that_lose_their_response(tokenizer, tmp_path):
     assert len(examples) == 2 and dropped == 1
     with pytest.raises(UserError, match="no response token within 3 tokens"):
         data.load_examples(str(path), tokenizer, 3)
+
+
+def test_the_first_token_of_a_row_is_never_supervised():
+    """A normalizer that takes the template's words away: an answer is all that is left of a conversation."""
+    backend = make_tokenizer(False)
+    backend.normalizer = tokenizers.normalizers.Replace("<|assistant|>\n", "")
+    tokenizer = data.Tokenizer(backend, EOS)
+    ids, response = encode([assistant("Halt there!")], tokenizer, 100)
+    assert tokenizer.decode(ids.tolist()) == f"Halt there!{EOS}"
+    assert response.tolist() == [False] + [True] * (len(ids) - 1)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from memory import peak_allocated
 from test_sstoken import random_batch
+from transformers import AutoModelForCausalLM
 
 from model import load_model, response_nll, token_nll
 
@@ -105,6 +106,17 @@ def test_response_nll_is_the_loss_of_each_response_token_given_what_precedes_it(
     result = response_nll(model, ids, response)
     assert result.shape == (int(response.sum()),)
     assert (result - torch.tensor(expected)).abs().max() < 1e-4
+
+
+def test_response_nll_leaves_out_the_first_token_of_each_row_as_transformers_labels_do(checkpoint):
+    model = load_model(checkpoint)
+    ids, response = random_batch([20, 33])
+    without = response_nll(model, ids, response)
+    response[:, 0] = True
+    assert torch.equal(response_nll(model, ids, response), without)
+    labels = ids.masked_fill(~response, -100)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)(ids, labels=labels).loss
+    assert (without.mean() - theirs).abs() < 1e-4 and len(without) == response.sum() - 2
 
 
 # --------------------------------------------------------------------------------------------------- generation

@@ -1,5 +1,7 @@
 """What a row says of its text and of what is supervised: used, or refused by name; what is passed over is told."""
 
+import json
+
 import pytest
 from conftest import EOS, make_tokenizer
 
@@ -84,6 +86,38 @@ USED = {
         [SYSTEM, QUESTION, ANSWER],
     ),
     "a column of another schema that is null": ({"messages": None, **ALPACA}, [QUESTION, ANSWER]),
+    "verl, slime, xtuner, ms-swift: an answer that is not supervised": (
+        {
+            "messages": [
+                QUESTION,
+                assistant("A", trainable=False),
+                assistant("B", step_loss_mask=0),
+                assistant("C", output_with_loss=False),
+                assistant("D", loss=False, lossScale=0.0),
+                assistant("E", masked=True),  # torchtune, the other way round
+                assistant("F", trainable=True, loss_scale=1.0, masked=False),
+            ]
+        },
+        [QUESTION, *(assistant(text, weight=0) for text in "ABCDE"), assistant("F")],
+    ),
+    "a column that says what holds anyway, as a table has it": (ALPACA | {"weight": "1"}, [QUESTION, ANSWER]),
+    "LIMA, texts in turn": ({"conversations": ["Q", "A"], "source": "x"}, [QUESTION, ANSWER]),
+    "a text of JSON": ({"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'}, None),
+    "a struct of lists": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"], "weight": [None, 0], "id": None}},
+        [QUESTION, ANSWER | {"weight": 0}],
+    ),
+    "messages and a text": ({"prompt": [QUESTION], "completion": "A"}, [QUESTION, ANSWER]),
+    "texts on both sides": (
+        {"prompt": ["P", "B", "Q"], "completion": ["A"]},
+        [user("P"), assistant("B", weight=0), QUESTION, ANSWER],
+    ),
+    "history as a table has it": (ALPACA | {"history": '[["a", "b"]]'}, [user("a"), assistant("b"), QUESTION, ANSWER]),
+    "pandas' NaN is nothing": (ALPACA | {"input": float("nan"), "images": float("nan")}, [QUESTION, ANSWER]),
+    "a system message that spells null": (
+        ALPACA | {"system": "null"},
+        [SYSTEM | {"content": "null"}, QUESTION, ANSWER],
+    ),
     "no tool was called": (
         {"messages": [user("Q", tool_calls=None), assistant("A", tool_calls=[])], "tools": []},
         None,
@@ -95,8 +129,10 @@ USED = {
 def test_what_says_something_of_the_text_or_the_mask_is_used(name):
     row, expected = USED[name]
     found = conversations([row])
-    plain = [{"role": t["role"], "content": t["content"]} for t in row.get("messages") or ()]
-    assert found == [expected or plain]
+    if not expected:
+        given = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
+        expected = [{"role": turn["role"], "content": turn["content"]} for turn in given]
+    assert found == [expected]
 
 
 # words of the error: a row
@@ -120,6 +156,30 @@ REFUSED = {
     "a message has train 'no'": {"messages": [QUESTION, assistant("A", train="no")]},
     "the user's content has a part of type input_audio": {"messages": [user([{"type": "input_audio"}]), ANSWER]},
     "the user's content is NoneType": {"messages": [user([{"type": "text", "text": None}]), ANSWER]},
+    "a message has weight \\[1, 0\\]": {"messages": [QUESTION, assistant("A", weight=[1, 0])]},
+    "a message has loss_scale 0.5": {"messages": [QUESTION, assistant("A", loss_scale=0.5)]},
+    "a message has loss 1, trainable 0, which disagree": {"messages": [QUESTION, assistant("A", loss=1, trainable=0)]},
+    "a message has mask": {"messages": [QUESTION, assistant("A", mask=False)]},
+    "a message has ignore_loss": {"messages": [QUESTION, assistant("A", ignore_loss=True)]},
+    "a message has isTrained": {"messages": [QUESTION, assistant("A", isTrained=False)]},
+    "a message has unsupervised": {"messages": [QUESTION, assistant("A", unsupervised="1")]},
+    "a message has label": {"messages": [QUESTION, assistant("A", label=False)]},
+    "a part of the assistant's content has loss_weight": {
+        "messages": [QUESTION, assistant([{"type": "text", "text": "A", "loss_weight": 0.0}])]
+    },
+    "column trainable beside instruction/output": ALPACA | {"trainable": 0},
+    "column sample_weight beside instruction/output": ALPACA | {"sample_weight": 0.5},
+    "column loss_scale beside instruction/output": ALPACA | {"loss_scale": "last_round"},
+    "column weights beside instruction/output": ALPACA | {"weights": []},
+    "column rejected_response beside instruction/output": ALPACA | {"rejected_response": "B"},
+    "the user's content is int": ALPACA | {"input": 0},
+    "the system's content is bool": ALPACA | {"system": False},
+    "history is no list of .* but int": ALPACA | {"history": 0},
+    "messages is no list of messages, but a text that is no JSON": {"messages": "[{'role': 'user'}]"},
+    "but an object, and its values are no lists": {"messages": {"role": ["user"], "content": ["Q", "A"]}},
+    "messages is no list of messages, but int": {"messages": 5},
+    "a message is NoneType": {"messages": [QUESTION, None, ANSWER]},
+    "a message is list": {"messages": [["Q", "A"]]},
     "role 'function_call'": {"conversations": [{"from": "function_call", "value": "{}"}]},
 }
 
@@ -135,6 +195,27 @@ def _plain(row):
     if "messages" in row:
         return {"messages": [QUESTION, ANSWER]}
     return {"conversations": []} if "conversations" in row else {"prompt": "Q", "completion": "A"}
+
+
+@pytest.mark.parametrize("value", [True, 0, 1.0, "False", "TRUE", " 0", "1.0", -1, "no", "undesirable"])
+@pytest.mark.parametrize("name", ["label", "Label", "kto_tag", "KTO-tag"])
+def test_ktos_label_is_preference_data_in_any_spelling(name, value):
+    with pytest.raises(UserError, match=f"column {name} says which answers are wanted"):
+        conversations([ALPACA | {name: value}])
+
+
+@pytest.mark.parametrize(
+    "about", [{"label": "positive"}, {"label": 7}, {"train_split": "b"}, {"masked_text": "[MASK]"}]
+)
+def test_what_only_sounds_like_a_mark_or_a_label_is_passed_over(about):
+    assert conversations([ALPACA | about], "data", account := Account()) == [[QUESTION, ANSWER]]
+    assert account.lines() == [f"columns passed over: {next(iter(about))}"]
+
+
+def test_half_a_surrogate_pair_in_a_name_is_told_as_its_escape():
+    conversations([ALPACA | {"\ud83d": 1}], "data", account := Account())
+    assert account.lines() == ["columns passed over: \\ud83d"]
+    json.dumps(account.record(), ensure_ascii=False).encode()
 
 
 def test_what_is_only_about_the_row_is_passed_over_and_told():

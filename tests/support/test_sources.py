@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 
 import datasets
 import pyarrow
@@ -165,6 +166,75 @@ def test_folders_as_the_library_datasets_saves_them(tmp_path):
     (tmp_path / "one" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../splits/x.arrow"}]}))
     with pytest.raises(UserError, match="names no _data_files of its own folder"):
         load_rows(str(tmp_path / "one"))
+
+
+# A name in JSON that save_to_disk writes: what another hand made of the file
+OF_ANOTHER_SHAPE = {
+    "dataset_dict.json": ["[]", '{"splits": 5}', '{"splits": [5]}', '{"splits": ["../x"]}', '{"splits": {"train": 1}}'],
+    "state.json": ['{"_data_files": 5}', '{"_data_files": [{"filename": 3}]}', '{"_data_files": ["a/b"]}', "null", "{"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name in OF_ANOTHER_SHAPE for text in OF_ANOTHER_SHAPE[name]]
+)
+def test_what_save_to_disk_wrote_is_checked_where_it_is_read(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} (names no|holds no|cannot be read)"):
+        load_rows(str(tmp_path))
+
+
+def test_a_split_that_is_listed_and_not_there_is_told(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(UserError, match="train has no state.json"):
+        load_rows(str(tmp_path))
+
+
+def test_hidden_files_and_editors_copies_are_no_rows_as_for_datasets(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(LINES)
+    copies = [".ipynb_checkpoints/train-checkpoint.jsonl", ".git/train.jsonl", ".train.jsonl", "._rows.jsonl"]
+    copies += ["__MACOSX/train.jsonl", ".#rows.jsonl", "rows.jsonl~", "#rows.jsonl#", "dataset_infos.json"]
+    for name in copies:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no JSON")
+    assert load_rows(str(tmp_path), account=(account := Account())) == ROWS and not account.lines()
+    theirs = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / ".cache"))["train"]
+    assert theirs.to_list() == ROWS
+    (tmp_path / "~$rows.jsonl").write_text("an office program's lock")
+    assert load_rows(str(tmp_path)) == ROWS
+    with pytest.raises(UserError, match=".train.jsonl, line 1: not JSON"):
+        load_rows(str(tmp_path / ".train.jsonl"))  # where its name is asked for, it is read
+
+
+def test_what_is_no_file_of_rows_is_told_and_never_waited_for(tmp_path):
+    row = {"prompt": ["Q"], "completion": ["A"]}
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name, column in {
+        "date.parquet": pyarrow.array([2**52], pyarrow.timestamp("s")),
+        "zone.parquet": pyarrow.array([5], pyarrow.timestamp("us", "Mars/Phobos")),
+        "day.parquet": pyarrow.array([2**30], pyarrow.date32()),
+    }.items():
+        pyarrow.parquet.write_table(pyarrow.table(row | {"when": column}), tmp_path / name)
+    for name in ("pipe.jsonl", "zero.json", "date.parquet", "zone.parquet", "day.parquet"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            load_rows(str(tmp_path / name))
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    os.mkfifo(folder / "x.arrow")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "x.arrow"}]}')
+    with pytest.raises(UserError, match="x.arrow cannot be read: it is no regular file"):
+        load_rows(str(folder))
+
+
+def test_names_that_no_record_could_hold_are_told(tmp_path):
+    for name in ("x" * 5000, "x" * 5000 + ".jsonl", os.fsdecode(b"rows\xff.jsonl")):
+        with pytest.raises(UserError, match="not UTF-8, or too long"):
+            load_rows(name)
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / os.fsdecode(b"b\xff.csv")).write_text("x")
+    load_rows(str(tmp_path), account=(account := Account()))
+    assert account.lines()[0].encode().endswith(b"b\\udcff.csv")
 
 
 def test_a_folder_of_files_is_all_of_them_or_the_split_that_their_names_tell(tmp_path):

@@ -1,7 +1,11 @@
 """--template model: a checkpoint's own chat template, its ids and its mask, beside transformers'."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 
 import pytest
 from conftest import BOS, EOS, edit_json, make_checkpoint
@@ -17,6 +21,7 @@ from support import templates
 from support.decoding import generation_settings
 from support.files import UserError
 from support.runs import snapshots_in
+from support.sources import Account
 
 # Each marks what it has the assistant write, for transformers' mask; `unmarked` takes that away
 CHATML = """\
@@ -202,6 +207,138 @@ def test_where_a_template_marks_less_than_an_answer_the_marks_count(tmp_path):
     assert tokenizer.decode(ids[response].tolist()) == "Two."
 
 
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("opening", ["Halt!", "?!", "! \n"])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_conversation_that_the_assistant_opens_has_transformers_ids_and_mask(both, opening, system):
+    theirs, *ours = both
+    messages = [said("assistant", opening), *conversation(None, [("One?", "Two.")])]
+    messages = [said("system", system), *messages] if system else messages
+    expected = asked_of(messages, theirs, return_assistant_tokens_mask=True)
+    for tokenizer in ours:
+        example = data.encode(messages, tokenizer, 1000)
+        assert example.ids.tolist() == expected["input_ids"]
+        assert example.response.int().tolist() == expected["assistant_masks"]
+
+
+def test_an_opening_answer_is_read_where_a_template_asks_what_came_first(tmp_path):
+    """As Qwen's does, which has nothing to write before the first message."""
+    tokenizer = data.load_tokenizer(
+        with_template(tmp_path, "{%- if messages[0]['role'] == 'system' -%}{%- endif -%}" + unmarked(CHATML)),
+        template="model",
+    )
+    ids, response = data.encode([said("assistant", "Halt!"), said("user", "?")], tokenizer, 1000)
+    assert tokenizer.decode(ids[response].tolist()) == "Halt!<|im_end|>"
+
+
+def test_the_first_token_of_a_row_is_never_supervised(tmp_path):
+    plain = "{% for m in messages %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
+    for name, template in {"marked": plain, "unmarked": unmarked(plain)}.items():
+        tokenizer = data.load_tokenizer(with_template(tmp_path / name, template), template="model")
+        ids, response = data.encode([said("assistant", "Halt!"), said("user", "?")], tokenizer, 1000)
+        answer = tokenizer.encode("Halt!")[0]
+        assert len(answer) > 1 and ids[response].tolist() == [*answer[1:], tokenizer.eos_id]
+
+
+LINE = "{{ m.role + ': ' + CONTENT + eos_token + '\n' }}"
+EACH = "{% for m in messages IF %}" + LINE + "{% endfor %}"
+THOUGHT = said("assistant", "<think>\nSo four.\n</think>\n\nFour.")
+LEAVES_OUT = {  # a template's content and condition, a conversation, what is left out
+    "thoughts": ("m.content.split('</think>')[-1]", "", [said("user", "2+2?"), THOUGHT], THOUGHT["content"]),
+    "system": ("m.content", "if m.role != 'system'", [said("system", "Be kind."), said("user", "Hi")], "Be kind."),
+    "one of two": ("m.content", "if not loop.first", [said("system", "Same."), said("user", "Same.")], "Same."),
+    "a head of another": ("m.content", "if m.role != 'system'", [said("system", "Hi"), said("user", "Hi you")], "Hi"),
+    "an end": ("m.content[:4]", "", [said("user", "One"), said("assistant", "Three.")], "Three."),
+    "white space": ("m.content | trim", "", [said("user", " One\n "), said("assistant", "Two  three\n")], ""),
+    "nothing": ("m.content", "", [said("system", ""), said("user", "A"), said("assistant", f"A{EOS}")], ""),
+}
+
+
+@pytest.mark.parametrize("name", LEAVES_OUT)
+def test_what_a_template_leaves_out_of_a_row_is_told(tmp_path, name):
+    content, condition, messages, missing = LEAVES_OUT[name]
+    asks = "{% if add_generation_prompt %}assistant: {% endif %}"
+    form = EACH.replace("CONTENT", content) + asks
+    folder = with_template(tmp_path / "model", form.replace("IF", ""))
+    tokenizer = data.load_tokenizer(folder, template="model")
+    if condition == "if not loop.first":
+        form = (
+            form.replace("IF", "")
+            .replace("{{ m.role", "{% if not loop.first %}{{ m.role")
+            .replace("}}{% endf", "}}{% endif %}{% endf")
+        )
+        tokenizer.template.compiled = templates.compile_template(form)
+    else:
+        tokenizer.template.compiled = templates.compile_template(form.replace("IF", condition))
+    assert tokenizer.template.left_out(messages) == missing
+
+
+def test_samples_of_which_a_template_leaves_something_out_are_counted_and_the_first_is_shown(tmp_path):
+    folder = with_template(
+        tmp_path / "model", EACH.replace("CONTENT", "m.content").replace("IF", "if m.role != 'system'")
+    )
+    rows = [conversation(system, [("One?", "Two.")]) for system in (None, "Be kind.", "Be brief.")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    tokenizer = data.load_tokenizer(folder, template="model")
+    data.load_examples(str(tmp_path / "r.jsonl"), tokenizer, 1000, account=(account := Account()))
+    (line,) = account.lines()
+    assert line.startswith("passed over by the chat template: part of 2 samples, the first ")
+    assert line.endswith("r.jsonl, conversation 2: 'Be kind.'") and account.record()["left_out"] == 2
+    data.load_examples(str(tmp_path / "r.jsonl"), data.load_tokenizer(folder), 1000, account=(paper := Account()))
+    assert not paper.lines()
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2TokenizerFast"])
+def test_a_template_has_the_variables_that_transformers_gives(tmp_path, named):
+    with_template(tmp_path, CHATML)
+
+    def name(config):
+        config |= {"tokenizer_class": named, "image_token": "<img>", "add_bos_token": False, "model_max_length": 9}
+        config["extra_special_tokens"] = {"boi": "<boi>", "audio_token": "<audio>"}
+        config["sep_token"] = {"__type": "AddedToken", "content": "<sep>", "lstrip": False, "rstrip": False}
+        config["sep_token"] |= {"normalized": False, "single_word": False, "special": True}
+        config.pop("unk_token", None)
+        config.pop("pad_token", None)
+
+    edit_json(tmp_path / "tokenizer_config.json", name)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert templates.variables(tmp_path) == theirs.special_tokens_map
+    form = "{% set comma = joiner(',') %}{% for m in messages %}{{ comma() + m.content + eos_token }}{% endfor %}"
+    form += "{% for name, n in dict([('image_token', 1)]).items() %}{{ name + image_token + boi }}{% endfor %}"
+    theirs.chat_template = form
+    set_template(tmp_path, form)
+    messages = conversation(None, [("One?", "Two.")])
+    ours = data.load_tokenizer(tmp_path, template="model")
+    assert ours.template.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_row_of_8_000_turns_takes_no_square_of_them(tmp_path):
+    tokenizer = data.load_tokenizer(with_template(tmp_path, unmarked(CHATML)), template="model")
+    messages = conversation(None, [(f"What is {i}?", f"It is {i}.") for i in range(4000)])
+    start = time.process_time()
+    ids, response = data.encode(messages, tokenizer, 2048)
+    assert not tokenizer.template.left_out(messages) and time.process_time() - start < 5  # 60 s and more, where it did
+    few, of_few = data.encode(messages[:400], tokenizer, 2048)
+    assert ids.tolist() == few.tolist() and response.tolist() == of_few.tolist() and len(ids) == 2048
+
+
+@pytest.mark.parametrize("body", ["", "{{ 'x' * 99 }}"])
+def test_a_template_that_never_ends_ends_by_ctrl_c_with_its_name(tmp_path, body):
+    folder = with_template(tmp_path, CHATML)
+    set_template(
+        folder,
+        "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}".replace("BODY", body),
+    )
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        data.load_tokenizer(folder, template="model")
+    assert stopped.value.args == (signal.SIGINT, f"stopped while the chat template of {folder} ran")
+
+
 # --------------------------------------------------------------------------------------------- what is refused
 
 
@@ -237,7 +374,11 @@ def test_a_template_that_forgets_is_refused_where_it_does(tmp_path, rows):
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "cannot write this conversation"),  # nothing that it is given can be changed
         ("{% set note = namespace(__class__=1) %}{% set note.__init__ = 2 %}", "cannot write this conversation"),
-        ("{{ lipsum() }}", "'lipsum' is undefined"),  # no name that transformers' sandbox would not give it either
+        ("{{ lipsum() }}", "'lipsum' is undefined"),  # random words: transformers has them, no run could be repeated
+        ("{{ 'x' | center(10 ** 18) }}", "cannot write this conversation: (MemoryError|OverflowError)"),
+        ("{{ " + "(" * 5000, "cannot be read: maximum recursion"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot write this conversation: maximum recursion"),
+        ([5, {"name": ["default"]}, {"name": "default", "template": 5}], "has no chat template"),
         ("{% for i in range(10**9) %}{{ i }}{% endfor %}", "Range too big"),
     ],
 )
@@ -255,6 +396,15 @@ def test_where_a_template_is_found(tmp_path):
     assert templates.find_template(folder) == LLAMA3
     (folder / "chat_template.jinja").write_text(MERGED)  # counts first, as in transformers
     assert templates.find_template(folder) == MERGED == AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_template_file_that_cannot_be_read_to_its_end_is_named(tmp_path):
+    file = with_template(tmp_path, CHATML) / "chat_template.jinja"
+    for make, words in ((os.mkfifo, "no regular file"), (lambda file: file.write_bytes(b"\xff"), "codec can't decode")):
+        file.unlink(missing_ok=True)
+        make(file)
+        with pytest.raises(UserError, match=f"chat_template.jinja cannot be read: .*{words}"):
+            data.load_tokenizer(tmp_path, template="model")
 
 
 def test_a_text_with_our_own_marks_is_refused(tmp_path):
