@@ -193,7 +193,7 @@ def test_a_split_that_is_listed_and_not_there_is_told(tmp_path):
 def test_hidden_files_and_editors_copies_are_no_rows_as_for_datasets(tmp_path):
     (tmp_path / "rows.jsonl").write_text(LINES)
     copies = [".ipynb_checkpoints/train-checkpoint.jsonl", ".git/train.jsonl", ".train.jsonl", "._rows.jsonl"]
-    copies += ["__MACOSX/train.jsonl", ".#rows.jsonl", "rows.jsonl~", "#rows.jsonl#", "dataset_infos.json"]
+    copies += ["__MACOSX/train.jsonl", ".#rows.jsonl", "rows.jsonl~", "#rows.jsonl#", "config.json"]
     for name in copies:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no JSON")
