@@ -243,14 +243,13 @@ def test_the_first_token_of_a_row_is_never_supervised(tmp_path):
         assert len(answer) > 1 and ids[response].tolist() == [*answer[1:], tokenizer.eos_id]
 
 
-LINE = "{{ m.role + ': ' + CONTENT + eos_token + '\n' }}"
-EACH = "{% for m in messages IF %}" + LINE + "{% endfor %}"
+EACH = "{% for m in messages %}IF{{ m.role + ': ' + CONTENT + eos_token }}{% endif %}{% endfor %}"
 THOUGHT = said("assistant", "<think>\nSo four.\n</think>\n\nFour.")
 LEAVES_OUT = {  # a template's content and condition, a conversation, what is left out
     "thoughts": ("m.content.split('</think>')[-1]", "", [said("user", "2+2?"), THOUGHT], THOUGHT["content"]),
-    "system": ("m.content", "if m.role != 'system'", [said("system", "Be kind."), said("user", "Hi")], "Be kind."),
-    "one of two": ("m.content", "if not loop.first", [said("system", "Same."), said("user", "Same.")], "Same."),
-    "a head of another": ("m.content", "if m.role != 'system'", [said("system", "Hi"), said("user", "Hi you")], "Hi"),
+    "system": ("m.content", "m.role != 'system'", [said("system", "Be kind."), said("user", "Hi")], "Be kind."),
+    "one of two": ("m.content", "not loop.first", [said("system", "Same."), said("user", "Same.")], "Same."),
+    "a head of another": ("m.content", "m.role != 'system'", [said("system", "Hi"), said("user", "Hi you")], "Hi"),
     "an end": ("m.content[:4]", "", [said("user", "One"), said("assistant", "Three.")], "Three."),
     "white space": ("m.content | trim", "", [said("user", " One\n "), said("assistant", "Two  three\n")], ""),
     "nothing": ("m.content", "", [said("system", ""), said("user", "A"), said("assistant", f"A{EOS}")], ""),
@@ -260,26 +259,16 @@ LEAVES_OUT = {  # a template's content and condition, a conversation, what is le
 @pytest.mark.parametrize("name", LEAVES_OUT)
 def test_what_a_template_leaves_out_of_a_row_is_told(tmp_path, name):
     content, condition, messages, missing = LEAVES_OUT[name]
-    asks = "{% if add_generation_prompt %}assistant: {% endif %}"
-    form = EACH.replace("CONTENT", content) + asks
-    folder = with_template(tmp_path / "model", form.replace("IF", ""))
-    tokenizer = data.load_tokenizer(folder, template="model")
-    if condition == "if not loop.first":
-        form = (
-            form.replace("IF", "")
-            .replace("{{ m.role", "{% if not loop.first %}{{ m.role")
-            .replace("}}{% endf", "}}{% endif %}{% endf")
-        )
-        tokenizer.template.compiled = templates.compile_template(form)
-    else:
-        tokenizer.template.compiled = templates.compile_template(form.replace("IF", condition))
+    tokenizer = data.load_tokenizer(with_template(tmp_path, CHATML), template="model")
+    form = EACH.replace("CONTENT", content).replace("IF", "{% if CONDITION %}".replace("CONDITION", condition or "1"))
+    tokenizer.template.compiled = templates.compile_template(form)
     assert tokenizer.template.left_out(messages) == missing
 
 
 def test_samples_of_which_a_template_leaves_something_out_are_counted_and_the_first_is_shown(tmp_path):
-    folder = with_template(
-        tmp_path / "model", EACH.replace("CONTENT", "m.content").replace("IF", "if m.role != 'system'")
-    )
+    form = EACH.replace("CONTENT", "m.content").replace("IF", "{% if m.role != 'system' %}")
+    form += "{% if add_generation_prompt %}assistant: {% endif %}"
+    folder = with_template(tmp_path / "model", form)
     rows = [conversation(system, [("One?", "Two.")]) for system in (None, "Be kind.", "Be brief.")]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
     tokenizer = data.load_tokenizer(folder, template="model")
