@@ -85,11 +85,9 @@ def prompt_text(messages: list[Message], tokenizer: Tokenizer) -> str:
     """The template's text up to where an answer to `messages` would begin: what a model is asked with."""
     if tokenizer.template:
         return tokenizer.template.render(messages, ask=True)
-    text = ""
-    for message in messages:
-        text += f"<|{message['role']}|>\n{message['content'].strip()}"
-        text += (tokenizer.eos if message["role"] == "assistant" else "") + "\n"
-    return text + "<|assistant|>\n"
+    end = {"assistant": tokenizer.eos}
+    said = [f"<|{turn['role']}|>\n{turn['content'].strip()}{end.get(turn['role'], '')}\n" for turn in messages]
+    return "".join(said) + "<|assistant|>\n"
 
 
 def prompt_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
@@ -130,9 +128,8 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
             text += message["content"].strip() + "\n"
     if text := text.removesuffix("\n"):
         append(text, len(text))
-    example = Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
-    example.response[:1] = False  # which nothing predicts
-    return example
+    response[:1] = [False] * len(ids[:1])  # nothing predicts it
+    return Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
 
 
 def load_examples(
@@ -151,14 +148,13 @@ def load_examples(
     """
     account = account or Account()
     found = load_conversations(sources, limit, seed, top, rating_field, account)
-    left_out = tokenizer.template.left_out if tokenizer.template else lambda turns: ""
-    # + 1: is it cut?
+    left_out = tokenizer.template and tokenizer.template.left_out
     examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1), left_out)
     kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
     account.dropped += len(examples) - len(kept)
-    account.cut += sum(len(e.ids) > max_length for e in kept)
+    account.cut += sum(len(e.ids) > max_length for e in kept)  # by the one token more that they were encoded to
     return [Example(e.ids[:max_length], e.response[:max_length]) for e in kept], len(examples) - len(kept)
 
 

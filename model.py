@@ -266,12 +266,8 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
 
 def response_places(response: Tensor, device) -> Tensor:
-    """Where the response tokens of a batch stand when it is read row after row: (B, L) bool, on the host -> (T,).
-
-    The first token of a row is never one: nothing predicts it.
-    """
-    predicted = nn.functional.pad(response[:, 1:], (1, 0))
-    return predicted.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    """Where response tokens stand in a batch, row after row: (B, L) bool, on the host -> (T,); no row's first."""
+    return nn.functional.pad(response[:, 1:], (1, 0)).flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 
 def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, watch=None) -> Tensor:

@@ -31,22 +31,17 @@ SCHEMAS = {
 }
 KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
 TREE, NODE = ("prompt",), ("message_id", "parent_id", "text", "role")  # OpenAssistant, a tree or a message a row
-TREE_READS = (*NODE, "prompt", "replies", "rank", "deleted")
+TREE_READS = {*NODE, "prompt", "replies", "rank", "deleted"}
 # The marks that are read of a message, by the names that trainers give them: what each says where it is supervised
 MARKS = dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale"), True)
 MARKS |= dict.fromkeys(("loss_mask", "step_loss_mask", "output_with_loss"), True) | {"masked": False}
 SOUNDS = re.compile(r"(?<![a-z])(un|non)?(loss(es)?|train|mask|weight|supervis|ignor)")  # how other names of them sound
 # Keys of a message, and columns in rows of any schema, that change the text or the mask in ways not implemented here
-REFUSED_KEYS = {
-    *("tool_calls", "function_call", "tool_call_id", "tools", "functions", "images", "image", "image_url", "audio"),
-    *("audios", "video", "videos", "refusal", "reasoning", "reasoning_content", "thinking", "prefix", "labels", "mask"),
-    *("train_detail", "training_detail"),
-}
-REFUSED_COLUMNS = {
-    *("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "mask"),
-    *("rejected_response", "rejected_messages", "history", "documents", "chat_template", "chat_template_kwargs"),
-    *SYSTEM,
-}
+MEDIA = {"tools", "functions", "images", "image", "videos", "video", "audios", "audio", "mask"}
+REFUSED_KEYS = MEDIA | {"tool_calls", "function_call", "tool_call_id", "image_url", "refusal", "prefix", "labels"}
+REFUSED_KEYS |= {"reasoning", "reasoning_content", "thinking", "train_detail", "training_detail"}
+REFUSED_COLUMNS = MEDIA | {"chosen", "rejected", "rejected_response", "rejected_messages", "history", "documents"}
+REFUSED_COLUMNS |= {"chat_template", "chat_template_kwargs", *SYSTEM}
 NOTHING = ([], {}, "[]", "{}", "null")  # how one of these says that it does not apply, besides null
 LABELS = {"label", "kto_tag", "kto_label", "desirable", "is_desirable"}  # KTO's: is this answer wanted?
 FLAGS = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
@@ -208,18 +203,17 @@ def find_schema(row: dict) -> tuple[str, ...]:
 
 def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[Message]]:
     """The conversations of a row: one, or of an OpenAssistant tree each of its paths."""
-    reads, changes = {*schema, *SCHEMAS.get(schema, TREE_READS)}, REFUSED_COLUMNS
-    if schema == ("prompt", "completion"):
-        changes = changes | {"input", "context"}
+    row = row | row["prompt"] if schema == TREE else row
+    reads = {*schema, *SCHEMAS.get(schema, TREE_READS)}
+    changes = REFUSED_COLUMNS | ({"input", "context"} if schema == ("prompt", "completion") else set())
     if name := refused(row, changes, reads):
         words = "says which answers are wanted: that is preference data, not supervised rows"
         other = f"beside {'/'.join(schema)} changes what is trained on, and is not implemented"
         raise UserError(f"column {name} {words if plain(name) in LABELS else other}")
-    account.pass_over(
-        "columns", [name for name in row if name not in reads | REFUSED_COLUMNS and plain(name) not in MARKS]
-    )
+    passed = [name for name in row if name not in reads | REFUSED_COLUMNS and plain(name) not in MARKS]
+    account.pass_over("columns", passed)
     if schema == TREE:
-        return [*read_row(row["prompt"], NODE, account), *tree_conversations(row["prompt"])]
+        return tree_conversations(row)
     if schema == NODE:  # checked here, and read once its tree is whole
         tree_conversations({**row, "role": "user", "replies": [row | {"replies": []}]})
         return []
@@ -243,13 +237,16 @@ def tree_conversations(root: dict) -> list[list[Message]]:
     one. Deleted messages are left out; a question that nobody answered is cut off the end of its path, and a path that
     is the head of another is none of its own.
     """
-    lines, places, ends = [], {}, {}  # of each place its line, the places from the root on as (line before, message)
+    lines, places, ends, inner = [], {}, {}, set()  # a place's line: the place before it, and its message
     waiting = [] if flag(root.get("deleted")) else [(root, None)]
     while waiting:
         node, before = waiting.pop()
+        if key := refused(node, REFUSED_COLUMNS, TREE_READS):
+            raise UserError(f"a message has {key}, which is not implemented")
         said = message(node["role"], node["text"])
-        place = places.setdefault((before, *said.values()), len(places))  # two that say the same are one
-        lines[place:] = lines[place:] or [(before, said)]
+        place = places.setdefault((before, *said.values()), len(lines))  # two that say the same are one
+        if place == len(lines):
+            lines.append((before, said))
         replies = [reply for reply in node.get("replies") or () if not flag(reply.get("deleted"))]
         if said["role"] == "user":  # so the replies are the assistant's
             ranks = [math.inf if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
@@ -258,12 +255,16 @@ def tree_conversations(root: dict) -> list[list[Message]]:
         if not replies:
             ends[before if said["role"] == "user" else place] = []
     ends.pop(None, None)
-    for end, path in ends.items():
-        while end is not None:
-            path.append(end)
-            end = lines[end][0]
-    inner = {place for path in ends.values() for place in path[1:]}
-    return [[lines[place][1] for place in reversed(path)] for end, path in ends.items() if end not in inner]
+    for place in ends:
+        while (place := lines[place][0]) is not None and place not in inner:
+            inner.add(place)
+    for end in ends.keys() - inner:
+        place = end
+        while place is not None:
+            before, said = lines[place]
+            ends[end].append(said)
+            place = before
+    return [path[::-1] for path in ends.values() if path]
 
 
 def build_trees(nodes: dict, source: str, account: Account) -> list[dict]:
@@ -304,6 +305,7 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
             if schema == NODE:
                 if absent(row["message_id"]) or row["message_id"] in nodes:
                     raise UserError(f"message_id {row['message_id']!r:.60} is empty, or another row's as well")
+                hash(row["parent_id"])  # TypeError where it is no name
                 nodes[row["message_id"]] = (number, row | {"replies": []})
         except (AttributeError, TypeError, KeyError, ValueError) as reason:
             what = f"{'/'.join(schema)} does not hold what this schema has there ({type(reason).__name__}: {reason})"

@@ -7,7 +7,6 @@ named with the one that is meant: NAME:SPLIT, or NAME:CONFIGURATION:SPLIT.
 import bz2
 import csv
 import gzip
-import io
 import itertools
 import json
 import lzma
@@ -15,7 +14,8 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -58,17 +58,18 @@ class Account:
         count, first = self.skipped.get(visible(reason), (0, visible(where)))
         self.skipped[visible(reason)] = (count + 1, first)
 
-    def each(self, source: str, conversations: list, encode: Callable, left_out: Callable) -> list:
+    def each(self, source: str, conversations: list, encode: Callable, left_out: Callable | None) -> list:
         """What `encode` makes of each conversation of a source, without those that it cannot use.
 
-        left_out: what is not in that of a conversation's text, "" if it is all there.
+        left_out: says what is not in that of a conversation's text.
         """
         found = []
         for number, messages in enumerate(conversations, 1):
             where = f"{source}, conversation {number}"
             try:
                 found.append(encode(messages))
-                self.left_out += [(visible(where), text)] if (text := left_out(messages)) else []
+                if left_out and (text := left_out(messages)):
+                    self.left_out.append((visible(where), text))
             except UserError as reason:
                 self.refuse(where, str(reason))
         return found
@@ -168,44 +169,32 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
     """
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     number, text = next(lines, (0, ""))
-    if not text:
-        return
     try:
-        first = [json.loads(text)]
-    except (ValueError, RecursionError) as reason:
-        rest = file.read()
+        json.loads(text or "0")
+    except (ValueError, RecursionError):  # a value on several lines, perhaps
+        text += file.read()
+    values, following = _values(text, number, path, account), next(lines, None)
+    first = list(itertools.islice(values, 2))
+    yield from first if following or len(first) > 1 else (row for value in first for row in _unwrapped(value, path))
+    yield from values
+    for number, line in itertools.chain([following] if following else (), lines):
+        yield from _values(line, number, path, account)
+
+
+def _values(text: str, number: int, path: Path, account: Account) -> Iterator:
+    """The JSON values of a text that starts at line `number`, one behind the other; a line with a broken one is not."""
+    decoder, place, counted = json.JSONDecoder(), 0, 0
+    while found := re.compile(r"\S").search(text, place):
+        start = found.start()
         try:
-            values = _values(text + rest)
-            yield from values if len(values) > 1 else _unwrapped(values[0], path)
-            return
-        except (ValueError, RecursionError) as whole:
-            broken = whole if kind_of(path) == ("json", "") and isinstance(whole, json.JSONDecodeError) else None
-            line = number - 1 + broken.lineno if broken else number
-            account.refuse(f"{path}, line {line}", f"not JSON ({getattr(broken or reason, 'msg', reason)})")
-        first = []
-        lines = ((n, line) for n, line in enumerate(io.StringIO(rest, newline=""), number + 1) if line.strip())
-    if (following := next(lines, None)) is None:
-        yield from (row for value in first for row in _unwrapped(value, path))
-        return
-    yield from first
-    for number, line in itertools.chain([following], lines):
-        try:
-            row = json.loads(line)
+            value, place = decoder.raw_decode(text, start)
+            yield value
         except (ValueError, RecursionError) as reason:
-            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(reason, 'msg', reason)})")
-            continue
-        yield row
-
-
-def _values(text: str) -> list:
-    """The JSON values of a text, one behind the other on as many lines as each may take."""
-    found, decoder, space = [], json.JSONDecoder(), re.compile(r"\s*")
-    place = space.match(text).end()
-    while place < len(text):
-        value, end = decoder.raw_decode(text, place)
-        found.append(value)
-        place = space.match(text, end).end()
-    return found
+            exact = kind_of(path) == ("json", "") and isinstance(reason, json.JSONDecodeError)
+            number, counted = number + text.count("\n", counted, start), start
+            line = number + (text.count("\n", start, reason.pos) if exact else 0)
+            account.refuse(f"{path}, line {line}", f"not JSON ({getattr(reason, 'msg', reason)})")
+            place = (text.find("\n", start) + 1) or len(text)
 
 
 def _unwrapped(value, path: Path) -> list:
@@ -230,27 +219,25 @@ def files_below(folder: Path) -> list[str]:
     return [str(path) for path in paths if not HIDDEN.search(path.as_posix())]
 
 
-def split_patterns(split: str, configuration: str | None, ends: Iterable[str]) -> list[str]:
-    """The paths in a data set that a split's files may have: split.parquet, split-*.csv, split/*.json.
+def split_patterns(split: str, configuration: str | None) -> list[str]:
+    """The paths in a data set that a split's files may have, without their ends: split.csv, split-*.csv, split/*.csv.
 
     It stands at the top or in a folder, that of its configuration where the data set has several.
     """
     folders = (f"{configuration}/",) if configuration else ("", "*/")
-    return [f"{folder}{split}{rest}{end}" for folder in folders for rest in ("", "-*", "/*") for end in ends]
+    return [f"{folder}{split}{rest}" for folder in folders for rest in ("", "-*", "/*")]
 
 
 def choose_files(name: str, folder: Path, split: str, configuration: str | None) -> list[Path]:
     """The files of a split in `folder`, of the first of KINDS that has any; [] if none has."""
-    patterns = split_patterns(split, configuration, [""])
-    paths = [path for path in files_below(folder) if kind_of(path)]
-    paths = [path for path in paths if any(fnmatch(ENDING.sub("", path), pattern) for pattern in patterns)]
-    for kind in KINDS:
-        found = [path for path in paths if kind_of(path)[0] == kind]
-        if len({str(Path(path).parent) for path in found}) > 1:
-            raise UserError(f"{name} has several configurations, not one: write {' or '.join(choices(name, found))}")
-        if found:
-            return [folder / path for path in found]
-    return []
+    patterns, found = split_patterns(split, configuration), defaultdict(list)
+    for path in filter(kind_of, files_below(folder)):
+        if any(fnmatch(ENDING.sub("", path), pattern) for pattern in patterns):
+            found[kind_of(path)[0]].append(path)
+    found = next((found[kind] for kind in KINDS if kind in found), [])
+    if len({os.path.dirname(path) for path in found}) > 1:
+        raise UserError(f"{name} has several configurations, not one: write {' or '.join(choices(name, found))}")
+    return [folder / path for path in found]
 
 
 def choices(name: str, paths: list[str]) -> list[str]:
@@ -267,7 +254,7 @@ def hub_files(name: str, split: str = "train", configuration: str | None = None)
     """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
     problem = None
     ends = [f".{kind}{packed}" for kind in KINDS for packed in ("", *(f".{packed}" for packed in OPENERS))]
-    patterns = split_patterns(split, configuration, ends)
+    patterns = [pattern + end for pattern in split_patterns(split, configuration) for end in ends]
     for revision in (None, "refs/convert/parquet"):
         try:
             folder = find_folder(name, patterns, revision, repo_type="dataset")
@@ -400,21 +387,21 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
 
     Raises UserError with source and row where a row has no number there, or where there are fewer rows.
     """
-    ratings = []
+    ratings = {}  # of each row that has one, by its source and number
     for source in rows:
         for number, row in enumerate(rows[source], 1):
             rating = row.get(field) if isinstance(row, dict) else None
             try:  # .csv has text only
-                ratings.append(math.nan if isinstance(rating, bool) else float(rating))
-            except (ValueError, TypeError):
-                ratings.append(math.nan)
-            if math.isnan(ratings[-1]):
-                account.refuse(f"{source}, row {number}", f"column {field} holds {rating!r}, not a rating")
-    if (rated := sum(not math.isnan(rating) for rating in ratings)) < top:
-        raise UserError(f"{', '.join(rows)}: {rated} rated rows, {top} are to be taken")
-    order = sorted((i for i, rating in enumerate(ratings) if not math.isnan(rating)), key=lambda i: -ratings[i])
-    best, places = set(order[:top]), itertools.count()
-    return {source: [row for row in rows[source] if next(places) in best] for source in rows}
+                ratings[source, number] = math.nan if isinstance(rating, bool) else float(rating)
+            except (ValueError, TypeError, OverflowError):
+                ratings[source, number] = math.nan
+            if math.isnan(ratings[source, number]):
+                del ratings[source, number]
+                account.refuse(f"{source}, row {number}", f"column {field} holds {rating!r:.60}, not a rating")
+    if len(ratings) < top:
+        raise UserError(f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
+    best = set(sorted(ratings, key=ratings.get, reverse=True)[:top])
+    return {name: [row for i, row in enumerate(found, 1) if (name, i) in best] for name, found in rows.items()}
 
 
 def add_flags(parser, group: str = "model and data"):
