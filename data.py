@@ -1,8 +1,8 @@
 """What a model is trained on: rows -> messages -> (ids, response mask) -> batches, and the paper's data pool.
 
-Three steps, one section each: get the conversations of sources, encode them in the template of Appendix A.1 with a mask
-of the supervised tokens, group the samples into batches. Files and the hub: support/sources.py; what the columns of a
-row say: support/schemas.py.
+One section each: get the conversations of sources, encode them in the template of Appendix A.1 with a mask of the
+supervised tokens, group the samples into batches. Files and the hub: support/sources.py; a row's columns:
+support/schemas.py.
 """
 
 import itertools
@@ -86,7 +86,7 @@ def prompt_text(messages: list[Message], tokenizer: Tokenizer) -> str:
     if tokenizer.template:
         return tokenizer.template.render(messages, ask=True)
     end = {"assistant": tokenizer.eos}
-    said = [f"<|{turn['role']}|>\n{turn['content'].strip()}{end.get(turn['role'], '')}\n" for turn in messages]
+    said = (f"<|{m['role']}|>\n{m['content'].strip()}{end.get(m['role'], '')}\n" for m in messages)
     return "".join(said) + "<|assistant|>\n"
 
 
@@ -154,7 +154,7 @@ def load_examples(
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
     account.dropped += len(examples) - len(kept)
-    account.cut += sum(len(e.ids) > max_length for e in kept)  # by the one token more that they were encoded to
+    account.cut += sum(len(e.ids) > max_length for e in kept)  # hence + 1
     return [Example(e.ids[:max_length], e.response[:max_length]) for e in kept], len(examples) - len(kept)
 
 
@@ -187,8 +187,8 @@ def plan_batches(
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
     """Samples as one batch, padded on the right: ids (B, L) int64 on `device`, and response (B, L) bool on the host.
 
-    What is supervised is known before the device computes anything, so nobody ever has to wait for it to say. Of no
-    samples: one row of one unsupervised token.
+    What is supervised is known before the device computes, so nobody has to wait for it. Of no samples: one row of
+    one unsupervised token.
     """
     if not examples:
         examples = [Example(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))]

@@ -266,15 +266,15 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
 
 def response_places(response: Tensor, device) -> Tensor:
-    """Where response tokens stand in a batch, row after row: (B, L) bool, on the host -> (T,); no row's first."""
+    """Where response tokens stand, row after row, but no row's first: (B, L) bool, on the host -> (T,)."""
     return nn.functional.pad(response[:, 1:], (1, 0)).flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 
 def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, watch=None) -> Tensor:
     """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (T,) float32.
 
-    The loss of token x_i comes from the hidden state of x_{i-1}; only those positions meet the vocabulary. They are
-    `response_places`, so T is response[:, 1:].sum(). On the host, nothing waits for a GPU. watch: as token_nll's.
+    The loss of token x_i comes from the hidden state of x_{i-1}; only `response_places`, T of them, meet the
+    vocabulary. With `response` on the host, nothing waits for a GPU. watch: as token_nll's.
     """
     hidden = model(input_ids)
     places = response_places(response, hidden.device)
