@@ -1,8 +1,8 @@
 """What a model is trained on: rows -> messages -> (ids, response mask) -> batches, and the paper's data pool.
 
 One section each: get the conversations of sources, encode them in the template of Appendix A.1 with a mask of the
-supervised tokens, group the samples into batches. Files and the hub: support/sources.py; a row's columns:
-support/schemas.py.
+supervised tokens, group the samples into batches. Below: support/sources.py (files, the hub), support/schemas.py
+(a row's columns).
 """
 
 import itertools
@@ -148,13 +148,13 @@ def load_examples(
     """
     account = account or Account()
     found = load_conversations(sources, limit, seed, top, rating_field, account)
-    left_out = tokenizer.template and tokenizer.template.left_out
+    left_out = tokenizer.template and tokenizer.template.left_out  # + 1: is it cut?
     examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1), left_out)
     kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
     account.dropped += len(examples) - len(kept)
-    account.cut += sum(len(e.ids) > max_length for e in kept)  # hence + 1
+    account.cut += sum(len(e.ids) > max_length for e in kept)
     return [Example(e.ids[:max_length], e.response[:max_length]) for e in kept], len(examples) - len(kept)
 
 
@@ -187,8 +187,8 @@ def plan_batches(
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
     """Samples as one batch, padded on the right: ids (B, L) int64 on `device`, and response (B, L) bool on the host.
 
-    What is supervised is known before the device computes, so nobody has to wait for it. Of no samples: one row of
-    one unsupervised token.
+    What is supervised is known before the device computes, so nobody waits for it. Of no samples: one unsupervised
+    token.
     """
     if not examples:
         examples = [Example(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))]

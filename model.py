@@ -266,14 +266,14 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
 
 def response_places(response: Tensor, device) -> Tensor:
-    """Where response tokens stand, row after row, but no row's first: (B, L) bool, on the host -> (T,)."""
+    """Where response tokens stand, but no row's first: (B, L) bool, on the host -> (T,), row after row."""
     return nn.functional.pad(response[:, 1:], (1, 0)).flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 
 def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, watch=None) -> Tensor:
     """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (T,) float32.
 
-    The loss of token x_i comes from the hidden state of x_{i-1}; only `response_places`, T of them, meet the
+    The loss of token x_i comes from the hidden state of x_{i-1}; only `response_places`, T in all, meet the
     vocabulary. With `response` on the host, nothing waits for a GPU. watch: as token_nll's.
     """
     hidden = model(input_ids)

@@ -7,6 +7,7 @@ named with the one that is meant: NAME:SPLIT, or NAME:CONFIGURATION:SPLIT.
 import bz2
 import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -169,32 +170,44 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
     """
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     number, text = next(lines, (0, ""))
+    if not text:
+        return
     try:
-        json.loads(text or "0")
-    except (ValueError, RecursionError):  # a value on several lines, perhaps
-        text += file.read()
-    values, following = _values(text, number, path, account), next(lines, None)
-    first = list(itertools.islice(values, 2))
-    yield from first if following or len(first) > 1 else (row for value in first for row in _unwrapped(value, path))
-    yield from values
-    for number, line in itertools.chain([following] if following else (), lines):
-        yield from _values(line, number, path, account)
-
-
-def _values(text: str, number: int, path: Path, account: Account) -> Iterator:
-    """The JSON values of a text that starts at line `number`, one behind the other; a line with a broken one is not."""
-    decoder, place, counted = json.JSONDecoder(), 0, 0
-    while found := re.compile(r"\S").search(text, place):
-        start = found.start()
+        first = [json.loads(text)]
+    except (ValueError, RecursionError) as reason:
+        rest = file.read()
         try:
-            value, place = decoder.raw_decode(text, start)
-            yield value
+            values = _values(text + rest)
+            yield from values if len(values) > 1 else _unwrapped(values[0], path)
+            return
+        except (ValueError, RecursionError) as whole:
+            broken = whole if kind_of(path) == ("json", "") and isinstance(whole, json.JSONDecodeError) else None
+            line = number - 1 + broken.lineno if broken else number
+            account.refuse(f"{path}, line {line}", f"not JSON ({getattr(broken or reason, 'msg', reason)})")
+        first = []
+        lines = ((n, line) for n, line in enumerate(io.StringIO(rest, newline=""), number + 1) if line.strip())
+    if (following := next(lines, None)) is None:
+        yield from (row for value in first for row in _unwrapped(value, path))
+        return
+    yield from first
+    for number, line in itertools.chain([following], lines):
+        try:
+            row = json.loads(line)
         except (ValueError, RecursionError) as reason:
-            exact = kind_of(path) == ("json", "") and isinstance(reason, json.JSONDecodeError)
-            number, counted = number + text.count("\n", counted, start), start
-            line = number + (text.count("\n", start, reason.pos) if exact else 0)
-            account.refuse(f"{path}, line {line}", f"not JSON ({getattr(reason, 'msg', reason)})")
-            place = (text.find("\n", start) + 1) or len(text)
+            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(reason, 'msg', reason)})")
+            continue
+        yield row
+
+
+def _values(text: str) -> list:
+    """The JSON values of a text, one behind the other on as many lines as each may take."""
+    found, decoder, space = [], json.JSONDecoder(), re.compile(r"\s*")
+    place = space.match(text).end()
+    while place < len(text):
+        value, end = decoder.raw_decode(text, place)
+        found.append(value)
+        place = space.match(text, end).end()
+    return found
 
 
 def _unwrapped(value, path: Path) -> list:
