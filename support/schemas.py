@@ -5,6 +5,7 @@ meaning and is refused, or it is about the row (id, source, score, ...): passed 
 The same holds for the keys of a message.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -88,18 +89,15 @@ def first_there(options: Iterable[tuple[str, ...]], given: dict) -> tuple[str, .
 
 def listed(value, wrong: str) -> list:
     """A list, however it was written: as it is, as a text of JSON, as a struct of lists; else a UserError, `wrong`."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise UserError(f"{wrong}, but a text that is no JSON") from None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
     if isinstance(value, dict):
         columns = {key: column for key, column in value.items() if column is not None}
-        if not all(isinstance(column, list) for column in columns.values()) or len({*map(len, columns.values())}) > 1:
-            raise UserError(f"{wrong}, but an object, and its values are no lists of one length")
-        value = [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+        lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
+        if len(lengths) < 2 and None not in lengths:
+            value = [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
     if not isinstance(value, list):
-        raise UserError(f"{wrong}, but {type(value).__name__}")
+        raise UserError(f"{wrong}, nor JSON or lists of one length that make one, but {type(value).__name__}")
     return value
 
 

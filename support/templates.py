@@ -59,11 +59,6 @@ class Notes(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
-def make_dict(*entries, **named) -> dict:
-    """Jinja's dict(), without what Python's own class has besides."""
-    return dict(*entries, **named)
-
-
 def raise_exception(message: str):
     """What a template calls where it cannot write a conversation."""
     raise jinja2.TemplateError(message)
@@ -84,7 +79,8 @@ def compile_template(text: str) -> jinja2.Template:
         raise UserError(f"jinja2 {jinja2.__version__}: its sandbox has holes that 3.1.6 closed; pip install -U jinja2")
     extensions = [Generation, "jinja2.ext.loopcontrols"]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    sandbox.globals |= {"namespace": Notes, "raise_exception": raise_exception, "dict": make_dict}
+    sandbox.globals |= {"namespace": Notes, "raise_exception": raise_exception}
+    sandbox.globals["dict"] = lambda *entries, **named: dict(*entries, **named)
     del sandbox.globals["lipsum"]
     sandbox.filters["tojson"] = to_json
     return sandbox.from_string(text)
