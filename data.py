@@ -5,6 +5,7 @@ supervised tokens, group the samples into batches. Below: support/sources.py (fi
 (a row's columns).
 """
 
+import bisect
 import itertools
 import random
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from support.files import UserError
+from support.files import UserError, note
 from support.packing import PASS_COST, cut_batch
 from support.schemas import Message, conversations
 from support.sources import Account, best_rated, load_rows, source_names
@@ -94,42 +95,38 @@ def prompt_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     """What a model is asked with as ids, with no control token that a message spells."""
     if tokenizer.template:
         return tokenizer.template.prompt(messages)
-    return encode([*messages, {"role": "assistant", "content": ""}], tokenizer, 10**9).ids[:-1].tolist()
+    said = [message | {"content": tokenizer.guard(message["content"].strip())} for message in messages]
+    return [token for token, _, _ in tokenizer.read(tokenizer.start + prompt_text(said, tokenizer))]
 
 
 def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Example:
     """Messages in the template of Appendix A.1 as token ids, cut to `max_length`, with the mask of supervised tokens.
 
     `<|system|>\\n{}\\n`, `<|user|>\\n{}\\n` and `<|assistant|>\\n{}{eos}\\n`, contents stripped, the last newline
-    dropped. Each stretch between end tokens is encoded whole; its end token is appended by its id. Supervised are
+    dropped, in one text, as transformers reads it; what a row spells is no control token. Supervised are
     the assistant's tokens and their end token, but for a message of weight 0; a token that straddles the boundary
     belongs to the prompt. With --template model: support/templates.py, in the checkpoint's own template.
     """
     if tokenizer.template:
         return Example(*map(torch.tensor, tokenizer.template.encode(messages, max_length)))
-    ids, response = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
-    reach = 2 * max_length * tokenizer.longest  # characters, twice what the tokens that are kept can cover
-
-    def append(text, answer_start):
-        stretch, starts = tokenizer.encode(text[:reach])
-        ids.extend(stretch)
-        response.extend(start >= answer_start for start in starts)
-
-    text = ""
-    for message in messages:
+    text, spans = tokenizer.start, []
+    for number, message in enumerate(messages):
+        if number:
+            text += "\n"
         text += f"<|{message['role']}|>\n"
+        start = len(text)
+        text += tokenizer.guard(message["content"].strip())
         if message["role"] == "assistant":
-            supervised = message.get("weight", 1) != 0
-            append(text + message["content"].strip(), len(text) if supervised else reach)
-            ids.append(tokenizer.eos_id)
-            response.append(supervised)
-            text = "\n"
-        else:
-            text += message["content"].strip() + "\n"
-    if text := text.removesuffix("\n"):
-        append(text, len(text))
-    response[:1] = [False] * len(ids[:1])  # nothing predicts it
-    return Example(torch.tensor(ids[:max_length]), torch.tensor(response[:max_length], dtype=torch.bool))
+            text += tokenizer.eos
+            if message.get("weight", 1) != 0:
+                spans.append((start, len(text)))
+    found = tokenizer.read(text[: 2 * max_length * tokenizer.longest])[:max_length]  # twice what they cover
+    response = torch.zeros(len(found), dtype=torch.bool)
+    starts = [start for _, start, _ in found]
+    for start, end in spans:
+        response[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, end)] = True
+    response[:1] = False  # nothing predicts it
+    return Example(torch.tensor([token for token, _, _ in found], dtype=torch.int64), response)
 
 
 def load_examples(
@@ -150,6 +147,8 @@ def load_examples(
     found = load_conversations(sources, limit, seed, top, rating_field, account)
     left_out = tokenizer.template and tokenizer.template.left_out  # + 1: is it cut?
     examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1), left_out)
+    if tokenizer.lost:
+        note(tokenizer.lost)
     kept = [e for e in examples if e.response[:max_length].any()]
     if not kept:
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")

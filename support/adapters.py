@@ -6,12 +6,13 @@ An adapter's folder holds adapter_config.json and adapter_model.safetensors.
 import re
 from pathlib import Path
 
+import pyarrow.compute
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from support.checkpoint import find_folder, open_safetensors
+from support.checkpoint import find_folder, is_off, open_safetensors
 from support.files import UserError, is_count, is_number, read_json, write_json, write_whole, writing
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "run.json"]
@@ -71,7 +72,7 @@ def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, floa
     if not is_number(rate) or not 0 <= rate < 1:
         raise UserError(f"{folder}: lora_dropout is {rate!r}, not a number in [0, 1)")
     for key in sorted(config.keys() - READ_KEYS - FREE_KEYS):
-        if config[key] not in (None, False, {}, [], ""):  # as peft leaves what is not switched on
+        if not is_off(config[key]):
             raise UserError(f"{folder}: {key} is not implemented, and may change the result; it is {config[key]!r}")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian"):  # the others change the base too
         raise UserError(f"{folder}: init_lora_weights {config['init_lora_weights']!r} is not implemented")
@@ -116,7 +117,7 @@ def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, floa
 def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) -> set[str] | None:
     """The layers that an adapter's config says it adapts, as peft reads it; None where it does not say.
 
-    UserError for what is no list of names nor a pattern that is safe to match.
+    UserError for what is no list of names nor a pattern that RE2 knows.
     """
 
     def names(key) -> list[str] | str | None:
@@ -125,18 +126,19 @@ def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) 
         texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
         if not (value is None or texts or isinstance(value, str)):
             raise UserError(f"{folder}: {key} is {value!r}, not names")
-        # Anyone may have written the pattern, and a repeated group can take longer than one lives
-        if isinstance(value, str) and (re.search(r"\)[*+?{]", value) or sum(map(value.count, "*+{")) > 8):
-            raise UserError(f"{folder}: {key} {value!r} is too involved a pattern to be matched here; write out names")
         return value
 
-    def matches(name: str, given: list[str] | str) -> bool:
+    def matching(given: list[str] | str, among=tuple(linears)) -> set[str]:
         if isinstance(given, list):
-            return any(f".{name}".endswith(f".{end}") for end in given)
+            ends = set(given)
+            parts = {name: name.split(".") for name in among}
+            return {name for name, of in parts.items() if any(".".join(of[i:]) in ends for i in range(len(of)))}
         try:
-            return bool(re.fullmatch(given, name))
-        except (re.error, RecursionError, OverflowError) as reason:
-            raise UserError(f"{folder}: {given!r} is no pattern ({reason})") from None
+            re.compile(given)  # peft's language; RE2, which knows most of it, needs no longer for any pattern
+            found = pyarrow.compute.match_substring_regex(pyarrow.array(among, "string"), f"^(?:{given})$")
+        except (re.error, RecursionError, OverflowError, pyarrow.ArrowInvalid) as reason:
+            raise UserError(f"{folder}: {given[:60]!r} is no pattern that can be matched here: {reason}") from None
+        return {name for name, matched in zip(among, found.to_pylist(), strict=True) if matched}
 
     targets, excluded, only = names("target_modules"), names("exclude_modules") or [], config.get("layers_to_transform")
     if targets is None:
@@ -144,12 +146,12 @@ def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) 
     if names("layers_pattern") not in (None, [], ["layers"]):
         raise UserError(f"{folder}: layers_pattern {config['layers_pattern']!r} is not of this decoder")
     only = [only] if isinstance(only, int) else only or []
-    if not isinstance(only, list):
+    if not isinstance(only, list) or not all(isinstance(number, int) for number in only):
         raise UserError(f"{folder}: layers_to_transform is {only!r}, not numbers")
-    found = set(linears) if targets == "all-linear" else {name for name in linears if matches(name, targets)}
-    found = {name for name in found if not matches(name, excluded)}
+    found = (set(linears) if targets == "all-linear" else matching(targets)) - matching(excluded)
     if isinstance(targets, list) and only:
-        found = {name for name in found if name in targets or int(name.split(".")[2]) in only}
-    if targets != "all-linear" and any(matches(name, targets) for name in ("lm_head", "model.embed_tokens")):
+        whole, only = set(targets), set(only)
+        found = {name for name in found if name in whole or int(name.split(".")[2]) in only}
+    if targets != "all-linear" and matching(targets, ("lm_head", "model.embed_tokens")):
         raise UserError(f"{folder}: target_modules names the head or the embedding, which are not adapted here")
     return found

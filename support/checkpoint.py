@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.files import UserError, is_count, is_number, note, read_json, write_json, write_whole, writing
+from support.decoding import NEUTRAL, named_ends
+from support.files import UserError, is_count, is_number, note, read_json, readable, write_json, write_whole, writing
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-CHECKPOINT_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*"]
+SHARDS = ["model.safetensors.index.json", "model-*.safetensors"]  # read where there is no whole file
+CHECKPOINT_FILES = ["config.json", "generation_config.json", "model.safetensors", *SHARDS]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 # What to do about an error of the hub's client: of the first kind that it is
 NEXT_STEPS = {
     "GatedRepoError": "ask for access on its page there, then set HF_TOKEN",
@@ -43,6 +45,9 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
     try:
         return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
+        if repo_type == "model" and (cached := getattr(reason, "snapshot_path", None)):
+            note(f"{name}: {str(reason).partition('. ')[0]}")  # whoever needs one of them will miss it, by its name
+            return Path(cached)
         kinds = [kind.__name__ for kind in type(reason).__mro__]
         step = next(step for kind, step in NEXT_STEPS.items() if kind in kinds)
         why = str(reason).strip().rstrip(".")
@@ -51,10 +56,12 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
 
 def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) -> Path:
     """`find_folder` of a model (default: all of its files); what is an adapter gets an error that says what to type."""
-    wanted = patterns or CHECKPOINT_FILES + TOKENIZER_FILES
-    folder = find_folder(name_or_path, [*wanted, "adapter_config.json"], revision)
+    wanted = [*(patterns or CHECKPOINT_FILES + TOKENIZER_FILES), "adapter_config.json"]
+    folder = find_folder(name_or_path, [file for file in wanted if file not in SHARDS], revision)
     here = [(folder / name).exists() for name in ("adapter_config.json", "config.json", "tokenizer.json")]
-    if here[0] and not (here[1] or (here[2] and wanted == TOKENIZER_FILES)):  # a run's tokenizer may be asked for
+    if here[1] and SHARDS[0] in wanted and not (folder / "model.safetensors").exists():
+        folder = find_folder(name_or_path, SHARDS, revision)
+    if here[0] and not (here[1] or (here[2] and SHARDS[0] not in wanted)):  # a run's tokenizer may be asked for
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         merged = f", or --model {name_or_path}/merged" if (folder / "merged").is_dir() else ""
         use = f"give --model {base} (and to evaluate.py or paper.visualize --adapter {name_or_path}){merged}"
@@ -62,27 +69,74 @@ def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) ->
     return folder
 
 
-def special_token(folder: Path, name: str) -> str | None:
-    """What a checkpoint's tokenizer calls its "eos_token" or "bos_token": as transformers reads the two files of that.
+# Tokens that a class of transformers names where tokenizer_config.json does not
+CLASS_TOKENS = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "Qwen2Tokenizer": dict.fromkeys(["unk_token", "eos_token", "pad_token"], "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(["unk_token", "bos_token", "eos_token"], "<|endoftext|>"),
+}
+
+
+def tokenizer_settings(folder: Path) -> dict:
+    """What a checkpoint's files say of its tokenizer, as transformers reads them; tokenizer_class is the one it uses.
 
     They are tokenizer_config.json and, in older folders, special_tokens_map.json, which counts first there.
     """
-    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    found = [read_json(path) for path in paths if path.exists()]
-    if not found:
+    paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not any(path.exists() for path in paths):
         raise UserError(f"{folder} has no {paths[0].name}")
-    places = found if "added_tokens_decoder" in found[0] else found[::-1]
-    token = next((place[name] for place in places if place.get(name) is not None), None)
+    said, later = [read_json(path) if path.exists() else {} for path in paths]
+    if "added_tokens_decoder" not in said:
+        said = said | {key: value for key, value in later.items() if value is not None}
+    kind = str(said.get("tokenizer_class") or "").removesuffix("Fast")
+    if kind == "LlamaTokenizer" and '"ByteLevel"' in (folder / "tokenizer.json").read_text(encoding="utf-8"):
+        kind = ""
+    return CLASS_TOKENS.get(kind, {}) | said | {"tokenizer_class": kind}
+
+
+def special_token(folder: Path, name: str) -> str | None:
+    """What a checkpoint's tokenizer calls its "eos_token" or "bos_token"."""
+    token = tokenizer_settings(folder).get(name)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
         raise UserError(f"{folder}: {name} {token!r} is no text")
     return token
 
 
+# Keys of config.json. Those that are read below; those of which one value is implemented; and those that change no
+# logits of these families, whatever they say: what it was made with, its tokens, training, labels, how text is drawn.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+ONLY = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "is_causal": True}
+ONLY["quantization_config"] = None
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_KEYS}
+READ_KEYS = {*SIZES, *OPTIONAL_SIZES, *FLAGS, "model_type", "architectures", "dtype", "torch_dtype", "rms_norm_eps"}
+READ_KEYS |= {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types"}
+FREE_KEYS = set(
+    """
+    _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled auto_map
+    attn_implementation transformers_version transformers.js_config is_llama_config unsloth_fixed unsloth_version
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    tokenizer_class model_max_length use_cache gradient_checkpointing initializer_range pretraining_tp num_labels
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate id2label label2id
+    problem_type finetuning_task task_specific_params prefix torchscript use_bfloat16 keys_to_ignore_at_inference
+    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample max_length length_penalty
+    early_stopping repetition_penalty
+    """.split()
+)
+
+
+def is_off(value) -> bool:
+    """Whether a setting that is not known here is as configurations leave what is not switched on."""
+    return value in (None, False, "", [], {})
+
+
 def read_architecture(folder: Path) -> dict:
     """The fields of model.Config from `folder`/config.json, whichever of transformers' two dialects it is written in.
 
-    Whatever would change the result and is not implemented here is refused by name.
+    A key is read, or known to change no logits (FREE_KEYS), or off. Whatever else there is is refused by name.
     """
     raw = read_json(folder / "config.json")
 
@@ -94,45 +148,37 @@ def read_architecture(folder: Path) -> dict:
     known = [name for name, of in FAMILIES.items() if of == family]
     if not known or architecture not in (None, *known):
         refuse(f"architecture {architecture} of model_type {family} is not one of {FAMILIES}")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    optional = {"num_key_value_heads", "head_dim", "max_position_embeddings"}
-    for key in (*sizes, *(key for key in optional if raw.get(key) is not None)):
+    for key in (*SIZES, *(key for key in OPTIONAL_SIZES if raw.get(key) is not None)):
         if not is_count(raw.get(key)):
             refuse(f"{key} is {raw.get(key)!r}, not a whole number above 0")
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+    for key in FLAGS:
         if type(raw.get(key)) not in (bool, type(None)):
             refuse(f"{key} is {raw[key]!r}, not true or false")
-    only = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None}
-    for key, implemented in only.items():
-        if raw.get(key, implemented) != implemented:
-            refuse(f"{key} {raw[key]!r} is not implemented")
+    for key in sorted(raw.keys() - READ_KEYS - FREE_KEYS - NEUTRAL.keys()):
+        if raw[key] != ONLY[key] if key in ONLY else not is_off(raw[key]):
+            refuse(f"{key} {raw[key]!r} is not implemented, and may change what the model computes")
 
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None:
-        kinds, full = raw.get("layer_types"), raw.get("max_window_layers", 28)
-        if isinstance(kinds, list) and kinds:
-            full = layers if all(kind == "full_attention" for kind in kinds[:layers]) else 0
-        if not isinstance(full, int) or full < layers:
-            refuse("use_sliding_window: sliding-window attention is not implemented")
+    kinds, full, window = raw.get("layer_types") or [], raw.get("max_window_layers", 28), None
+    if raw.get("use_sliding_window") or family == "llama":  # whose cache has a window wherever a size is named
+        window = raw.get("sliding_window", 4096 if raw.get("use_sliding_window") else None)
+    slides = window is not None and (family == "llama" or not kinds and not (is_count(full) and full >= layers))
+    if slides or not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        refuse("use_sliding_window, layer_types: sliding-window attention is not implemented")
 
-    def first(*values):
-        return next(value for value in values if value is not None)
-
-    rope = first(raw.get("rope_parameters"), raw.get("rope_scaling"), {})
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the first counts where both are there
     if not isinstance(rope, dict):
         refuse(f"rope parameters {rope!r} are no JSON object")
-    rope = dict(rope)
-    rope["rope_type"] = first(rope.get("rope_type"), rope.get("type"), "default")
-    rope["rope_theta"] = first(rope.get("rope_theta"), raw.get("rope_theta"), 10000.0)
-    per_layer = any(isinstance(value, dict) for value in rope.values())
-    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or per_layer:
+    theta = raw["rope_theta"] if raw.get("rope_theta") is not None else 10000.0
+    rope = {"rope_type": rope.get("type") or "default", "rope_theta": theta} | {
+        key: value for key, value in rope.items() if value is not None
+    }
+    unread = {key for key, value in rope.items() if key not in ROPE_KEYS and not is_off(value)}
+    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or unread:
         refuse(f"rope parameters {rope} are not implemented, only rope_type default or llama3, one for all layers")
     needed = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
     if rope["rope_type"] == "llama3":
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            if key not in rope:
-                refuse(f"rope_type llama3 without {key}")
-            needed[key] = rope[key]
+        needed |= {key: rope.get(key) for key in LLAMA3_KEYS}
     for key, value in needed.items():
         if not is_number(value) or value <= 0:
             refuse(f"{key} is {value!r}, not a number above 0")
@@ -148,7 +194,7 @@ def read_architecture(folder: Path) -> dict:
     if heads % key_heads or head_dim % 2 or not head_dim:
         refuse(f"{heads} heads over {key_heads} key heads, of {head_dim} dimensions each, do not come out even")
     biased = bool(raw.get("attention_bias"))
-    return {key: raw[key] for key in sizes} | {
+    return {key: raw[key] for key in SIZES} | {
         "num_key_value_heads": key_heads,
         "head_dim": head_dim,
         "rms_norm_eps": needed["rms_norm_eps"],
@@ -167,9 +213,7 @@ def read_architecture(folder: Path) -> dict:
 def open_safetensors(path: Path):
     """safetensors.safe_open, with a UserError that names the file when it is missing or not whole."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("no file of bytes")  # a pipe, say, which nothing may ever come out of
-        return safe_open(path, framework="pt")
+        return safe_open(readable(path, most=2**50), framework="pt")
     except (SafetensorError, OSError) as reason:
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
 
@@ -316,9 +360,8 @@ def save_model(model: nn.Module, folder):
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     if not model.folder:
         return
-    for pattern in TOKENIZER_FILES:
-        for file in model.folder.glob(pattern):
-            write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
+    for file in filter(Path.is_file, (model.folder / name for name in [*TOKENIZER_FILES, "chat_template.jinja"])):
+        write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
     if told := generation_config(model.folder, config):
         write_json(folder / "generation_config.json", told)
 
@@ -336,13 +379,12 @@ def generation_config(folder: Path, config: dict) -> dict:
     end, model = special_token(folder, "eos_token"), tokenizer.get("model") or {}
     vocabulary = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
     ids = vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-    return with_ends(told, [ids[end]] if end in ids else [])
+    return with_ends(told, [ids[end]] if end in ids else [], path)
 
 
-def with_ends(told: dict, tokens: list[int]) -> dict:
+def with_ends(told: dict, tokens: list[int], where: Path) -> dict:
     """A generation_config's content that names these tokens too where an answer ends, behind those that it has."""
-    ends = told.get("eos_token_id")
-    ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *tokens]))
+    ends = list(dict.fromkeys([*named_ends(told, where), *tokens]))
     return told | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
 
 

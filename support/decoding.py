@@ -248,16 +248,24 @@ def generation_settings(model: nn.Module, tokenizer) -> dict:
     """
     path = model.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else model.config.raw
+    where = path if path.exists() else model.folder / "config.json"
     for key, neutral in NEUTRAL.items():
         allowed = neutral if isinstance(neutral, tuple) else (neutral,)
         if settings.get(key) not in (None, False, "", [], {}, *allowed):
-            where = path if path.exists() else model.folder / "config.json"
             raise UserError(
                 f"{where}: {key} {settings[key]!r} is not implemented; take it out to have plain greedy decoding"
             )
-    named, penalty = settings.get("eos_token_id"), settings.get("repetition_penalty")
+    penalty = settings.get("repetition_penalty")
     penalty = 1.0 if penalty is None else penalty
+    if not is_number(penalty) or penalty <= 0:
+        raise UserError(f"{where}: repetition_penalty is {penalty!r}, not a number above 0")
+    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty}
+
+
+def named_ends(settings: dict, where) -> list[int]:
+    """The tokens at which the configuration in the file `where` says that an answer ends: none, one or some."""
+    named = settings.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(token) is int for token in named) or not is_number(penalty) or penalty <= 0:
-        raise UserError(f"{model.folder}: eos_token_id {named} or repetition_penalty {penalty!r} of its configuration")
-    return {"stop_ids": {*tokenizer.end_ids, *named}, "repetition_penalty": penalty}
+    if not all(type(token) is int for token in named):
+        raise UserError(f"{where}: eos_token_id is {named!r}, not tokens' numbers")
+    return named

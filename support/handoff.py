@@ -1,17 +1,15 @@
 """What a run leaves to whoever goes on with it: its chat template, a model card, the commands to type next."""
 
 import argparse
-import functools
 import json
 import shlex
-import shutil
 from pathlib import Path
 
-from support.checkpoint import TOKENIZER_FILES, with_ends
+from support.checkpoint import tokenizer_settings, with_ends
 from support.command import cell
 from support.files import read_json, readable, write_json, write_whole
 from support.machine import find_device, usual_dtype
-from support.tokenizer import Tokenizer
+from support.tokenizer import Tokenizer, load_backend
 
 # ------------------------------------------------------------------------------------------------- the chat template
 
@@ -30,10 +28,8 @@ FORM = """\
 
 def chat_template(tokenizer: Tokenizer) -> str:
     """Jinja text that renders messages as the run has seen them, BOS and end tokens included."""
-    bos = "".join(tokenizer.backend.id_to_token(token) for token in tokenizer.prefix)
-    return FORM.replace("{{ BOS }}", f"{{{{ {json.dumps(bos)} }}}}" if bos else "").replace(
-        "{{ EOS }}", f"{{{{ {json.dumps(tokenizer.eos)} }}}}"
-    )
+    start = f"{{{{ {json.dumps(tokenizer.start)} }}}}" if tokenizer.start else ""
+    return FORM.replace("{{ BOS }}", start).replace("{{ EOS }}", f"{{{{ {json.dumps(tokenizer.eos)} }}}}")
 
 
 def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
@@ -42,19 +38,16 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
     Where a whole model lies there, what generates from it is told of the run's end of an answer.
     """
     own = tokenizer.template is not None  # the run was trained in the checkpoint's template
-    for file in [path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()]:
-        if own or not file.name.startswith("chat_template"):
-            write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
-    path = source / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {key: value for key, value in tokenizer_settings(source).items() if value is not None}
+    write_whole(folder / "tokenizer.json", lambda path: load_backend(source).save(str(path)))
     known = {"eos_token": tokenizer.eos} | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
-    held = {key: value for key, value in config.items() if value is not None}
     # in both places that are read, by older and by newer programs
     template = tokenizer.template.text if own else chat_template(tokenizer)
-    write_json(folder / "tokenizer_config.json", known | held | {"chat_template": template})
+    told = known | settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    write_json(folder / "tokenizer_config.json", told)
     write_whole(folder / "chat_template.jinja", lambda path: path.write_text(template, encoding="utf-8"))
     if (path := folder / "generation_config.json").exists():
-        write_json(path, with_ends(read_json(path), sorted(tokenizer.end_ids)))
+        write_json(path, with_ends(read_json(path), sorted(tokenizer.end_ids), path))
 
 
 # --------------------------------------------------------------------------------------------------- the model card

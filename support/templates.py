@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -89,32 +88,32 @@ def compile_template(text: str) -> jinja2.Template:
 # ------------------------------------------------------------------------------------------------------ a template
 
 
+@contextlib.contextmanager
+def running(template: str, fails: str):
+    """A context in which a program of the checkpoint's own runs: it may raise anything, or never end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(signal.SIGINT, f"stopped while {template} ran") from None
+    except Exception as reason:
+        raise UserError(f"{template} {fails}: {str(reason) or type(reason).__name__}") from None
+
+
 class ChatTemplate:
     """A checkpoint's template and tokenizer. text: the Jinja source; end: the control token that closes an answer."""
 
     def __init__(self, text: str, tokenizer, folder: Path):
         """tokenizer: support.tokenizer's. Raises UserError where this template is not one that can be trained in."""
         self.text, self.tokenizer, self.of = text, tokenizer, f"the chat template of {folder}"
-        with self.running("cannot be read"):
+        with running(self.of, "cannot be read"):
             self.compiled = compile_template(text)
         self.variables = variables(folder)
         control = tokenizer.control_tokens()
         self.control = re.compile("|".join(map(re.escape, control)))
-        self.spelled = re.compile(f"({'|'.join(re.escape(guarded(token)) for token in control)})")
         ends = self.control.findall(self.render(PROBE).rpartition(PROBE[-1]["content"])[2])
         if not ends:
             raise UserError(f"{self.of} puts no control token behind an answer: a model would not learn to end it")
         self.end = ends[0]
-
-    @contextlib.contextmanager
-    def running(self, fails: str):
-        """A context in which a program of the checkpoint's own runs: it may raise anything, or never end."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(signal.SIGINT, f"stopped while {self.of} ran") from None
-        except Exception as reason:
-            raise UserError(f"{self.of} {fails}: {str(reason) or type(reason).__name__}") from None
 
     def render(self, messages: list[dict], ask: bool = False) -> str:
         """The text of a conversation, up to where an answer would begin if it is to `ask` for one."""
@@ -129,7 +128,7 @@ class ChatTemplate:
         return [{"role": message["role"], "content": guard(message["content"])} for message in messages]
 
     def _write(self, turns: list[dict], ask: bool = False) -> str:
-        with self.running("cannot write this conversation"):
+        with running(self.of, "cannot write this conversation"):
             told = {"messages": turns, "add_generation_prompt": ask, "tools": None, "documents": None}
             return self.compiled.render(self.variables | told)
 
@@ -146,13 +145,9 @@ class ChatTemplate:
             text = before + GUARD + after if found else text  # what it writes once stands for one of two
         return ""
 
-    def _tokens(self, text: str) -> Iterator[tuple[int, int, int]]:
+    def _tokens(self, text: str) -> list[tuple[int, int, int]]:
         """(id, first character, the one after its last) of each token; what is GUARDed comes in as its characters."""
-        place = 0
-        for number, piece in enumerate(self.spelled.split(text)):
-            for token, start, end in self.tokenizer.places(piece.replace(GUARD, ""), control=number % 2 == 0):
-                yield token, place + start, place + end
-            place += len(piece)
+        return self.tokenizer.read(text)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids that ask for an answer to `messages`."""

@@ -355,8 +355,8 @@ def test_a_long_text_is_cut_before_it_is_encoded_and_no_token_is_lost(tokenizer,
     """Of the vocabulary's longest token, the text that needs the most characters for `max_length` tokens."""
     longest = max((token for token in tokenizer.backend.get_vocab() if token.isascii() and token.isalpha()), key=len)
     messages = [user("Q"), assistant((longest + " ") * 300)]
-    whole, lengths, real = data.encode(messages, tokenizer, 10**6), [], tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: lengths.append(len(text)) or real(text))
+    whole, lengths, real = data.encode(messages, tokenizer, 10**6), [], tokenizer.read
+    monkeypatch.setattr(tokenizer, "read", lambda text: lengths.append(len(text)) or real(text))
     cut = data.encode(messages, tokenizer, 40)
     assert len(cut.ids) == 40 < len(whole.ids)
     assert torch.equal(cut.ids, whole.ids[:40]) and torch.equal(cut.response, whole.response[:40])

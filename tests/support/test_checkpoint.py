@@ -1,5 +1,6 @@
 """Checkpoints: both config dialects, shards, dtypes, and what is refused by name."""
 
+import itertools
 import json
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from conftest import edit_json, make_model, to_old_dialect
 from hub import run_python, serve
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save_model as save_shared
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lora
 from model import load_model, read_config
@@ -68,7 +69,11 @@ def test_a_sliding_window_that_no_layer_uses_is_accepted(checkpoint, tmp_path):
     shutil.copy(checkpoint / "config.json", tmp_path)
     window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3, "layer_types": None}
     edit_json(tmp_path / "config.json", lambda config: config.update(window))
-    assert read_config(tmp_path).num_hidden_layers == 3
+    if "llama" in json.loads((checkpoint / "config.json").read_text())["model_type"]:
+        with pytest.raises(UserError, match="sliding-window"):  # transformers' cache of a Llama has a window then
+            read_config(tmp_path)
+    else:
+        assert read_config(tmp_path).num_hidden_layers == 3
 
 
 @pytest.fixture
@@ -282,6 +287,81 @@ def test_weights_in_no_form_that_is_read_are_refused_with_what_to_do(checkpoint,
             load_model(folder)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 16
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+# each key that the three configuration classes have, older ones and some of others' -> values that are not its default
+KEYS = {
+    **{key: [16] for key in ("vocab_size", "hidden_size", "intermediate_size")},
+    **{key: [2, 4, 32] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")},
+    **{key: [True] for key in ("attention_bias", "mlp_bias", "tie_word_embeddings", "is_encoder_decoder")},
+    **{key: [1] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward")},
+    **{key: [True] for key in ("output_attentions", "output_hidden_states", "torchscript", "is_decoder")},
+    **{key: [False] for key in ("use_cache", "is_causal")},
+    "_name_or_path": ["who/else"],
+    "architectures": [["LlamaModel"], None],
+    "attention_chunk_size": [4],
+    "attention_dropout": [0.5, None],
+    "dtype": ["float16", "int8"],
+    "hidden_act": ["gelu"],
+    "id2label": [{"0": "a"}],
+    "initializer_range": [0.5],
+    "label2id": [{"a": 0}],
+    "layer_types": [["sliding_attention"] * 3, ["full_attention"] * 3, "full_attention"],
+    "max_position_embeddings": [8, 4096],
+    "max_window_layers": [0],
+    "model_type": ["mistral", "qwen2"],
+    "original_max_position_embeddings": [8],
+    "partial_rotary_factor": [0.5],
+    "pretraining_tp": [2],
+    "problem_type": ["regression"],
+    "return_dict": [True],  # without which transformers itself gives no logits
+    "rms_norm_eps": [0.1],
+    "rope_parameters": [{"rope_type": "default", "rope_theta": 77.0}, LLAMA3, LLAMA3 | {"mscale": 2.0}, YARN],
+    "rope_scaling": [{"rope_type": "default", "rope_theta": 77.0}, LLAMA3, LLAMA3 | {"rope_theta": 77.0}, YARN, {}],
+    "rope_theta": [77.0],
+    "sliding_window": [4],
+    "temperature": [0.5],
+    "torch_dtype": ["float16"],
+    "transformers_version": ["4.0.0"],
+    "use_bidirectional_attention": [True],
+    "use_sliding_window": [True],
+}
+
+
+@pytest.fixture(scope="module")
+def changed(checkpoint, tmp_path_factory):
+    """A copy of a checkpoint, and how its config.json reads."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("changed") / "model")
+    return folder, json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_of_config_json_computes_what_transformers_computes_or_is_refused(changed, key):
+    folder, config = changed
+    assert CONFIG_MAPPING[config["model_type"]]().to_dict().keys() <= KEYS.keys() | {"rope_parameters"}
+    for value, theta in itertools.product(KEYS[key], [None, 300.0][: 1 + ("rope_" in key)]):
+        said = config | {key: value} | ({"rope_theta": theta} if theta else {})
+        (folder / "config.json").write_text(json.dumps(said))
+        try:
+            ours = as_we_do(folder)
+        except UserError as reason:
+            assert key not in ("rope_theta", "rms_norm_eps", "use_cache", "pretraining_tp"), reason
+            continue
+        assert (ours - as_transformers_reads_it(folder)).abs().max() < 1e-3, value
+
+
+def test_what_is_refused_of_config_json_is_what_is_neither_known_nor_off(llama, tmp_path):
+    shutil.copy(llama / "config.json", tmp_path)
+    for value in (None, False, 0, "", [], {}):
+        edit_json(tmp_path / "config.json", lambda config, value=value: config.update(something_new=value))
+        assert read_config(tmp_path).vocab_size == 400
+    for value in (True, 1, 0.5, "a", [0], {"a": None}):
+        edit_json(tmp_path / "config.json", lambda config, value=value: config.update(something_new=value))
+        with pytest.raises(UserError, match="something_new .* is not implemented"):
+            read_config(tmp_path)
+
+
 # ---------------------------------------------------------------------------------- adapters and what they say of it
 
 ALL = set(lora.TARGETS)
@@ -330,8 +410,11 @@ SAYS = {
     "has tensors for .*mlp.down_proj, which target_modules does not name": {"target_modules": ["q_proj", "k_proj"]},
     "target_modules names the head": {"target_modules": [*lora.TARGETS, "lm_head"]},
     "target_modules is 7, not names": {"target_modules": 7},
-    "too involved a pattern": {"target_modules": "(a+)+b"},
-    r"'\(' is no pattern": {"target_modules": "("},
+    "has tensors for": {"target_modules": ".?" * 40 + "x"},  # each of these took hours, or longer than anyone lives
+    "has tensors for model": {"target_modules": "(a|a)*" * 40 + "(.+)+b"},
+    "has tensors for model.": {"exclude_modules": ".*" * 9},
+    "matched here: missing": {"target_modules": "("},
+    "matched here: Invalid regular expression": {"target_modules": "(?=.*q_proj)"},
     "layers_pattern .* is not of this decoder": {"layers_pattern": ["h"], "layers_to_transform": [0]},
     "layers_to_transform is 'all'": {"layers_to_transform": "all"},
 }

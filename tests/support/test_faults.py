@@ -583,8 +583,8 @@ def test_a_vocabulary_that_makes_text_a_control_token_is_refused():
 
 
 def test_ten_megabytes_are_cut_before_they_are_encoded(tokenizer, monkeypatch):
-    real, characters = tokenizer.places, []
-    monkeypatch.setattr(tokenizer, "places", lambda text: characters.append(len(text)) or real(text))
+    real, characters = tokenizer.read, []
+    monkeypatch.setattr(tokenizer, "read", lambda text: characters.append(len(text)) or real(text))
     for piece in ("word ", "a", "\u65e5", "\n"):
         long = piece * (10_000_000 // len(piece.encode()))
         whole = data.encode([user("Q"), assistant("Yes " + long)], tokenizer, 300)

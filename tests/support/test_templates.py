@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 
 import pytest
 from conftest import BOS, EOS, edit_json, make_checkpoint
@@ -321,10 +323,20 @@ def test_a_template_that_never_ends_ends_by_ctrl_c_with_its_name(tmp_path, body)
         folder,
         "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}".replace("BODY", body),
     )
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        data.load_tokenizer(folder, template="model")
+
+    def interrupt():
+        while not any(f.filename == "<template>" for f in traceback.extract_stack(sys._current_frames()[here])):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    here = threading.get_ident()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run where Ctrl-C is ignored
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            data.load_tokenizer(folder, template="model")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert stopped.value.args == (signal.SIGINT, f"stopped while the chat template of {folder} ran")
 
 
