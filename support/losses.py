@@ -35,7 +35,7 @@ def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> 
     unless they are to count by their content too (`whole`).
     """
     weights = {stored.path for stored in find_tensors(model).values()}
-    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    patterns = ("config.json", "generation_config.json", "chat_template*", *TOKENIZER_FILES)
     files = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
     if adapter:
         weights.add(adapter / "adapter_model.safetensors")

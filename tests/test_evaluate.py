@@ -283,7 +283,7 @@ CHANGES = {
     "penalty": lambda at: change(at / "m" / "generation_config.json", repetition_penalty=1.5),
     "tokens": lambda at: change(at / "m" / "tokenizer_config.json", bos_token=None),
     "vocabulary": lambda at: (at / "m" / "tokenizer.json").write_text((at / "m" / "tokenizer.json").read_text() + " "),
-    "map": lambda at: change(at / "m" / "special_tokens_map.json", pad_token="x"),
+    "map": lambda at: change(at / "m" / "special_tokens_map.json", pad_token="<|end_of_text|>"),
     "template": lambda at: (at / "m" / "chat_template.jinja").write_text("{{ messages }}"),
     "alpha": lambda at: change(at / "a" / "adapter_config.json", lora_alpha=99),
 }

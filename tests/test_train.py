@@ -668,7 +668,7 @@ def test_the_first_lines_tell_what_is_not_used_of_the_rows(llama, rows, tmp_path
     assert f"{record['cut']} cut there, their ends lost" in told[2] and record["cut"] > 5
     assert told[3] == "columns passed over: id, source, messages"
     assert told[4].startswith("skipped: 1 rows, the first ") and "rows.jsonl, line 21: not JSON (" in told[4]
-    assert "rows.jsonl, row 4: the assistant's content is list, not text" in told[5]
+    assert "rows.jsonl, row 4: a message is str, not an object with a role" in told[5]
     assert record["passed_over"] == {"columns": ["id", "source", "messages"]} and len(record["skipped"]) == 2
 
 
