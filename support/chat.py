@@ -43,10 +43,9 @@ def converse(model, tokenizer, text: str, who: list[str], become: list[Callable]
     """Print everyone's answers to `text`, or to the questions on stdin, of which each sees those before it.
 
     who, become: each one's name, and what makes `model` that one. encode: messages -> the ids that ask for an answer.
-    At least a quarter of the context, or LONGEST, is left to it: older turns than there is room for are left out.
     """
     context, talks = model.config.max_position_embeddings, [[] for _ in who]
-    room = context - min(LONGEST, context // 4)
+    room = context - min(LONGEST, context // 4)  # the rest is the answer's; older turns than fit are left out
 
     def write(piece: str):
         print(piece.translate(SHOWN), end="", flush=True)
@@ -70,8 +69,6 @@ def converse(model, tokenizer, text: str, who: list[str], become: list[Callable]
 
 def add_flags(parser):
     """A question instead of tasks."""
-    say = (
-        "no tasks: ask this in the run's template, and print what the base and each adapter answer; without a text: "
-        "lines of the terminal or a pipe, one conversation until an empty line"
-    )
+    say = "no tasks: ask this in the run's template, and print what the base and each adapter answer; without a text: "
+    say += "lines of the terminal or a pipe, one conversation until an empty line"
     parser.group("model")("--ask", nargs="?", const="", metavar="TEXT", help=say)

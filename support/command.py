@@ -11,14 +11,6 @@ from pathlib import Path
 from support import machine
 from support.files import UserError
 
-
-class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with each flag's default, where it has one to show."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
 # What a flag's value may be -> whether it is
 BOUNDS = {f"at least {least}": lambda value, least=least: value >= least for least in range(3)} | {
     "in (0, 1]": lambda value: 0 < value <= 1,
@@ -40,9 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with defaults in its help, groups by their titles, bounds, and one line for a mistake."""
 
     def __init__(self, description: str):
-        super().__init__(
-            usage="%(prog)s [flags]", description=description, formatter_class=ShowDefaults, allow_abbrev=False
-        )
+        super().__init__(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
         self.groups, self.bounds = {}, {}
         say = "show the traceback of a mistake too, such as a flag or a file that cannot work"
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=say)  # for run_script
@@ -53,16 +43,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
         def add(flag: str, bound: str | None = None, **settings):
             action = group.add_argument(flag, **settings)
+            if action.default is not None and action.default is not False:
+                action.help += " (default: %(default)s)"
             if bound:
                 self.bounds[flag] = (action.dest, bound)
 
         return add
 
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
-        """The command line; a value outside its flag's bound is a UserError that names the flag.
-
-        A --dtype that is not given is the one that the --device computes quickly. Bytes of no character are spelled.
-        """
+        """The command line, bytes of no character spelled out; UserError for a value outside its flag's bound."""
         given, encoding = sys.argv[1:] if argv is None else argv, sys.getfilesystemencoding()
         words = [os.fsencode(word).decode(encoding, "backslashreplace") for word in given]
         args = super().parse_args(words, namespace)
@@ -70,7 +59,7 @@ class ArgumentParser(argparse.ArgumentParser):
             value = getattr(args, name)
             if value is not None and not BOUNDS[bound](value):
                 raise UserError(f"{flag} is {value}; it must be {bound}")
-        if getattr(args, "dtype", "") is None:
+        if getattr(args, "dtype", "") is None:  # what the device computes quickly
             args.dtype = machine.usual_dtype(machine.find_device(args.device))
         return args
 
@@ -87,7 +76,7 @@ def add_flags(parser: ArgumentParser):
 
 
 def one_line(text: str) -> str:
-    """`text` on one line of a terminal, with what is not printable spelled out: parts may come from anyone's file."""
+    """`text` on one line of a terminal, with what is not printable spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
@@ -100,10 +89,8 @@ SHOWN |= {i: f"\\u{i:04x}" for i in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202
 def short_names(paths: list[str]) -> list[str]:
     """What models are called in print: the last part of each one's path, or as many as tell it from the others."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    ends = {
-        a: next(a[-n:] for n in itertools.count(1) if sum(a[-n:] == b[-n:] for b in set(parts)) == 1) for a in parts
-    }
-    return [one_line("/".join(ends[own])) for own in parts]
+    ends = (next(a[-n:] for n in itertools.count(1) if all(a[-n:] != b[-n:] for b in {*parts} - {a})) for a in parts)
+    return [one_line("/".join(end)) for end in ends]
 
 
 def cell(text: str) -> str:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Container
-from typing import NamedTuple
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,19 @@ class SharedPrefix:
     k = v = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The first call keeps what it gets, the prefix's own; later ones put the prefix before (B, H_kv, L, d)."""
+        """The first call keeps the prefix's own k and v; later ones put them before theirs, (B, H_kv, L, d)."""
         if self.k is None:
             self.k, self.v = k, v
         else:
-            rows = len(k), -1, -1, -1
-            k, v = torch.cat((self.k.expand(rows), k), dim=2), torch.cat((self.v.expand(rows), v), dim=2)
+            k, v = (torch.cat((own.expand(len(x), -1, -1, -1), x), dim=2) for own, x in ((self.k, k), (self.v, v)))
         return attention(q, k, v, mask)
 
 
 class Row:
-    """A prompt, the `number`-th, and what is written after it: `ids` has both. A guess at the next tokens: `guess`.
+    """The `number`-th prompt and what is written after it, in `ids`; `guess`: what may come next.
 
-    What comes next may be what came next where the last tokens stood before, since text copies its prompt and repeats
-    itself ("prompt lookup decoding", Saxena 2023). The model checks all of a guess in one step; what it would not have
-    written is dropped, so the result does not depend on it.
+    That is what came next where the last tokens stood before ("prompt lookup decoding", Saxena 2023). The model checks
+    a guess in one step; what it would not have written is dropped, so the result does not depend on it.
     """
 
     def __init__(self, number: int, prompt: list[int]):
@@ -77,11 +76,10 @@ class Block:
 
     def drop_ended(self):
         going = [n for n, row in enumerate(self.rows) if not row.ended]
-        if len(going) == len(self.rows):
-            return
-        self.rows = [self.rows[n] for n in going]
-        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            self.keys[layer], self.values[layer] = k[going], v[going]
+        if len(going) < len(self.rows):
+            self.rows = [self.rows[n] for n in going]
+            for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+                self.keys[layer], self.values[layer] = k[going], v[going]
 
     def extend(self, width: int) -> Tensor:
         """The positions of each row's last token and those after it, (rows, width), to be computed next."""
@@ -91,43 +89,30 @@ class Block:
         self.mask = (places <= self.positions[:, :, None])[:, None]  # (rows, 1, width, places)
         return self.positions
 
+    def read(self, layer: int, first: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        """Attention in prompts, padded on the right, that go to rows `first` on; their k and v are stored."""
+        at = slice(first, first + len(k)), slice(None), slice(k.shape[2])
+        self.keys[layer][at], self.values[layer][at] = k, v
+        return attention(q, k, v)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of those tokens, (rows, heads, width, d), to all up to themselves; their k and v are stored."""
+        """Attention of the tokens to be computed, (rows, heads, width, d), to all up to themselves; stored as well."""
         at, end = (torch.arange(len(k), device=k.device)[:, None], slice(None), self.positions), self.mask.shape[-1]
         self.keys[layer][at], self.values[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
         return attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], self.mask)
 
 
-class ReadPrompts(NamedTuple):
-    """The cache of one layer while prompts are read, padded on the right: they go to rows `first` on of a block."""
-
-    block: Block
-    layer: int
-    first: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-        at = slice(self.first, self.first + len(k)), slice(None), slice(k.shape[2])
-        self.block.keys[self.layer][at], self.block.values[self.layer][at] = k, v
-        return attention(q, k, v)
+def attend_all(blocks: list[Block], layer: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    """Attention of all blocks' rows, (rows, heads, width, d), which go on by a few tokens."""
+    sizes = [len(block.rows) for block in blocks]
+    parts = zip(blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    return torch.cat([block.attend(layer, q, k, v) for block, q, k, v in parts])
 
 
-class Decode(NamedTuple):
-    """The cache of one layer while each row of all blocks goes on by a few tokens."""
-
-    blocks: list[Block]
-    layer: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:  # (rows of all blocks, heads, width, d)
-        sizes = [len(block.rows) for block in self.blocks]
-        parts = zip(self.blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        return torch.cat([block.attend(self.layer, q, k, v) for block, q, k, v in parts])
-
-
-def pad_right(lists: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """ids (B, longest), zeros after the end of each list, and where each one's last id stands, (B,)."""
-    last = torch.tensor([len(ids) - 1 for ids in lists], device=device)
-    longest = int(last.max()) + 1
-    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in lists], device=device), last
+def pad_right(lists: list[list[int]], device) -> Tensor:
+    """ids (B, longest), zeros after the end of each list."""
+    tensors = [torch.tensor(ids, dtype=torch.long) for ids in lists]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
 
 def read_prompts(model: nn.Module, rows: list[Row], capacity: int, batch_tokens: float) -> tuple[Block, list[Tensor]]:
@@ -136,16 +121,11 @@ def read_prompts(model: nn.Module, rows: list[Row], capacity: int, batch_tokens:
     block = Block(model.config, rows, capacity, weight)
     size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
     for first in range(0, len(rows), size):
-        ids, last = pad_right([row.ids for row in rows[first : first + size]], weight.device)
-        read = model(ids, cache=[ReadPrompts(block, layer, first) for layer in layers])
-        hidden += read[torch.arange(len(ids), device=weight.device), last].split(1)
+        some = [row.ids for row in rows[first : first + size]]
+        cache = [SimpleNamespace(attend=partial(block.read, layer, first)) for layer in layers]
+        read = model(pad_right(some, weight.device), cache=cache)
+        hidden += read[torch.arange(len(some)), [len(ids) - 1 for ids in some]].split(1)
     return block, hidden
-
-
-def penalized(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """The logits (V,), those above zero divided, those below multiplied, of the tokens in `seen`."""
-    seen = torch.tensor(seen, device=logits.device).unique()
-    return logits.index_copy(0, seen, torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty))
 
 
 def check_numbers(values: Tensor, model: nn.Module):
@@ -170,26 +150,23 @@ def generate(
 
     stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
     batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
-    all that they may become (at least one prompt in either case). The longest prompts come first; those of similar
-    length share a block, so little of it is padding; rows that have ended make place for the next. ended: is told each
-    prompt that is done. repetition_penalty: divides the logits above zero, and multiplies those below, of the tokens
-    that stand in a row already (Keskar et al., 2019).
+    all that they may become (at least one prompt in either case). ended: is told each prompt that is done.
+    repetition_penalty: divides the logits above zero, and multiplies those below, of the tokens that stand in a row
+    already (Keskar et al., 2019).
     """
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
-    blocks: list[Block] = []
-    hidden: list[Tensor] = []  # of each row of all blocks, its last token's state and those of its guess, (n, D)
+    blocks, hidden = [], []  # hidden: of each row of all blocks, its last token's state and those of its guess, (n, D)
     layers, device = range(model.config.num_hidden_layers), model.lm_head.weight.device
-
-    def size(i):  # what its row's cache is to hold; one without a guess gets padding where others have theirs
-        return len(prompts[i]) + max_new_tokens + GUESS
+    # What each row's cache is to hold; one without a guess gets padding where others have theirs
+    sizes = [len(prompt) + max_new_tokens + GUESS for prompt in prompts]
 
     while blocks or waiting:
         free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
         if free >= 0.25 * cache_tokens:  # so that prompts are read several at a time
-            while waiting and (not blocks or free >= size(waiting[-1])):
-                largest = size(waiting[-1])
-                alike = sum(size(i) >= SIMILAR * largest for i in waiting)
+            while waiting and (not blocks or free >= sizes[waiting[-1]]):
+                largest = sizes[waiting[-1]]
+                alike = sum(sizes[i] >= SIMILAR * largest for i in waiting)
                 numbers = [waiting.pop() for _ in range(int(max(1, min(free / largest, alike))))]
                 rows = [Row(i, prompts[i]) for i in numbers]
                 block, read = read_prompts(model, rows, largest, batch_tokens)
@@ -202,7 +179,10 @@ def generate(
             for n, guessed in enumerate([*row.guess, None], start=at):
                 token = likeliest[n]
                 if repetition_penalty != 1:
-                    token = int(penalized(logits[n], row.ids, repetition_penalty).argmax())
+                    seen = torch.tensor(row.ids, device=device).unique()
+                    old = logits[n, seen]
+                    logits[n, seen] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+                    token = int(logits[n].argmax())
                 row.ended = token in stop_ids
                 if not row.ended:
                     row.append(token)
@@ -220,24 +200,25 @@ def generate(
         for row in rows:
             row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new()) - 1))
         if rows:
-            ids, _ = pad_right([row.ids[-1:] + row.guess for row in rows], device)
+            ids = pad_right([row.ids[-1:] + row.guess for row in rows], device)
             positions = torch.cat([block.extend(ids.shape[1]) for block in blocks])
-            read = model(ids, positions, cache=[Decode(blocks, layer) for layer in layers])
+            cache = [SimpleNamespace(attend=partial(attend_all, blocks, layer)) for layer in layers]
+            read = model(ids, positions, cache=cache)
             hidden = [states[: 1 + len(row.guess)] for row, states in zip(rows, read, strict=True)]
     return produced
 
 
-# Settings that would change what greedy decoding writes -> the values that do not. Others are for sampling, which
-# lm-eval switches off, for speed, or for what is returned.
-NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "encoder_repetition_penalty": 1}
-NEUTRAL |= {"guidance_scale": 1, "cache_implementation": ("dynamic", "static", "hybrid", "sliding_window", "offloaded")}
+# Settings that would change what greedy decoding writes -> the values that do not, beside those that are off. Others
+# are for sampling, which lm-eval switches off, for speed, or for what is returned.
+ONE = "num_beams num_beam_groups num_return_sequences encoder_repetition_penalty guidance_scale"
 OFF = """
 no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens max_new_tokens max_time stop_strings
 bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
 sequence_bias penalty_alpha exponential_decay_length_penalty dola_layers watermarking_config remove_invalid_values
 diversity_penalty token_healing
 """
-NEUTRAL |= dict.fromkeys(OFF.split(), 0)
+NEUTRAL = dict.fromkeys(OFF.split(), ()) | dict.fromkeys(ONE.split(), (1,))
+NEUTRAL["cache_implementation"] = "dynamic", "static", "hybrid", "sliding_window", "offloaded"
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:
@@ -250,11 +231,8 @@ def generation_settings(model: nn.Module, tokenizer) -> dict:
     settings = read_json(path) if path.exists() else model.config.raw
     where = path if path.exists() else model.folder / "config.json"
     for key, neutral in NEUTRAL.items():
-        allowed = neutral if isinstance(neutral, tuple) else (neutral,)
-        if settings.get(key) not in (None, False, "", [], {}, *allowed):
-            raise UserError(
-                f"{where}: {key} {settings[key]!r} is not implemented; take it out to have plain greedy decoding"
-            )
+        if (value := settings.get(key)) not in (None, False, "", [], {}, *neutral):
+            raise UserError(f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding")
     penalty = settings.get("repetition_penalty")
     penalty = 1.0 if penalty is None else penalty
     if not is_number(penalty) or penalty <= 0:

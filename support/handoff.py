@@ -11,8 +11,6 @@ from support.files import read_json, readable, write_json, write_whole
 from support.machine import find_device, usual_dtype
 from support.tokenizer import Tokenizer, load_backend
 
-# ------------------------------------------------------------------------------------------------- the chat template
-
 # Appendix A.1, as data.encode builds it; BOS and EOS stand for the tokenizer's own
 FORM = """\
 {{ BOS }}{% for message in messages %}\
@@ -28,8 +26,8 @@ FORM = """\
 
 def chat_template(tokenizer: Tokenizer) -> str:
     """Jinja text that renders messages as the run has seen them, BOS and end tokens included."""
-    start = f"{{{{ {json.dumps(tokenizer.start)} }}}}" if tokenizer.start else ""
-    return FORM.replace("{{ BOS }}", start).replace("{{ EOS }}", f"{{{{ {json.dumps(tokenizer.eos)} }}}}")
+    start, eos = (f"{{{{ {json.dumps(text)} }}}}" if text else "" for text in (tokenizer.start, tokenizer.eos))
+    return FORM.replace("{{ BOS }}", start).replace("{{ EOS }}", eos)
 
 
 def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
@@ -50,30 +48,28 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
         write_json(path, with_ends(read_json(path), sorted(tokenizer.end_ids), path))
 
 
-# --------------------------------------------------------------------------------------------------- the model card
-
 MADE = "<!-- made by train.py from run.json; a file without this line is left alone -->"
 
 
 def write_card(record: dict, folder: Path, defaults: dict):
-    """README.md, as the hub shows it, from what run.json records; a card that somebody else wrote stays.
-
-    defaults: the arguments of a run that is given only its model, which the card's command leaves out.
-    """
+    """README.md, as the hub shows it, from what run.json records; a card that somebody else wrote stays."""
     path = folder / "README.md"
     try:
-        stays = path.exists() and MADE not in readable(path).read_text(encoding="utf-8", errors="replace")
+        if path.exists() and MADE not in readable(path).read_text(encoding="utf-8", errors="replace"):
+            return
     except OSError:  # no file, or none to be read
-        stays = True
-    if not stays:
-        text = card(record, folder.resolve().name, defaults)
-        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return
+    text = card(record, folder.resolve().name, defaults)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def card(record: dict, name: str, defaults: dict) -> str:
-    """A model card: the head that the hub reads, in YAML, then what was done. What users named is escaped."""
+    """A model card: the head that the hub reads, in YAML, then what was done. What users named is escaped.
+
+    defaults: the arguments of a run that is given only its model, which the command leaves out.
+    """
     args, head = record["arguments"], {"library_name": "peft", "pipeline_tag": "text-generation"}
-    where = "the model in the local folder " * Path(args["model"]).is_dir()
+    where = "the model in the local folder " if Path(args["model"]).is_dir() else ""
     head |= {} if where else {"base_model": args["model"]}  # a name of the hub's, which knows no folder of ours
     head["tags"] = ["lora", "sstoken", "token-selection", f"method:{args['method']}"]
     rows = {"data": args["data"], "samples": record["samples"], "seed": args["seed"], "rho": args["rho"]}
@@ -100,9 +96,6 @@ def given_flags(args: dict, defaults: dict) -> list[str]:
         if args[name] not in (defaults.get(name), None, False):
             found.append([f"--{name.replace('_', '-')}"] + ([str(args[name])] if args[name] is not True else []))
     return sum(sorted(found), [])
-
-
-# ---------------------------------------------------------------------------------------------------- the next step
 
 
 def next_commands(args: argparse.Namespace, folder: Path, reference: bool, demo: str | None) -> list[list[str]]:

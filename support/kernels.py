@@ -27,8 +27,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension: x (..., n), weight (n,) -> (..., n).
 
-    In float32 up to the weight, whatever the dtype of x, which is all that is kept for the backward pass beside a
-    number a row.
+    In float32 up to the weight. Kept for the backward pass: x and a number a row.
     """
     return _RMSNorm.apply(x, weight, eps)
 
@@ -46,15 +45,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of equal shapes; its two arguments are kept for the backward pass, and not silu(gate)."""
+    """silu(gate) * up, of equal shapes. Kept for the backward pass: its two arguments, not silu(gate)."""
     return _SwiGLU.apply(gate, up)
 
 
 class _Dropout(torch.autograd.Function):
-    """x with `dropped` of 65,536 elements, drawn at random, set to zero; the rest as they are."""
-
     @staticmethod
-    def forward(ctx, x, dropped):
+    def forward(ctx, x, dropped):  # dropped: of 65,536 elements
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # four numbers from each draw, -2^15 to 2^15 - 1
         first_kept = dropped - 2**15
@@ -77,27 +74,29 @@ def _where(kept: Tensor, x: Tensor) -> Tensor:
 def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
     """x with a share `rate` of its elements set to zero, and the factor that gives it back its expectation.
 
-    All layers that read the same x get the same elements of it: q, k and v do, and gate and up. On a CPU the rate is
-    rounded to 1 / 65,536, the factor is that of the rounded rate.
+    Layers that read the same x (q, k and v; gate and up) get the same. On a CPU the rate is rounded to 1 / 65,536.
     """
-    if x.device.type != "cpu":
-        if not hasattr(x, "dropped"):
-            x.dropped = F.dropout(x, rate)
-        return x.dropped, 1.0
-    dropped = min(round(rate * 2**16), 2**16 - 1)
-    if dropped == 0:
+    on_cpu, dropped = x.device.type == "cpu", min(round(rate * 2**16), 2**16 - 1)
+    if on_cpu and dropped == 0:
         return x, 1.0
-    if not hasattr(x, "dropped"):
-        x.dropped = _Dropout.apply(x, dropped)  # F.dropout draws a number an element, which takes ten times as long
-    return x.dropped, 2**16 / (2**16 - dropped)
+    if not hasattr(x, "dropped"):  # F.dropout draws a number an element: on a CPU that takes ten times as long
+        x.dropped = _Dropout.apply(x, dropped) if on_cpu else F.dropout(x, rate)
+    return x.dropped, 2**16 / (2**16 - dropped) if on_cpu else 1.0
 
 
 FEW = 16  # queries of a head, for which reading the keys is most of the work
-SHORT = 512  # tokens up to which `short_attention` keeps little beside a layer's other activations
+SHORT = 512  # tokens up to which `_ShortAttention` keeps little beside a layer's other activations
 QUERY_BLOCK = 64  # queries of a head that it takes at a time
 
 
 class _ShortAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d)) v, causal: q (B, H, L, d), k and v (B, H_kv, L, d) -> (B, H, L, d), on a CPU.
+
+    For short sequences twice as fast there as the fused kernel. A block of queries at a time meets the keys up to its
+    own end: half of the L^2 scores are never computed. Scores and softmax are float32 as in the fused kernel, which
+    computes them again in its backward pass; here they are kept, in q's dtype.
+    """
+
     @staticmethod
     def forward(ctx, q, k, v):
         # Queries of all heads that share a key head go together: (B * H_kv, groups, L, d) beside (B * H_kv, L, d)
@@ -132,29 +131,17 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q.view(shape), *(x.to(q.dtype).unflatten(0, (shape[0], -1)) for x in (grad_k, grad_v))
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, causal: q (B, H, L, d), k and v (B, H_kv, L, d) -> (B, H, L, d), on a CPU.
-
-    In half the time that the fused kernel and its gradient take there for short sequences. A block of queries at a
-    time meets the keys up to its own end; of L^2 scores, half are never computed. Scores and softmax are float32 as in
-    the fused kernel. Its backward pass computes them again, here they are kept, in q's dtype.
-    """
-    return _ShortAttention.apply(q, k, v)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
 
-    By the fused kernels, but short sequences on a CPU without a mask by `short_attention`. On a GPU in float32 no fused
+    By the fused kernels, but short sequences on a CPU without a mask by `_ShortAttention`. On a GPU in float32 no fused
     kernel groups queries: there k and v are repeated, so that memory grows with L and not with its square.
-
-    mask: bool, (B, 1, n, S), true where one of the last n queries may look; the queries before those are causal, and
-    without a mask all are.
+    mask: bool, (B, 1, n, S), where one of the last n queries may look; all others are causal.
     """
     if mask is None:
         # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
         if q.device.type == "cpu" and q.shape[2] <= SHORT:
-            return short_attention(q, k, v)
+            return _ShortAttention.apply(q, k, v)
         if q.device.type == "cuda" and q.dtype == torch.float32:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -176,7 +163,6 @@ class _ChunkedNLL(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if with_gradient else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            target = targets[rows].unsqueeze(1)
             logits, target_logit = logits_of(hidden[rows], weight, targets[rows])
             if watch is not None:
                 watch(logits.log_softmax(dim=1))
@@ -185,7 +171,7 @@ class _ChunkedNLL(torch.autograd.Function):
             nll[rows] = (total.log() + largest - target_logit).squeeze(1)
             if with_gradient:  # d nll / d hidden = (softmax - onehot(target)) W
                 probability = logits.div_(total)
-                probability.scatter_add_(1, target, torch.full_like(total, -1.0))
+                probability.scatter_add_(1, targets[rows].unsqueeze(1), torch.full_like(total, -1.0))
                 gradient[rows] = probability.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return nll
@@ -202,9 +188,8 @@ def chunked_nll(
     """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
 
     logits_of: (hidden, weight, targets) -> logits (n, V) and the targets' own (n, 1), float32, of `chunk` rows at a
-    time; no more exist at once. One pass that also keeps each loss's gradient for its hidden state, (softmax -
-    onehot(target)) weight, so backward is one multiplication. There is no gradient for `weight`. watch: is shown the
-    log-probabilities (n, V) of each chunk in its turn, such as a `Watch`.
+    time. The same pass keeps each loss's gradient for its hidden state, (softmax - onehot(target)) weight; there is
+    none for `weight`. watch: is shown the log-probabilities (n, V) of each chunk in its turn, such as a `Watch`.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, watch)

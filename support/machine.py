@@ -13,7 +13,6 @@ import torch
 
 from support.files import UserError
 
-QUICK = ("AVX512", "SVE")  # what torch calls the cores whose oneDNN multiplies bfloat16
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
 
@@ -31,17 +30,10 @@ def find_device(name: str) -> torch.device:
 
 
 def usual_dtype(device: torch.device) -> str:
-    """bfloat16, but float32 on a CPU that multiplies it by a plain loop: a step then takes 20 times as long.
-
-    oneDNN multiplies it with AVX-512, with AMX, and on Arm's server cores with SVE.
-    """
-    quick = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith(QUICK)
+    """bfloat16, but float32 on a CPU that multiplies it by a plain loop: a step then takes 20 times as long."""
+    onednn, capability = torch.backends.mkldnn.is_available(), torch.backends.cpu.get_cpu_capability()
+    quick = onednn and capability.startswith(("AVX512", "SVE"))  # SVE: Arm's server cores
     return "bfloat16" if device.type != "cpu" or quick else "float32"
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def versions() -> dict[str, str]:
@@ -53,13 +45,11 @@ def versions() -> dict[str, str]:
 def reuse_memory():
     """Have glibc keep the memory that large tensors leave and hand it to the next; does nothing elsewhere.
 
-    By default each large tensor is mapped from the kernel, which clears its pages anew: on a CPU that costs up to a
-    third of a forward pass. Those of 2 MiB and more ask for huge pages, where the kernel grants them to who asks. And
-    torch and oneDNN, which multiplies bfloat16 for it, each keep what was prepared for the last 1,024 shapes: with
-    batches of all lengths that is hundreds of MiB. A layer's few dozen are enough.
+    By default each is mapped from the kernel, which clears its pages anew: on a CPU up to a third of a forward pass.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it allocates its first tensor
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # torch's, oneDNN's: read at first use
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages from 2 MiB on; torch reads it at its first tensor
+    # torch and oneDNN each keep what they prepared for the last 1,024 shapes, hundreds of MiB; a layer has few dozen
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -77,14 +67,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def compute_exactly(device: torch.device):
-    """No TF32: a score is not to change with the GPU. One seed, one adapter, on a GPU too: only kernels that repeat.
-
-    That is flash attention in bfloat16, whose gradient is deterministic on request; cuDNN's, which torch would take on
-    newer GPUs, is not.
-    """
+    """No TF32: a score is not to change with the GPU. One seed, one adapter, on a GPU too: only kernels that repeat."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums of a product: in float32
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True)  # in bfloat16 flash attention, not cuDNN's, which does not repeat
         torch.utils.deterministic.fill_uninitialized_memory = False

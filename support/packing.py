@@ -1,7 +1,4 @@
-"""Many sequences in few passes: where to cut a batch, and requests that begin alike as one tree.
-
-In a tree every token that its requests share stands once.
-"""
+"""Many sequences in few passes: where to cut a batch, and requests that begin alike as one tree."""
 
 import itertools
 from os.path import commonprefix
@@ -29,17 +26,14 @@ def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None 
     A group costs its size times its longest length, which is what a padded batch computes, and `pass_cost` more. The
     cuts are the cheapest: the best way to cut the first n lengths is the best for some shorter head, and one group.
     """
-    # Of the cheapest way to cut the first n lengths, for each n: what it costs, and where its last group starts.
-    costs, firsts = [0], [0]
+    best = [(0, 0)]  # of the cheapest way to cut the first n lengths: what it costs, and where its last group starts
     for end in range(1, len(lengths) + 1):
         starts = range(max(0, end - most), end)
         candidates = [i for i in starts if i == end - 1 or not tokens or (end - i) * lengths[i] <= tokens]
-        cost, first = min((costs[i] + (end - i) * lengths[i] + pass_cost, i) for i in candidates)
-        costs.append(cost)
-        firsts.append(first)
+        best.append(min((best[i][0] + (end - i) * lengths[i] + pass_cost, i) for i in candidates))
     cuts = [len(lengths)]
     while cuts[-1]:
-        cuts.append(firsts[cuts[-1]])
+        cuts.append(best[cuts[-1]][1])
     return cuts[::-1]
 
 
@@ -50,15 +44,15 @@ class Scored(NamedTuple):
     targets: list[int]
 
 
-def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, with_prefix=True) -> dict[str, list[int]]:
-    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it already.
+def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, whole=()) -> dict[str, list[int]]:
+    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it or is in `whole`.
 
     UserError for a token that an embedding of `vocab_size` rows does not have, such as a padding token added later.
     """
     bos, ids = tokenizer.bos or tokenizer.eos, {}
-    for spelled in (False, True):
-        some = [text for text in dict.fromkeys(texts) if text.startswith(bos) == spelled]
-        ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=with_prefix and not spelled), strict=True)
+    for with_prefix in (True, False):
+        some = [text for text in dict.fromkeys(texts) if with_prefix != (text in whole or text.startswith(bos))]
+        ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=with_prefix), strict=True)
     if vocab_size and (largest := max(map(max, filter(None, ids.values())), default=0)) >= vocab_size:
         token = tokenizer.decode([largest])
         raise UserError(f"token {token!r}, id {largest}, is outside the embedding of {vocab_size} rows")
@@ -68,8 +62,7 @@ def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, wit
 def encode_contexts(tokenizer, requests: list[tuple[str, dict]], vocab_size: int) -> list[list[int]]:
     """The ids of each request's context; one whose settings call it "whole" gets no BOS that it does not spell."""
     whole = {context for context, settings in requests if settings.get("whole")}
-    ids = encode_texts(tokenizer, [context for context, _ in requests if context not in whole], vocab_size)
-    ids |= encode_texts(tokenizer, list(whole), vocab_size, with_prefix=False)
+    ids = encode_texts(tokenizer, [context for context, _ in requests], vocab_size, whole)
     return [ids[context] for context, _ in requests]
 
 
@@ -101,21 +94,14 @@ def shared_prefix(requests: list[Scored]) -> list[int]:
 
 
 class Tree:
-    """Requests that begin alike as one sequence, in which every token they share stands once.
-
-    A token attends to its ancestors, the tokens before it in its own request, and stands where it stands there.
-    """
+    """Requests that begin alike as one sequence: every token they share stands once, each attends to its ancestors."""
 
     def __init__(self):
         self.ids: list[int] = []
-        self.parents: list[int] = []  # of each token: where the one before it is in this sequence; -1: nowhere
-        self.depths: list[int] = []
+        self.parents: list[int] = []  # of each token: where the one before it in its request stands here; -1: nowhere
+        self.depths: list[int] = []  # of each token: its position in its request
         self.path: list[int] = []  # the tokens of the request that came last
         self.scored: dict[int, list[int]] = {}  # request -> the places that predict its targets
-
-    def trunk(self) -> int:
-        """How many tokens come before the first that does not follow the one before it."""
-        return next((place for place, parent in enumerate(self.parents) if parent != place - 1), len(self.ids))
 
     def common(self, inputs: list[int]) -> int:
         """How many tokens a request shares with the one before it."""
@@ -136,9 +122,8 @@ class Tree:
 def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
     """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
 
-    A request joins the tree before it where that costs less than a tree of its own: a tree of n tokens costs
-    n * (ratio + n), since every token goes through the weights and is compared with all others, and `ratio` is the
-    price of the first over that of one comparison.
+    A request joins the tree before it where that costs less than a tree of its own. A tree of n tokens costs
+    n * (ratio + n) comparisons of two tokens: each is compared with all, and its way through the weights costs `ratio`.
     """
 
     def price(n):
@@ -146,13 +131,11 @@ def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
 
     trees = []
     for i, (inputs, targets) in enumerate(requests):
-        own = inputs[prefix:]
-        if trees:
-            tree = trees[-1]
-            joined = len(tree.ids) + len(own) - tree.common(own)
-        if not trees or price(joined) > price(len(tree.ids)) + price(len(own)):
-            trees.append(Tree())
-        trees[-1].add(i, own, len(targets))
+        own, tree = inputs[prefix:], trees[-1] if trees else Tree()
+        apart = price(len(tree.ids)) + price(len(own))
+        if not trees or price(len(tree.ids) + len(own) - tree.common(own)) > apart:
+            trees.append(tree := Tree())
+        tree.add(i, own, len(targets))
     return trees
 
 
@@ -164,10 +147,7 @@ def price_ratio(config) -> float:
 
 
 def pack(trees: list[Tree], batch_tokens: int, device: torch.device) -> list[list[Tree]]:
-    """Trees of similar length in batches of at most `batch_tokens` tokens, padding included; the longest come first.
-
-    They are cut where padding and passes together cost least on `device`. A tree of more tokens is alone.
-    """
+    """Trees in batches of at most `batch_tokens` tokens, padding included, or of one tree; the longest come first."""
     trees = sorted(trees, key=lambda tree: -len(tree.ids))
     cuts = cut_batch([len(tree.ids) for tree in trees], ROWS, pass_cost(device), batch_tokens)
     return [trees[first:end] for first, end in itertools.pairwise(cuts)]
@@ -176,10 +156,11 @@ def pack(trees: list[Tree], batch_tokens: int, device: torch.device) -> list[lis
 def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids and positions (B, L), and the mask (B, 1, n, prefix + L): who the last n tokens may look at.
 
-    Those before, of trees that no prefix stands before, are in all trunks and so causal. Padding is on the right.
+    Without a prefix the tokens before those each follow the one before them in all trees, and so are causal.
     """
     longest = len(batch[0].ids)
-    causal = 0 if prefix else min(longest - 1, *(tree.trunk() for tree in batch))
+    branches = [place for tree in batch for place, parent in enumerate(tree.parents) if parent != place - 1]
+    causal = 0 if prefix else min(longest - 1, *(len(tree.ids) for tree in batch), *branches)
     mask = np.zeros((len(batch), 1, longest - causal, prefix + longest), dtype=bool)
     mask[..., :prefix] = True
     own = mask[:, 0, :, prefix:]
@@ -191,6 +172,5 @@ def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, 
                 ancestors[place - causal] |= ancestors[parent - causal]
             else:
                 ancestors[place - causal, : parent + 1] = True
-    ids, _ = pad_right([tree.ids for tree in batch], device)
-    depths, _ = pad_right([tree.depths for tree in batch], device)
+    ids, depths = pad_right([tree.ids for tree in batch], device), pad_right([tree.depths for tree in batch], device)
     return ids, prefix + depths, torch.from_numpy(mask).to(device)

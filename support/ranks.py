@@ -7,24 +7,22 @@ from torch import Tensor, distributed, nn
 
 from support.checkpoint import find_weights, read_weights
 from support.files import UserError
-from support.machine import cores, find_device
+from support.machine import find_device
 
 
 def start_ranks(device: str, shard: bool = False) -> torch.device:
-    """Join the other ranks if torchrun started this process. Returns the device of this one, as `find_device`.
-
-    shard: whether there must be others, to cut the weights between them.
-    """
+    """Join the other ranks if torchrun started this process, as it must have for `shard`; this one's device."""
     if "LOCAL_RANK" not in os.environ:
         if shard:
             raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
         return find_device(device)
-    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    local = int(os.environ["LOCAL_RANK"])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         torch.cuda.set_device(local)
     elif os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, whatever the machine has
-        torch.set_num_threads(max(1, cores() // here))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     return find_device(f"cuda:{local}" if on_gpu else device)
 
@@ -60,9 +58,8 @@ def share_passes(micro_batches: list[list[int]]) -> list[list[int]]:
 
 def gather(value) -> list:
     """The values of all ranks, in their order, on each of them."""
-    values = [value]
+    values = [value] * ranks()
     if distributed.is_initialized():
-        values = [None] * ranks()
         distributed.all_gather_object(values, value)
     return values
 
@@ -80,9 +77,9 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
 def shard(model: nn.Module, probed: nn.Module, device: torch.device):
     """Cut the frozen weights of `model`, on the meta device, into one part a rank (FSDP2), and read this rank's part.
 
-    A layer's weights are gathered when it computes and dropped after; adapters stay whole on every rank. What is used
-    outside of its module's own forward pass is gathered in it and stays until the backward pass comes by: the `probed`
-    layer for the attention score, embedding and head (the root's) for the loss. Adapters are to be drawn after it.
+    A layer's weights are gathered when it computes and dropped after; adapters stay whole, and are to be drawn after
+    this. What is used outside its module's forward pass stays until the backward pass comes by: the `probed` layer for
+    the attention score, embedding and head (the root's) for the loss.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -99,9 +96,7 @@ def shard(model: nn.Module, probed: nn.Module, device: torch.device):
 def add_flags(parser):
     """What a model that is larger than one device's memory needs."""
     add = parser.group("machine")
-    # fmt: off
-    add("--gradient-checkpointing", action="store_true",
-        help="keep only each layer's input for the backward pass: the same result, less memory, about a third slower")
-    add("--shard", action="store_true",
-        help="under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device")
-    # fmt: on
+    say = "keep only each layer's input for the backward pass: the same result, less memory, about a third slower"
+    add("--gradient-checkpointing", action="store_true", help=say)
+    say = "under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device"
+    add("--shard", action="store_true", help=say)

@@ -1,8 +1,4 @@
-"""How a script starts and ends.
-
-It is the first import of every script: from then on Ctrl-C ends it without a traceback, while torch is imported too,
-and no stream of its process fails.
-"""
+"""How a script starts and ends: from this, its first import, on Ctrl-C leaves no traceback, and no stream fails."""
 
 import os
 import signal
@@ -11,13 +7,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ROOT, ROOT / "paper", ROOT / "demo"]  # the folders that they are in
 CLOSED_PIPE = 128 + signal.SIGPIPE
 
-started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/")
 # Not for a program of somebody else that imports ours, nor where Ctrl-C is ignored, as behind nohup
-ours = started.parent in SCRIPTS and started.is_file() and "run_script(main)" in started.read_text(encoding="utf-8")
+ours = started.is_file() and b"run_script(main)" in started.read_bytes()
 if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items() if ours else ():
@@ -28,22 +22,17 @@ for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items() if ours e
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main; a mistake of the user's ends it with status 2 and one line that says which.
+    """Run a script's main; a mistake of the user's ends it with status 2 and one line, after a traceback with --debug.
 
-    With --debug its traceback comes first. Any other error is one of ours, and always has it. Where whoever reads the
-    output has gone (`| head`), the script ends without a word.
+    Any other error is one of ours, and has a traceback. Where the reader has gone (`| head`) it ends without a word.
     """
     from torch import distributed  # here, since what is above is to run before torch is imported
 
-    from support.command import one_line
-    from support.files import UserError
-    from support.machine import reuse_memory
-    from support.ranks import first_rank
-    from support.runs import Stopped
+    from support import command, files, machine, ranks, runs
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    reuse_memory()
+    machine.reuse_memory()
     status = 0
     try:
         try:
@@ -55,15 +44,15 @@ def run_script(main: Callable[[], None]):
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(CLOSED_PIPE)
-    except UserError as mistake:
+    except files.UserError as mistake:
         if "--debug" in sys.argv:
             mistake.__suppress_context__ = False  # what it was made from as well
             traceback.print_exc()
-        print(f"error: {one_line(str(mistake))}", file=sys.stderr)
+        print(f"error: {command.one_line(str(mistake))}", file=sys.stderr)
         sys.exit(2)
-    except (Stopped, KeyboardInterrupt) as reason:
+    except (runs.Stopped, KeyboardInterrupt) as reason:
         number, message = reason.args or (signal.SIGINT, "stopped")
-        if first_rank():
+        if ranks.first_rank():
             print(message, file=sys.stderr)
         status = 128 + number
     if distributed.is_initialized():  # not after an error: the others may never come to the same place
