@@ -1,8 +1,7 @@
-"""Rows of anyone's form -> conversations: what their columns say, what is refused by name, what is passed over.
+"""Rows of anyone's form -> conversations.
 
-Nothing that a row says of its text or of what is supervised is dropped in silence. A column is read, or it changes the
-meaning and is refused, or it is about the row (id, source, score, ...): passed over, and the run's first lines say so.
-The same holds for the keys of a message.
+A row's column, as a message's key, is read, or it changes the text or the mask and is refused by name, or it is about
+the row (id, source, score, ...) and is passed over, and the run's first lines say so.
 """
 
 import contextlib
@@ -11,18 +10,18 @@ import itertools
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 
 from support.files import UserError
-from support.sources import Account
+from support.sources import Account, visible
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, and "weight": 0 if it is not supervised
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-ROLES |= {"ai": "assistant", "model": "assistant", "developer": "system"}
+ROLES = {"human": "user", "prompter": "user", "developer": "system"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model"), "assistant")
 KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))  # a message's role and text
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a system message
-# Columns that tell a schema, and those that it reads besides. The first whose columns are all there is taken. One
-# column is a list of messages, two are a question and its answer.
+# Columns that tell a schema, and those that it reads besides: one is a list of messages, two a question and an answer
 SCHEMAS = {
     ("messages",): SYSTEM,
     ("conversations",): SYSTEM,
@@ -38,23 +37,24 @@ MARKS = dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss
 MARKS |= dict.fromkeys(("loss_mask", "step_loss_mask", "output_with_loss"), True) | {"masked": False}
 SOUNDS = re.compile(r"(?<![a-z])(un|non)?(loss(es)?|train|mask|weight|supervis|ignor)")  # how other names of them sound
 # Keys of a message, and columns in rows of any schema, that change the text or the mask in ways not implemented here
-MEDIA = {"tools", "functions", "images", "image", "videos", "video", "audios", "audio", "mask"}
-REFUSED_KEYS = MEDIA | {"tool_calls", "function_call", "tool_call_id", "image_url", "refusal", "prefix", "labels"}
-REFUSED_KEYS |= {"reasoning", "reasoning_content", "thinking", "train_detail", "training_detail"}
-REFUSED_COLUMNS = MEDIA | {"chosen", "rejected", "rejected_response", "rejected_messages", "history", "documents"}
-REFUSED_COLUMNS |= {"chat_template", "chat_template_kwargs", *SYSTEM}
+MEDIA = set("tools functions images image videos video audios audio mask".split())
+REFUSED_KEYS = set("tool_calls function_call tool_call_id image_url refusal prefix labels reasoning".split()) | MEDIA
+REFUSED_KEYS |= set("reasoning_content thinking train_detail training_detail".split())
+REFUSED_COLUMNS = set("chosen rejected rejected_response rejected_messages history documents".split())
+REFUSED_COLUMNS |= {"chat_template", "chat_template_kwargs", *SYSTEM, *MEDIA}
 NOTHING = ([], {}, "[]", "{}", "null")  # how one of these says that it does not apply, besides null
 LABELS = {"label", "kto_tag", "kto_label", "desirable", "is_desirable"}  # KTO's: is this answer wanted?
 FLAGS = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
-WANTED = {*FLAGS, "-1", "-1.0", "yes", "no", "y", "n", "t", "f", "good", "bad", "desirable", "undesirable"}
-
-# --------------------------------------------------------------------------------------------------- keys and values
+WANTED = {*FLAGS, *"-1 -1.0 yes no y n t f good bad desirable undesirable".split()}
 
 
 @functools.lru_cache(4096)
 def plain(name) -> str:
     """A key in lower case, its words parted by _: stepLossMask is step_loss_mask."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[\s-]+", "_", str(name)).lower()
+
+
+SPEAKERS = ("user", "assistant")  # in the order in which they speak
 
 
 def absent(value) -> bool:
@@ -82,7 +82,7 @@ def refused(given: dict, names: set[str], reads: set[str]) -> str | None:
 
 
 def first_there(options: Iterable[tuple[str, ...]], given: dict) -> tuple[str, ...] | None:
-    """The first of several tuples of keys that are all filled, or else all there: another source's may be null."""
+    """The first of several tuples of keys that are all filled, or else all there."""
     filled = {key for key, value in given.items() if value is not None}
     return next((keys for there in (filled, given.keys()) for keys in options if there >= set(keys)), None)
 
@@ -91,17 +91,12 @@ def listed(value, wrong: str) -> list:
     """A list, however it was written: as it is, as a text of JSON, as a struct of lists; else a UserError, `wrong`."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(value) if isinstance(value, str) else value
-    if isinstance(value, dict):
-        columns = {key: column for key, column in value.items() if column is not None}
-        lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
-        if len(lengths) < 2 and None not in lengths:
+        columns = {key: held for key, held in value.items() if held is not None} if isinstance(value, dict) else None
+        if columns is not None and all(isinstance(column, list) for column in columns.values()):
             value = [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
     if not isinstance(value, list):
         raise UserError(f"{wrong}, nor JSON or lists of one length that make one, but {type(value).__name__}")
     return value
-
-
-# ------------------------------------------------------------------------------------------------------- a message
 
 
 def text_of(role: str, content) -> str:
@@ -115,10 +110,8 @@ def text_of(role: str, content) -> str:
         return "".join(text_of(role, part.get("text")) for part in content)
     if not isinstance(content, str):
         raise UserError(f"the {role}'s content is {type(content).__name__}, not text")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"the {role}'s content holds half of a surrogate pair, which is no character") from None
+    if visible(content) != content:
+        raise UserError(f"the {role}'s content holds half of a surrogate pair, which is no character")
     return content
 
 
@@ -153,37 +146,30 @@ def turn(given: dict, account: Account) -> Message:
     return found
 
 
-def turns(value, what: str, account: Account, roles: tuple[str, str] = ("user", "assistant")) -> list[Message]:
-    """The messages of a list of objects, or of texts (LIMA), which are said by `roles` in turn."""
+def turns(value, what: str, account: Account, roles: tuple[str, ...] = ()) -> list[Message]:
+    """The messages of a list of objects or, where `roles` are given, of texts (LIMA), which these say in turn."""
     found = listed(value, f"{what} is no list of messages")
-    if all(isinstance(text, str) for text in found):
+    if roles and all(isinstance(text, str) for text in found):
         return [message(role, text) for role, text in zip(itertools.cycle(roles), found, strict=False)]
     return [turn(given, account) for given in found]
 
 
-# ------------------------------------------------------------------------------------------------------- a schema
-
-
 def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Message]:
-    """A question and its answer, each a text or messages; Alpaca's input or Dolly's context is a line of its own.
-
-    LLaMA-Factory's column history holds earlier turns, supervised as any other.
-    """
-    roles = ("user", "assistant")
+    """A question and its answer, each a text or messages; Alpaca's input or Dolly's context is a line of its own."""
     question, answer = (
-        turns(row[name], name, account, order) if isinstance(row[name], list | dict) else [message(order[0], row[name])]
-        for name, order in zip(schema, (roles, roles[::-1]), strict=True)
+        turns(row[name], name, account) if isinstance(row[name], list | dict) else [message(role, row[name])]
+        for name, role in zip(schema, SPEAKERS, strict=True)
     )
     extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema]]
     if len(extras) > 1:
         raise UserError("both input and context: one of them is the text that follows the instruction")
     for name in extras:
         question[-1]["content"] += "\n" + text_of("user", row[name])
-    wrong = "history is no list of [question, answer]"
+    wrong = "history is no list of [question, answer]"  # LLaMA-Factory's: earlier turns, supervised as any other
     earlier = [] if absent(row.get("history")) else listed(row["history"], wrong)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise UserError(wrong)
-    said = [message(role, text) for pair in earlier for role, text in zip(roles, pair, strict=True)]
+    said = [message(role, text) for pair in earlier for role, text in zip(SPEAKERS, pair, strict=True)]
     # what is a prompt is not supervised
     return said + [given | {"weight": 0} if given["role"] == "assistant" else given for given in question] + answer
 
@@ -208,91 +194,60 @@ def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[
         words = "says which answers are wanted: that is preference data, not supervised rows"
         other = f"beside {'/'.join(schema)} changes what is trained on, and is not implemented"
         raise UserError(f"column {name} {words if plain(name) in LABELS else other}")
-    passed = [name for name in row if name not in reads | REFUSED_COLUMNS and plain(name) not in MARKS]
-    account.pass_over("columns", passed)
+    known = reads | REFUSED_COLUMNS
+    account.pass_over("columns", [name for name in row if name not in known and plain(name) not in MARKS])
     if schema == TREE:
         return tree_conversations(row)
     if schema == NODE:  # checked here, and read once its tree is whole
         tree_conversations({**row, "role": "user", "replies": [row | {"replies": []}]})
         return []
-    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account)
-    for system in (row[name] for name in SYSTEM if not absent(row.get(name))):
-        first = message("system", system)
-        if found[:1] != [first]:
-            if found and found[0]["role"] == "system":
-                raise UserError("a column for the system message beside a conversation that has another one")
-            found = [first, *found]
+    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account, SPEAKERS)
+    for first in (message("system", row[name]) for name in SYSTEM if not absent(row.get(name))):
+        if found and found[0]["role"] == "system" and found[0] != first:
+            raise UserError("a column for the system message beside a conversation that has another one")
+        found = found if found[:1] == [first] else [first, *found]
     return [found]
-
-
-# ------------------------------------------------------------------------------------------------ OpenAssistant's trees
 
 
 def tree_conversations(root: dict) -> list[list[Message]]:
     """Every root-to-leaf path of an OpenAssistant tree along the best-ranked replies, each path one conversation.
 
-    Of several assistant replies the one ranked best (lowest; unranked last) is followed, of several user replies each
-    one. Deleted messages are left out; a question that nobody answered is cut off the end of its path, and a path that
-    is the head of another is none of its own.
+    Of assistant replies the one ranked best (lowest; unranked last) is followed, of user replies each. Deleted messages
+    are left out, and so are a last question that nobody answered, and a path that is the head of another.
     """
-    lines, places, ends, inner = [], {}, {}, set()  # a place's line: the place before it, and its message
+    places = {}  # (the place before it, role, text): its place, one for two that say the same
     waiting = [] if flag(root.get("deleted")) else [(root, None)]
     while waiting:
         node, before = waiting.pop()
         if key := refused(node, REFUSED_COLUMNS, TREE_READS):
             raise UserError(f"a message has {key}, which is not implemented")
         said = message(node["role"], node["text"])
-        place = places.setdefault((before, *said.values()), len(lines))  # two that say the same are one
-        if place == len(lines):
-            lines.append((before, said))
+        place = places.setdefault((before, *said.values()), len(places))
         replies = [reply for reply in node.get("replies") or () if not flag(reply.get("deleted"))]
-        if said["role"] == "user":  # so the replies are the assistant's
-            ranks = [math.inf if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
-            replies = replies and [replies[ranks.index(min(ranks))]]
+        if said["role"] == "user" and replies:  # so they are the assistant's
+            replies = [min(replies, key=lambda reply: math.inf if absent(reply.get("rank")) else float(reply["rank"]))]
         waiting += [(reply, place) for reply in reversed(replies)]
-        if not replies:
-            ends[before if said["role"] == "user" else place] = []
-    ends.pop(None, None)
-    for place in ends:
-        while (place := lines[place][0]) is not None and place not in inner:
-            inner.add(place)
-    for end in ends.keys() - inner:
-        place = end
+    lines, answered = list(places), {before for before, _, _ in places}
+    kept = {place for place, (_, role, _) in enumerate(lines) if role != "user" or place in answered}
+    paths, heads = [], {lines[place][0] for place in kept}
+    for place in sorted(kept - heads):
+        path = []
         while place is not None:
-            before, said = lines[place]
-            ends[end].append(said)
-            place = before
-    return [path[::-1] for path in ends.values() if path]
-
-
-def build_trees(nodes: dict, source: str, account: Account) -> list[dict]:
-    """The roots of OpenAssistant's messages, {id: (its row's number, the message)}, each message with its replies."""
-    roots, reached = [], set()
-    for _, node in nodes.values():
-        parent = nodes.get(node["parent_id"], (0, {"replies": []}))[1]
-        (roots if absent(node["parent_id"]) else parent["replies"]).append(node)
-    waiting = [*roots]
-    while waiting:
-        waiting += (node := waiting.pop())["replies"]
-        reached.add(node["message_id"])
-    for name, (number, _) in nodes.items():
-        if name not in reached:
-            what = "its parent_id leads to no root: a message above it is missing, or they stand in a circle"
-            account.refuse(f"{source}, row {number}", what)
-    return roots
-
-
-# ---------------------------------------------------------------------------------------------------- all its rows
+            place, role, text = lines[place]
+            path.append({"role": role, "content": text})
+        paths.append(path[::-1])
+    return paths
 
 
 def conversations(rows: list[dict], source: str = "data", account: Account | None = None) -> list[list[Message]]:
     """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
 
     Schemas: messages; prompt/completion; Alpaca; Dolly; ShareGPT; OpenAssistant (whole trees, or a message a row).
-    Raises UserError with the source, the row's number (from 1) and its columns when a row fits none of them, or
-    another than the rows before it; with an account that skips bad rows, they are counted there instead.
+    Raises UserError with source, row (from 1) and columns where one fits none of them, or another than those before
+    it; an account that skips bad rows counts them instead.
     """
-    account, found, nodes, first, schema = account or Account(), [], {}, None, ()
+    account, found, first, schema = account or Account(), [], None, ()
+    numbers, replies = {}, defaultdict(list)  # of OpenAssistant's messages by their ids; the roots reply to None
     for number, row in enumerate(rows, 1):
         try:
             schema = find_schema(row)
@@ -301,13 +256,19 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
                 raise UserError(f"{columns}: a source is to hold one schema ({KNOWN})")
             found += read_row(row, schema, account)
             if schema == NODE:
-                if absent(row["message_id"]) or row["message_id"] in nodes:
-                    raise UserError(f"message_id {row['message_id']!r:.60} is empty, or another row's as well")
-                hash(row["parent_id"])  # TypeError where it is no name
-                nodes[row["message_id"]] = (number, row | {"replies": []})
+                name, parent = row["message_id"], row["parent_id"]
+                if absent(name) or name in numbers:
+                    raise UserError(f"message_id {name!r:.60} is empty, or another row's as well")
+                replies[None if absent(parent) else parent].append(row | {"replies": replies[name]})
+                numbers[name] = number
         except (AttributeError, TypeError, KeyError, ValueError) as reason:
             what = f"{'/'.join(schema)} does not hold what this schema has there ({type(reason).__name__}: {reason})"
             account.refuse(f"{source}, row {number}", str(reason) if isinstance(reason, UserError) else what)
-    for root in build_trees(nodes, source, account):
-        found += tree_conversations(root)
-    return found
+    reached = [*replies[None]]
+    for node in reached:
+        reached += node["replies"]
+        del numbers[node["message_id"]]
+    for number in numbers.values():
+        what = "its parent_id leads to no root: a message above it is missing, or they stand in a circle"
+        account.refuse(f"{source}, row {number}", what)
+    return found + [path for root in replies[None] for path in tree_conversations(root)]

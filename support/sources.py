@@ -1,52 +1,46 @@
-"""Files, folders and hub data sets -> rows, and the account of what is not read of them.
+"""Sources -> rows, and the account of what is not read of them.
 
-A source is a file, a folder or the name of a data set on the hub. A data set of several splits or configurations is
-named with the one that is meant: NAME:SPLIT, or NAME:CONFIGURATION:SPLIT.
+A source is a file, a folder, or a data set on the hub: NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT.
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
-import io
 import itertools
 import json
 import lzma
 import math
 import os
 import re
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-import pyarrow
 import pyarrow.parquet
 
 from support.checkpoint import find_folder
 from support.files import UserError, read_json, readable
 
 KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
-OPENERS = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # behind the kind: rows.jsonl.gz
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # behind the kind: rows.jsonl.gz
+ENDS = [f".{kind}{packed}" for kind in KINDS for packed in ("", *OPENERS)]
+ENDING = re.compile(r"\.(?:(parquet|arrow)|(jsonl|ndjson|csv|json)(?:\.(?:gz|bz2|xz))?)$", re.IGNORECASE)
 WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
+SPACE, DECODER = re.compile(r"\s*"), json.JSONDecoder()
 csv.field_size_limit(2**31 - 1)
-# What readers raise where a file is not what it says; the last two of dates and time zones that nobody has
-BROKEN = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
-BROKEN += (ArithmeticError, LookupError)
-ANY_SIZE = 2**63  # of rows
-ENDING = re.compile(r"\.(?:(parquet|arrow)|(jsonl|ndjson|csv|json)(?:\.(gz|bz2|xz))?)$", re.IGNORECASE)
+# No files of rows: hidden ones, editors' copies (~x), what a system (__x/) or a library keeps for itself
 HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/|(config|dataset_infos?|dataset_dict)\.json$)")
 
 
 class Account:
-    """What is not used of the rows as they are given: for a run's first lines, its record, and --skip-bad-rows.
-
-    cut and dropped count samples: those that --max-length cuts, and those that keep no response token within it.
-    """
+    """What is not used of the rows as they are given: for a run's first lines, its record, and --skip-bad-rows."""
 
     def __init__(self, skip_bad_rows: bool | None = None):
         """skip_bad_rows: None where there is no such flag to point to."""
-        self.skip_bad_rows, self.dropped, self.cut = skip_bad_rows, 0, 0
+        self.skip_bad_rows = skip_bad_rows
+        self.dropped, self.cut = 0, 0  # samples that keep no response token within --max-length, and that it cuts
         self.passed_over = {"columns": {}, "keys of messages": {}, "files": {}}  # each dict's keys, as they came up
         self.skipped = {}  # reason: how many rows, and where the first is
         self.left_out = []  # of each sample of which a chat template leaves something out: where it is, and what
@@ -60,10 +54,7 @@ class Account:
         self.skipped[visible(reason)] = (count + 1, first)
 
     def each(self, source: str, conversations: list, encode: Callable, left_out: Callable | None) -> list:
-        """What `encode` makes of each conversation of a source, without those that it cannot use.
-
-        left_out: says what is not in that of a conversation's text.
-        """
+        """What `encode` makes of each conversation that it can use; left_out: what it leaves out of one's text."""
         found = []
         for number, messages in enumerate(conversations, 1):
             where = f"{source}, conversation {number}"
@@ -81,25 +72,21 @@ class Account:
 
     def lengths(self, max_length: int) -> str:
         """What became of samples that are longer than that."""
-        dropped = f"{self.dropped:,} dropped, without a response token in the first {max_length:,}"
-        return dropped + (f"; {self.cut:,} cut there, their ends lost" if self.cut else "")
+        cut = f"; {self.cut:,} cut there, their ends lost" if self.cut else ""
+        return f"{self.dropped:,} dropped, without a response token in the first {max_length:,}{cut}"
 
     def lines(self) -> list[str]:
         """What a user is told, a line each."""
         found = [f"{what} passed over: {', '.join(names)}" for what, names in self.passed_over.items() if names]
-        for reason, (count, first) in self.skipped.items():
-            found.append(f"skipped: {count:,} rows, the first {first}: {reason}")
-        for where, text in self.left_out[:1]:
-            what = f"passed over by the chat template: part of {len(self.left_out):,} samples"
-            found.append(f"{what}, the first {where}: {text[:80]!r}")
-        return found
+        found += [f"skipped: {count:,} rows, the first {at}: {reason}" for reason, (count, at) in self.skipped.items()]
+        what = f"passed over by the chat template: part of {len(self.left_out):,} samples, the first "
+        return found + [f"{what}{where}: {text[:80]!r}" for where, text in self.left_out[:1]]
 
     def record(self) -> dict:
         """The same for run.json."""
-        skipped = {reason: count for reason, (count, _) in self.skipped.items()}
-        passed_over = {what: list(names) for what, names in self.passed_over.items() if names}
-        counts = {"dropped": self.dropped, "cut": self.cut, "left_out": len(self.left_out)}
-        return counts | {"skipped": skipped, "passed_over": passed_over}
+        found = {"dropped": self.dropped, "cut": self.cut, "left_out": len(self.left_out)}
+        found["skipped"] = {reason: count for reason, (count, _) in self.skipped.items()}
+        return found | {"passed_over": {what: list(names) for what, names in self.passed_over.items() if names}}
 
 
 def visible(text) -> str:
@@ -107,48 +94,42 @@ def visible(text) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-# --------------------------------------------------------------------------------------------------------- a file
-
-
-def kind_of(path: Path | str) -> tuple[str, str] | None:
-    """What a file's name says that it holds, one of KINDS, and how it is packed; None if it says no such thing."""
+def kind_of(path: Path | str) -> str | None:
+    """What a file's name says that it holds, one of KINDS; None if it says no such thing."""
     found = ENDING.search(str(path).lower())
-    return (found[1] or found[2], found[3] or "") if found else None
+    return found and (found[1] or found[2])
 
 
 def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
     """The rows of a file of one of KINDS, one by one. A UserError names the file and, where it can, the line."""
-    account = account or Account()
-    kind, packed = kind_of(path) or ("json", "")
+    kind, account = kind_of(path), account or Account()
     try:
-        readable(path, ANY_SIZE)
-        if kind == "parquet":
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        readable(path, sys.maxsize)
+        if kind in ("parquet", "arrow"):
+            for batch in _batches(path, kind):
+                batch.validate(full=True)
                 yield from batch.to_pylist()
-        elif kind == "arrow":
-            yield from _arrow_rows(path)
         else:
             read = _csv_rows if kind == "csv" else _json_rows
-            with OPENERS.get(packed, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
                 yield from read(file, path, account)
     except UserError:
         raise
-    except BROKEN as reason:
+    except Exception as reason:  # a reader's own, the system's, or that of a date or time zone that nobody has
         raise UserError(f"{path} cannot be read: {reason}") from None
 
 
-def _arrow_rows(path: Path) -> Iterator[dict]:
-    """Rows as the library datasets keeps them: Arrow's stream format, or its file format."""
-    with pyarrow.memory_map(str(path)) as file:
-        try:
-            batches = pyarrow.ipc.open_stream(file)
-        except pyarrow.ArrowInvalid:
-            file.seek(0)
-            reader = pyarrow.ipc.open_file(file)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        for batch in batches:
-            batch.validate(full=True)
-            yield from batch.to_pylist()
+def _batches(path: Path, kind: str) -> Iterable[pyarrow.RecordBatch]:
+    """Of parquet, or of Arrow's stream format, in which the library datasets saves, or its file format."""
+    if kind == "parquet":
+        return pyarrow.parquet.ParquetFile(path).iter_batches()
+    file = pyarrow.memory_map(str(path))
+    try:
+        return pyarrow.ipc.open_stream(file)
+    except pyarrow.ArrowInvalid:
+        file.seek(0)
+        reader = pyarrow.ipc.open_file(file)
+        return map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
@@ -157,8 +138,8 @@ def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for row in reader:
         if None in row or None in row.values():
-            names = f"{len(reader.fieldnames)} columns, as the first row names them"
-            account.refuse(f"{path}, line {reader.line_num}", f"not {names}")
+            reason = f"not {len(reader.fieldnames)} columns, as the first row names them"
+            account.refuse(f"{path}, line {reader.line_num}", reason)
         else:
             yield row
 
@@ -169,44 +150,38 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
     What a file holds tells which, not its name. Of objects in lines only those that are asked for are read.
     """
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    number, text = next(lines, (0, ""))
-    if not text:
-        return
-    try:
-        first = [json.loads(text)]
-    except (ValueError, RecursionError) as reason:
-        rest = file.read()
-        try:
-            values = _values(text + rest)
+    head = list(itertools.islice(lines, 2))
+    if len(head) == 1 or (head and _parsed(head[0][1])[1]):
+        head += lines
+        values, broken = _parsed("".join(line for _, line in head), _values)
+        if not broken:
             yield from values if len(values) > 1 else _unwrapped(values[0], path)
             return
-        except (ValueError, RecursionError) as whole:
-            broken = whole if kind_of(path) == ("json", "") and isinstance(whole, json.JSONDecodeError) else None
-            line = number - 1 + broken.lineno if broken else number
-            account.refuse(f"{path}, line {line}", f"not JSON ({getattr(broken or reason, 'msg', reason)})")
-        first = []
-        lines = ((n, line) for n, line in enumerate(io.StringIO(rest, newline=""), number + 1) if line.strip())
-    if (following := next(lines, None)) is None:
-        yield from (row for value in first for row in _unwrapped(value, path))
-        return
-    yield from first
-    for number, line in itertools.chain([following], lines):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as reason:
-            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(reason, 'msg', reason)})")
-            continue
-        yield row
+        if path.suffix.lower() == ".json" and isinstance(broken, json.JSONDecodeError):
+            account.refuse(f"{path}, line {head[: broken.lineno][-1][0]}", f"not JSON ({broken.msg})")
+            del head[0]
+    for number, line in itertools.chain(head, lines):
+        row, broken = _parsed(line)
+        if broken:
+            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(broken, 'msg', broken)})")
+        else:
+            yield row
+
+
+def _parsed(text: str, read: Callable = json.loads) -> tuple:
+    """What `read` makes of a text, or None, and the error if it is not JSON."""
+    try:
+        return read(text), None
+    except (ValueError, RecursionError) as reason:
+        return None, reason
 
 
 def _values(text: str) -> list:
     """The JSON values of a text, one behind the other on as many lines as each may take."""
-    found, decoder, space = [], json.JSONDecoder(), re.compile(r"\s*")
-    place = space.match(text).end()
-    while place < len(text):
-        value, end = decoder.raw_decode(text, place)
+    found, place = [], 0
+    while (place := SPACE.match(text, place).end()) < len(text):
+        value, place = DECODER.raw_decode(text, place)
         found.append(value)
-        place = space.match(text, end).end()
     return found
 
 
@@ -220,87 +195,70 @@ def _unwrapped(value, path: Path) -> list:
     return value[named[0]] if named else [value]
 
 
-# ------------------------------------------------------------------------------------------------------ data sets
-
-
 def files_below(folder: Path) -> list[str]:
-    """The paths of all files in a folder and its folders, from there, in order.
-
-    Hidden ones, editors' copies and what a system keeps for itself (.x, ~x, __x/) are none, as for datasets.
-    """
+    """The files of rows in a folder and below, by their paths there; as for datasets none that is hidden or a copy."""
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return [str(path) for path in paths if not HIDDEN.search(path.as_posix())]
+    return [str(path) for path in paths if kind_of(path) and not HIDDEN.search(path.as_posix())]
+
+
+def of_one_kind(paths: list[str]) -> list[str]:
+    """Of files of rows those of the first of KINDS that there is."""
+    return next((found for kind in KINDS if (found := [path for path in paths if kind_of(path) == kind])), [])
 
 
 def split_patterns(split: str, configuration: str | None) -> list[str]:
-    """The paths in a data set that a split's files may have, without their ends: split.csv, split-*.csv, split/*.csv.
-
-    It stands at the top or in a folder, that of its configuration where the data set has several.
-    """
+    """The paths that a split's files may have, without their ends: split, split-*, split/*, there or in a folder."""
     folders = (f"{configuration}/",) if configuration else ("", "*/")
     return [f"{folder}{split}{rest}" for folder in folders for rest in ("", "-*", "/*")]
 
 
-def choose_files(name: str, folder: Path, split: str, configuration: str | None) -> list[Path]:
-    """The files of a split in `folder`, of the first of KINDS that has any; [] if none has."""
-    patterns, found = split_patterns(split, configuration), defaultdict(list)
-    for path in filter(kind_of, files_below(folder)):
-        if any(fnmatch(ENDING.sub("", path), pattern) for pattern in patterns):
-            found[kind_of(path)[0]].append(path)
-    found = next((found[kind] for kind in KINDS if kind in found), [])
+def choose_files(name: str, paths: list[str], split: str, configuration: str | None) -> list[str]:
+    """Those of a data set's files of rows that a split is read from."""
+    patterns = split_patterns(split, configuration)
+    found = of_one_kind([path for path in paths if any(fnmatch(ENDING.sub("", path), glob) for glob in patterns)])
     if len({os.path.dirname(path) for path in found}) > 1:
         raise UserError(f"{name} has several configurations, not one: write {' or '.join(choices(name, found))}")
-    return [folder / path for path in found]
+    return found
 
 
 def choices(name: str, paths: list[str]) -> list[str]:
-    """How a user names each split that a data set's files are of, by their paths there."""
-    found = {}
-    for path in filter(kind_of, paths):
-        *folders, split = re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", ENDING.sub("", path)).split("/")
-        configuration = [part for part in folders[:1] if part != "data"]
-        found[":".join([name, *configuration, split])] = True
-    return list(found)
+    """How a user names each split that a data set's files of rows are of, by their paths there."""
+    parts = (re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", ENDING.sub("", path)).split("/") for path in paths)
+    named = (":".join([name, *({*folders[:1]} - {"data"}), split]) for *folders, split in parts)
+    return list(dict.fromkeys(named))
+
+
+def no_split(name: str, split: str, configuration: str | None, paths: Iterable[str]) -> UserError:
+    wanted = f"a split named {split}" + (f" of configuration {configuration}" if configuration else "")
+    known = f"; it has {', '.join(found)}" if (found := choices(name, sorted(paths))) else ""
+    return UserError(f"{name} has no {', '.join(KINDS)} file of {wanted}{known}")
 
 
 def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
     """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
-    problem = None
-    ends = [f".{kind}{packed}" for kind in KINDS for packed in ("", *(f".{packed}" for packed in OPENERS))]
-    patterns = [pattern + end for pattern in split_patterns(split, configuration) for end in ends]
+    from huggingface_hub import list_repo_files  # here, as in support/checkpoint.py
+
+    problem, patterns = None, [pattern + end for pattern in split_patterns(split, configuration) for end in ENDS]
     for revision in (None, "refs/convert/parquet"):
         try:
             folder = find_folder(name, patterns, revision, repo_type="dataset")
         except UserError as reason:  # offline, either of the two may be what the cache holds
             problem = problem or reason
             continue
-        if found := choose_files(name, folder, split, configuration):
-            return found
-        problem = problem or _no_split(name, split, configuration, _listed(name, folder))
+        paths = files_below(folder)
+        if found := choose_files(name, paths, split, configuration):
+            return [folder / path for path in found]
+        if not problem:
+            with contextlib.suppress(Exception):  # whatever it is: this is only to help with another error
+                paths = filter(kind_of, list_repo_files(name, repo_type="dataset"))
+            problem = no_split(name, split, configuration, paths)
     raise problem
-
-
-def _listed(name: str, folder: Path) -> list[str]:
-    """The paths of all files of a hub data set, or offline of those in the cache."""
-    from huggingface_hub import list_repo_files  # here, as in support/checkpoint.py
-
-    try:
-        return list_repo_files(name, repo_type="dataset")
-    except Exception:  # whatever the client or its network says: this is only to help with another error
-        return files_below(folder)
-
-
-def _no_split(name: str, split: str, configuration: str | None, paths: list[str]) -> UserError:
-    wanted = f"a split named {split}" + (f" of configuration {configuration}" if configuration else "")
-    known = f"; it has {', '.join(found)}" if (found := choices(name, sorted(paths))) else ""
-    return UserError(f"{name} has no {', '.join(KINDS)} file of {wanted}{known}")
 
 
 def names_in(path: Path, key: str) -> list[str]:
     """The names of files or folders beside `path`, which save_to_disk wrote, that it lists: texts, or "filename"s."""
     held = read_json(path).get(key)
-    names = held if isinstance(held, list) else []
-    names = [part.get("filename") if isinstance(part, dict) else part for part in names]
+    names = [one.get("filename") if isinstance(one, dict) else one for one in held] if isinstance(held, list) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{path} names no {key} of its own folder")
     return names
@@ -309,41 +267,32 @@ def names_in(path: Path, key: str) -> list[str]:
 def folder_files(folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
     """The files of rows in a local folder: what save_to_disk wrote, a data set as on the hub, or files beside another.
 
-    Where no split is asked for it is train, or all files where no name says that. The account tells of files of rows
-    that lie there and are not read.
+    The split is train unless one is asked for, or all files where no name says that. Others are passed over.
     """
-    name = str(folder)
-    if (folder / "dataset_dict.json").exists():
+    name, wanted = str(folder), split or "train"
+    if saved := (folder / "dataset_dict.json").exists():
         splits = names_in(folder / "dataset_dict.json", "splits")
-        if (split or "train") not in splits:
-            known = ", ".join(f"{name}:{split}" for split in splits)
-            raise UserError(f"{name} has no split {split or 'train'}; it has {known}")
-        folder = folder / (split or "train")
-        read_json(folder / "state.json")  # UserError where it is missing
-    if (folder / "state.json").exists():
+        if wanted not in splits:
+            raise UserError(f"{name} has no split {wanted}; it has {', '.join(f'{name}:{split}' for split in splits)}")
+        folder = folder / wanted
+    if saved or (folder / "state.json").exists():
         return [folder / file for file in names_in(folder / "state.json", "_data_files")]
-    found = choose_files(name, folder, split or "train", configuration)
-    beside = [folder / path for path in files_below(folder) if "/" not in path and kind_of(path)]
-    if not found and not split:
-        kind = min((KINDS.index(kind_of(path)[0]) for path in beside), default=None)
-        found = [path for path in beside if KINDS.index(kind_of(path)[0]) == kind]
+    paths = files_below(folder)
+    beside = [path for path in paths if "/" not in path]
+    found = choose_files(name, paths, wanted, configuration) or of_one_kind([] if split else beside)
     if not found:
-        raise _no_split(name, split or "train", configuration, files_below(folder))
-    account.pass_over("files", [str(path) for path in beside if path not in found])
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------- sources
+        raise no_split(name, wanted, configuration, paths)
+    account.pass_over("files", [str(folder / path) for path in beside if path not in found])
+    return [folder / path for path in found]
 
 
 def source_names(sources: str) -> list[str]:
     """Comma-separated sources; where a name with a comma in it exists, it is one name."""
-    pieces, found = sources.split(","), []
-    while pieces:
-        sizes = range(len(pieces), 1, -1)
-        size = next((n for n in sizes if os.path.exists(",".join(pieces[:n]).strip())), 1)
-        found.append(",".join(pieces[:size]).strip())
-        pieces = pieces[size:]
+    found, rest = [], sources.split(",")
+    while rest:
+        size = next((n for n in range(len(rest), 1, -1) if os.path.exists(",".join(rest[:n]).strip())), 1)
+        found.append(",".join(rest[:size]).strip())
+        rest = rest[size:]
     if not any(found):
         raise UserError(f"--data names no source: {sources!r}")
     return [name for name in found if name]
@@ -361,36 +310,27 @@ def find_files(source: str, account: Account) -> list[Path]:
         raise UserError(f"{source}: a data set is named NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT")
     if os.path.isdir(name):  # not Path's: it raises where a name is too long
         return folder_files(path, split, configuration, account)
-    if os.path.isfile(name) or kind_of(path):
-        if not kind_of(path):
-            kinds = ", ".join(f".{kind}" for kind in KINDS)
-            raise UserError(f"{source} is no {kinds} file, as it is or packed (.{', .'.join(OPENERS)})")
+    if os.path.isfile(name) and not kind_of(path):
+        raise UserError(f"{source} is no .{', .'.join(KINDS)} file, as it is or packed ({', '.join(OPENERS)})")
+    if kind_of(path):
         if rest:
             raise UserError(f"{source}: {name} is one file, it has no split {split}")
         try:
-            readable(path, ANY_SIZE)
+            readable(path, sys.maxsize)
         except (OSError, ValueError) as reason:
             raise UserError(f"{name} cannot be read: {reason}") from None
         return [path]
     if name.count("/") == 2 and not name.startswith(("/", ".")):
-        owner, repository, part = name.split("/")
-        raise UserError(
-            f"{name} is no file; a configuration of {owner}/{repository} is {owner}/{repository}:{part}:train"
-        )
+        of, part = name.rsplit("/", 1)
+        raise UserError(f"{name} is no file; a configuration of {of} is {of}:{part}:train")
     return hub_files(name, split or "train", configuration)
 
 
 def load_rows(source: str, limit: int | None = None, account: Account | None = None) -> list[dict]:
-    """The first `limit` rows (default: all) of a source: a file, a folder, NAME, NAME:SPLIT, NAME:CONFIGURATION:SPLIT.
-
-    Files are .json, .jsonl, .ndjson, .csv (perhaps with .gz, .bz2, .xz behind), .parquet and .arrow; a split is train
-    where none is named.
-    """
+    """The first `limit` rows (default: all) of a source, of its split train where none is named."""
     account = account or Account()
-    files = find_files(source, account)
-    rows = itertools.chain.from_iterable(read_file(path, account) for path in files)
-    rows = list(itertools.islice(rows, limit))
-    if not rows:
+    rows = (row for path in find_files(source, account) for row in read_file(path, account))
+    if not (rows := list(itertools.islice(rows, limit))):
         raise UserError(f"{source} has no rows" + " that can be used" * bool(account.skipped))
     return rows
 
@@ -404,12 +344,10 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
     for source in rows:
         for number, row in enumerate(rows[source], 1):
             rating = row.get(field) if isinstance(row, dict) else None
-            try:  # .csv has text only
-                ratings[source, number] = math.nan if isinstance(rating, bool) else float(rating)
-            except (ValueError, TypeError, OverflowError):
-                ratings[source, number] = math.nan
-            if math.isnan(ratings[source, number]):
-                del ratings[source, number]
+            with contextlib.suppress(ValueError, TypeError, OverflowError):  # .csv has text only
+                if not (isinstance(rating, bool) or math.isnan(value := float(rating))):
+                    ratings[source, number] = value
+            if (source, number) not in ratings:
                 account.refuse(f"{source}, row {number}", f"column {field} holds {rating!r:.60}, not a rating")
     if len(ratings) < top:
         raise UserError(f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")

@@ -108,10 +108,6 @@ USED = {
         [QUESTION, ANSWER | {"weight": 0}],
     ),
     "messages and a text": ({"prompt": [QUESTION], "completion": "A"}, [QUESTION, ANSWER]),
-    "texts on both sides": (
-        {"prompt": ["P", "B", "Q"], "completion": ["A"]},
-        [user("P"), assistant("B", weight=0), QUESTION, ANSWER],
-    ),
     "history as a table has it": (ALPACA | {"history": '[["a", "b"]]'}, [user("a"), assistant("b"), QUESTION, ANSWER]),
     "pandas' NaN is nothing": (ALPACA | {"input": float("nan"), "images": float("nan")}, [QUESTION, ANSWER]),
     "a system message that spells null": (

@@ -144,6 +144,9 @@ def test_one_object_is_one_row_and_a_broken_line_is_named_by_its_number(tmp_path
     for name, line in {"first.jsonl": 1, "third.jsonl": 3, "pretty.json": 20}.items():
         with pytest.raises(UserError, match=f"{name}, line {line}: not JSON"):
             load_rows(str(tmp_path / name))
+    (tmp_path / "two.json").write_text('{"data": [],\n"train": []}')
+    with pytest.raises(UserError, match="two.json has rows under several names"):
+        load_rows(str(tmp_path / "two.json"))
     (tmp_path / "null.jsonl").write_text("null\n" + LINES)
     assert load_rows(str(tmp_path / "null.jsonl")) == [None, *ROWS]  # which is no row, as its number will say
     account = Account(skip_bad_rows=True)
