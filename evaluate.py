@@ -29,7 +29,7 @@ import lora
 from data import Tokenizer
 from model import Transformer, centred_logits, load_model
 from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
-from support import chat, command, losses, machine, ranks, runs, templates
+from support import chat, command, losses, machine, ranks, templates
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell, short_names
 from support.decoding import SharedPrefix, check_numbers, generate, generation_settings
@@ -169,13 +169,13 @@ def prepare(name: str, load: Callable, tokenizer: Tokenizer, limit: float | None
             number = len(requests) + 1
             requests.append(task["requests"](row))
             nothing = ["" if isinstance(rest, dict) else (0.0, False) for _, rest in requests[-1]]
-            task["metrics"](row, nothing)  # so that a column it misses is missed now, not after the work
-            keys.append(runs.digest(row, requests[-1]))  # fails too where half a character is no text
+            task["metrics"](row, nothing)  # so that a column it misses is missed before the work
+            keys.append(losses.digest(row, requests[-1]))  # fails where half a character is no text
     except UserError as reason:
         raise UserError(f"{name}: {reason}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as reason:
         raise UserError(f"{name}, row {number}: {type(reason).__name__} {reason}") from None
-    return Questions(rows, requests, runs.digest(keys))
+    return Questions(rows, requests, losses.digest(keys))
 
 
 def answer(
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None):
     names, device = task_names(args.tasks) if args.ask is None else [], ranks.start_ranks(args.device)
     forget_rows()
     batch_tokens = args.batch_tokens or (1024 if device.type == "cpu" else 2048)
-    report = runs.Report(Path(args.out) if args.out and ranks.first_rank() else None)
+    report = losses.Report(Path(args.out) if args.out and ranks.first_rank() else None)
     args.template = args.template or templates.trained_in(args.adapter)
     tokenizer = data.load_tokenizer(args.model, args.revision, args.template)
     folder = args.data and Path(args.data)
@@ -346,7 +346,7 @@ def unanswered(record: dict, questions: dict[str, Questions]) -> list[str]:
     """The tasks that a record does not answer. Answers to other rows leave it, and so do their groups."""
     left = [name for name, asked in questions.items() if record["keys"].get(name) != asked.key]
     for name in [*left, *(group for group, (names, _, _) in GROUPS.items() if {*names} & {*left})]:
-        for part in runs.PARTS:
+        for part in losses.PARTS:
             record[part].pop(name, None)
     return left
 

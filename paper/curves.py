@@ -16,7 +16,7 @@ from model import Transformer
 from support import command
 from support.adapters import find_adapter, read_adapter
 from support.files import UserError, is_number, read_log
-from support.runs import INNER, read_record, snapshot_step, snapshots_in
+from support.runs import INNER, read_record, snapshots_in
 
 MOST = 600  # points of a curve: of a longer run, each is the mean of several steps
 ROWS = 20  # of a table, at most
@@ -89,8 +89,7 @@ def find_states(adapters: list[str], model: Transformer) -> list[State]:
         run, parts = Path(adapter), snapshots_in(Path(adapter))
         going = parts and not (run / "adapter_config.json").exists()
         run = run if going else find_adapter(adapter)
-        for part in snapshots_in(run):
-            step = snapshot_step(part)
+        for step, part in snapshots_in(run).items():
             states.append(State(f"{name}, step {step}", part, run, step))
         if not going:
             states.append(State(name, run, run, len(read_log(run))))

@@ -26,8 +26,7 @@ from model import Transformer, load_model
 from paper.baselines import scoring_passes
 from support import checkpoint, command, machine, ranks, sources, templates
 from support.files import UserError, check_writable, write_lines
-from support.losses import kept_losses, losses_key
-from support.runs import digest
+from support.losses import digest, kept_losses, losses_key
 from support.schemas import Message, conversations
 
 RATINGS = range(6)

@@ -31,7 +31,7 @@ from paper.objectives import OBJECTIVES
 from support import command, machine, runs, templates
 from support.checkpoint import find_checkpoint
 from support.files import UserError, check_writable, read_json, write_json, write_whole
-from support.losses import files_key, model_key
+from support.losses import Report, files_key, model_key
 from support.sources import Account, find_files, source_names
 
 ROOT = Path(__file__).parents[1]
@@ -214,9 +214,7 @@ class Cells:
     def answered(self, file: Path, adapter: Path | None) -> list[dict]:
         """Of a report, the records with the answers of these very files to all that is asked; there is one or none."""
         asked = (model_key(self.model, adapter), templates.trained_in([adapter] if adapter else []))
-        found = [
-            held for held in runs.Report(file).records().values() if (held.get("key"), held.get("template")) == asked
-        ]
+        found = [held for held in Report(file).records().values() if (held.get("key"), held.get("template")) == asked]
         return [held for held in found if self.keys.items() <= held["keys"].items()]
 
     def seconds(self, row: Row, seed: int, folder: Path) -> dict[str, float]:

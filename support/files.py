@@ -1,12 +1,10 @@
 """Files that are whole or not there, JSON, and the one kind of error that is the user's."""
 
 import contextlib
-import errno
+import functools
 import json
 import os
-import platform
 import re
-import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +17,17 @@ class UserError(ValueError):
 
 
 def readable(path: Path, most: int = 2**28) -> Path:
-    """`path`, if it can be read to its end: a regular file of at most `most` bytes, no pipe and no device.
-
-    Every reader of a file that others made asks it. Raises OSError, which each turns into a UserError of its own.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("it is no regular file")
-    if status.st_size > most:
-        raise OSError(f"{status.st_size:,} bytes are more than such a file has")
+    """`path`, if it is a regular file of at most `most` bytes; else OSError, of which a reader makes a UserError."""
+    check_regular(path)
+    if (size := path.stat().st_size) > most:
+        raise OSError(f"{size:,} bytes are more than such a file has")
     return path
+
+
+def check_regular(path: Path):
+    """OSError where `path` is a folder, a pipe or a device: no file to read, nor one to put another in the place of."""
+    if path.exists() and not path.is_file():
+        raise OSError("Is a directory" if path.is_dir() else "it is no regular file")
 
 
 def read_json(path: Path) -> dict:
@@ -46,14 +45,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
+@functools.cache
 def note(text: str):
     """Tell the user, once and on one rank, of something that is no mistake, such as files that are not read."""
-    if text not in NOTED and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
-    NOTED.add(text)
-
-
-NOTED = set()
 
 
 def is_number(value) -> bool:
@@ -62,32 +58,27 @@ def is_number(value) -> bool:
 
 
 def is_count(value) -> bool:
-    """Whether it is a whole number above 0."""
     return type(value) is int and value > 0
 
 
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
-    """Have `write` make a file whole or not at all: under a temporary name first, which then takes `path`'s place.
+    """Have `write` make a file whole or not at all: under a temporary name first, then in `path`'s place.
 
-    others_write: other processes may be writing it at the same time, so the temporary name is this process's own, and
-    a file that is there by then stays.
+    others_write: other processes may do so at the same time; the first file stays. Errors as `writing`'s.
     """
-    temporary = path.with_name(path.name + (f".{platform.node()}.{os.getpid()}.tmp" if others_write else ".tmp"))
+    temporary = path.with_name(path.name + (f".{os.uname().nodename}.{os.getpid()}.tmp" if others_write else ".tmp"))
     with writing(path):
+        check_regular(path)
         try:
             write(temporary)
             os.umask(umask := os.umask(0))
             temporary.chmod(0o666 & ~umask)  # as any new file; safetensors' own are for their owner alone
             _to_disk(temporary)  # first what is in the file, then that it bears its name
-            if others_write:
-                with contextlib.suppress(FileExistsError):
-                    os.link(temporary, path)
-            else:
-                temporary.replace(path)
+            with contextlib.suppress(FileExistsError):
+                (os.link if others_write else os.replace)(temporary, path)
             _to_disk(path.parent)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()  # half a file would keep a full disk full
+            temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
 
 
 @contextlib.contextmanager
@@ -97,17 +88,15 @@ def writing(path: Path):
         yield
     except (OSError, SafetensorError) as reason:
         why = getattr(reason, "strerror", None) or reason
-        raise UserError(
-            f"{path} cannot be written ({why}); what was there before is whole: make room, or write elsewhere"
-        ) from None
+        advice = "what was there before is whole: make room, or write elsewhere"
+        raise UserError(f"{path} cannot be written ({why}); {advice}") from None
 
 
 def check_writable(path: Path):
     """Make the folder that `path` is to be in; UserError, before any work, if no file can be written there."""
     probe = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with writing(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
@@ -122,19 +111,14 @@ def _to_disk(path: Path):
 def write_json(path: Path, value):
     """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # a path's bytes that are no UTF-8 become escapes of JSON
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 LINE = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")  # numbers, in each of a log
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log, one for each optimizer step that it holds; none before the first.
-
-    A last line that is not whole is left out: the run may be writing it, or the disk was full.
-    Raises UserError for a file that cannot be read, and a line that has not all of LINE.
-    """
+    """The lines of a run's log, but for half a line at its end; UserError for a line that has not all of LINE."""
     path, found, line = folder / "log.jsonl", [], b"\n"
     try:
         for line in readable(path).read_bytes().splitlines(keepends=True) if path.exists() else ():
@@ -147,12 +131,6 @@ def read_log(folder: Path) -> list[dict]:
         if line.endswith(b"\n"):
             raise UserError(f"{path}, line {len(found) + 1}: {reason}") from None
     return found
-
-
-def append_line(path: Path, value: dict):
-    """Add one line of JSON to a log that is always whole on disk."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, values: list[dict]):

@@ -132,6 +132,11 @@ def edit_json(path: Path, change):
     path.write_text(json.dumps(value))
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the newest last."""
+    return sorted(folder.glob("checkpoint-*.safetensors"))
+
+
 def to_old_dialect(config: dict):
     """transformers 4's config.json: rope_theta on top, rope_scaling beside it, torch_dtype."""
     rope = config.pop("rope_parameters")

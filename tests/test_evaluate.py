@@ -25,7 +25,7 @@ from lora import save_adapter
 from model import load_model, token_nll
 from paper import benchmarks
 from paper.benchmarks import TABLE, TASKS
-from support import decoding, packing, runs
+from support import decoding, losses, packing
 from support.decoding import generate
 from support.files import UserError
 from support.tokenizer import load_tokenizer
@@ -253,7 +253,7 @@ def test_processes_that_write_one_report_at_once_keep_each_other_s_answers(tmp_p
     at_once, start = 8, context.Barrier(5)
 
     def write(model, names):
-        report = runs.Report(tmp_path / "out.json")
+        report = losses.Report(tmp_path / "out.json")
         record = report.record("key", {"model": model})
         start.wait()
         for name in names:

@@ -247,7 +247,7 @@ def test_a_whole_file_beside_an_index_is_what_transformers_reads(checkpoint, tmp
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
     save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    files.NOTED.clear()
+    files.note.cache_clear()
     found = as_we_do(folder)
     assert (found - as_transformers_reads_it(folder)).abs().max() < 1e-3
     assert not torch.allclose(found, as_we_do(checkpoint))

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import torch
 from benchmark_rows import write_benchmarks
-from conftest import BOS, EOS, PATIENCE, edit_json, make_checkpoint, make_tokenizer, write_rows
+from conftest import BOS, EOS, PATIENCE, checkpoints_in, edit_json, make_checkpoint, make_tokenizer, write_rows
 from hub import serve
 from hypothesis import given, settings, strategies
 from safetensors.torch import load_file, save_file
@@ -648,7 +648,7 @@ def assert_stopped(place, error: str, number: int, step: int = 5):
         assert torch.equal(batch[f"ids {i}"], examples[i].ids)
         assert torch.equal(batch[f"response {i}"], examples[i].response)
     assert [line["step"] for line in files.read_log(out)] == list(range(1, step))
-    assert max(runs.checkpoints_in(out)).name == runs.CHECKPOINT.format(step - 1)
+    assert max(checkpoints_in(out)).name == runs.CHECKPOINT.format(step - 1)
     assert not (out / "adapter_model.safetensors").exists() and not list(out.glob("*.tmp"))
 
 
@@ -657,9 +657,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_of_it_is_kept(pl
     status, lines = end(train.main, command, capsys)
     assert_refused(status, lines, "the loss is nan, the gradient's norm nan")
     assert_stopped(place, lines[-1], poisoned)
-    kept = max(runs.checkpoints_in(place.at / "out")).read_bytes()
+    kept = max(checkpoints_in(place.at / "out")).read_bytes()
     assert end(train.main, [*command, "--resume"], capsys)[1][-1] == lines[-1]  # it comes back to the same step
-    assert max(runs.checkpoints_in(place.at / "out")).read_bytes() == kept
+    assert max(checkpoints_in(place.at / "out")).read_bytes() == kept
     assert "holds another run" in end(train.main, command, capsys)[1][-1]
     end(train.main, [*command, "--overwrite", "--max-steps", "4"], capsys)
     assert not list((place.at / "out").glob("failed*"))
@@ -773,7 +773,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_from_its_last_checkpoint(place
     name = {"checkpoint": runs.CHECKPOINT.format(3), "log": "log.jsonl"}[file]
     assert_refused(process.returncode, seen(process.stderr), f"error: {out / name} cannot be written (")
     assert "what was there before is whole: make room, or write elsewhere" in seen(process.stderr)[-1]
-    assert [path.name for path in runs.checkpoints_in(out)] == [runs.CHECKPOINT.format(step) for step in (1, 2)]
+    assert [path.name for path in checkpoints_in(out)] == [runs.CHECKPOINT.format(step) for step in (1, 2)]
     assert not list(out.glob("*.tmp"))  # nothing half, nothing that fills the disk
     if file == "log":
         assert not (out / "log.jsonl").read_text().endswith("\n")  # half a line

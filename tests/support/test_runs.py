@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PATIENCE, edit_json, make_checkpoint, write_rows
+from conftest import PATIENCE, checkpoints_in, edit_json, make_checkpoint, write_rows
 from interrupt import interrupted
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import train
 from model import load_model
 from support import runs
-from support.files import UserError, read_log, write_whole
+from support.files import UserError, check_writable, read_log, write_whole
 
 ROOT = Path(__file__).parents[2]
 # with the state that is easiest to lose: dropout (0.1) draws random numbers, and the history is an average
@@ -143,9 +143,9 @@ def test_every_history_goes_on_from_a_checkpoint_bit_for_bit(llama, rows, tmp_pa
     flags = ["--epochs", "4", "--checkpoint-every", "2", "--history", *history.split()]
     main(llama, rows, tmp_path, *flags)
     whole, lines = adapter(tmp_path), log(tmp_path)
-    names = load_file(runs.checkpoints_in(tmp_path)[0]).keys()
+    names = load_file(checkpoints_in(tmp_path)[0]).keys()
     assert ("history.0.0" in names) == (history not in ("base", "checkpoint --history-every 100"))
-    runs.checkpoints_in(tmp_path)[-1].unlink()  # that of step 12
+    checkpoints_in(tmp_path)[-1].unlink()  # that of step 12
     (tmp_path / "adapter_model.safetensors").unlink()
     main(llama, rows, tmp_path, *flags, "--resume")
     assert adapter(tmp_path) == whole and log(tmp_path) == lines
@@ -165,7 +165,7 @@ def test_without_a_checkpoint_resume_starts_and_a_new_run_wants_a_folder_of_its_
     before = adapter(finished)
     with pytest.raises(UserError, match="holds another run"):
         main(llama, rows, finished)
-    for path in [finished / "adapter_model.safetensors", *runs.checkpoints_in(finished)]:
+    for path in [finished / "adapter_model.safetensors", *checkpoints_in(finished)]:
         path.unlink()
     with pytest.raises(UserError, match="checkpoint"):  # checkpoints alone are a run too
         write_whole(finished / runs.CHECKPOINT.format(1), lambda path: path.write_text(""))
@@ -377,7 +377,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(llama, whole, tmp_p
 
 def test_where_no_checkpoint_is_whole_nothing_starts_anew(llama, whole, tmp_path):
     run, rows = shutil.copytree(whole, tmp_path / "run"), whole.parent / "rows.jsonl"
-    for path in runs.checkpoints_in(run):
+    for path in checkpoints_in(run):
         halve(path)
     before = files_below(run)
     with pytest.raises(UserError, match=f"{runs.CHECKPOINT.format(3)} is damaged.*there is no other"):
@@ -441,7 +441,7 @@ def test_folders_that_are_no_snapshots_are_none(tmp_path):
     for name in ("step-x", "step-²", "step-4", "step-00000007", "step-00000007x", "step-100000000", "step-00000012"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    assert [runs.snapshot_step(path) for path in runs.snapshots_in(tmp_path)] == [7, 12, 100_000_000]
+    assert list(runs.snapshots_in(tmp_path)) == [7, 12, 100_000_000]
 
 
 def test_other_rows_or_weights_are_another_configuration(finished, llama, rows):
@@ -484,6 +484,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, half)
     assert path.read_text() == "first"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/null", path)])
+@pytest.mark.parametrize("ask", [check_writable, lambda path: write_whole(path, lambda file: file.write_text("new"))])
+def test_what_is_no_regular_file_is_named_and_stays(tmp_path, make, ask):
+    make(path := tmp_path / "out.json")
+    before = path.lstat()
+    with pytest.raises(UserError, match=r"out.json cannot be written \((it is no regular file|Is a directory)\)"):
+        ask(path)
+    assert path.lstat().st_mode == before.st_mode and path.lstat().st_ino == before.st_ino
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bytes_of_an_argument_that_are_no_utf_8_are_spelled_in_the_record(llama, rows, tmp_path):
+    main(llama, rows, os.fsdecode(bytes(tmp_path) + b"/caf\xe9"), "--cache", os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    arguments = json.loads((tmp_path / "caf\\xe9" / "run.json").read_text(encoding="utf-8"))["arguments"]
+    assert [Path(arguments[flag]).name for flag in ("out", "cache")] == ["caf\\xe9", "\\xff"]
 
 
 # ----------------------------------------------------------------------------------------------------------- ranks
@@ -580,12 +597,12 @@ def test_two_ranks_go_on_from_a_checkpoint(llama, rows, tmp_path):
         assert process.wait(timeout=PATIENCE) == 0, process.stderr.read()
     whole = adapter(tmp_path / "whole")
     assert adapter(tmp_path / "stopped") == whole
-    runs.checkpoints_in(tmp_path / "stopped")[-1].unlink()  # that of step 12
+    checkpoints_in(tmp_path / "stopped")[-1].unlink()  # that of step 12
     (tmp_path / "stopped" / "adapter_model.safetensors").unlink()
     process = torchrun(2, llama, rows, tmp_path / "stopped", *flags, "--resume")
     assert process.wait(timeout=PATIENCE) == 0, process.stderr.read()
     assert adapter(tmp_path / "stopped") == whole and log(tmp_path / "stopped") == log(tmp_path / "whole")
-    state = load_file(runs.checkpoints_in(tmp_path / "whole")[-1])
+    state = load_file(checkpoints_in(tmp_path / "whole")[-1])
     random = [state[name] for name in sorted(state) if name.startswith("random")]
     assert len(random) == 2 and not torch.equal(*random)
     with pytest.raises(UserError, match="the number of ranks was 2, now it is 1"):

@@ -425,7 +425,7 @@ def test_a_run_is_asked_and_shown_in_the_template_it_was_trained_in(tmp_path, ro
     run, other = tmp_path / "run", tmp_path / "other"
     train.main([*argv, "--out", str(run), "--template", "model", "--merge", "--snapshot-every", "1"])
     train.main([*argv, "--out", str(other)])
-    (snapshot, _) = snapshots_in(run)
+    (snapshot, _) = snapshots_in(run).values()
     for adapters, expected in {(): "paper", (run,): "model", (snapshot,): "model", (other,): "paper"}.items():
         assert templates.trained_in([str(adapter) for adapter in adapters]) == expected
 

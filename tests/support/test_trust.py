@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PATIENCE, TEXT, make_checkpoint, write_rows
+from conftest import PATIENCE, TEXT, checkpoints_in, make_checkpoint, write_rows
 from fuzz import TARGETS
 
 import evaluate
@@ -171,7 +171,7 @@ def test_files_can_be_read_by_whom_the_umask_says(watched, umask):
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     inside = ("run.json", "log.jsonl", "adapter_model.safetensors", "merged/model.safetensors", "merged/tokenizer.json")
     assert files.keys() > {f"run/{name}" for name in inside}
-    assert len(runs.checkpoints_in(folder / "run")) == 2 and len(list((folder / "cache").iterdir())) == 1
+    assert len(checkpoints_in(folder / "run")) == 2 and len(list((folder / "cache").iterdir())) == 1
     for name, path in files.items():
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~int(umask, 8), name
 
@@ -193,7 +193,7 @@ def write_checkpoint(folder: Path, value: float, model):
 
 
 def write_report(folder: Path, value: float, model):
-    report = runs.Report(folder / "out.json")
+    report = losses.Report(folder / "out.json")
     with report.saving(report.record(f"{value}" * 40, {"model": "m", "adapter": None, "dtype": "float32"})):
         pass
 
