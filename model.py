@@ -224,7 +224,7 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     files.check_tensors(stored, dict(model.named_parameters()), folder)
-    dtype = dtype or config.dtype or files.stored_dtype(stored)
+    dtype = dtype or config.dtype or stored[files.EMBEDDING].dtype
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         weight = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))

@@ -1,8 +1,4 @@
-"""Checkpoints as files: both config dialects, shards, the hub; what is refused, and why.
-
-A folder in Hugging Face layout holds config.json, the weights in safetensors and the tokenizer's files. What peft's
-holds: adapters.py.
-"""
+"""Checkpoints as files, in Hugging Face layout: both config dialects, shards, the hub; what is refused, and why."""
 
 import functools
 import shutil
@@ -21,6 +17,8 @@ FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForC
 SHARDS = ["model.safetensors.index.json", "model-*.safetensors"]  # read where there is no whole file
 CHECKPOINT_FILES = ["config.json", "generation_config.json", "model.safetensors", *SHARDS]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What to do about an error of the hub's client: of the first kind that it is
 NEXT_STEPS = {
     "GatedRepoError": "ask for access on its page there, then set HF_TOKEN",
@@ -30,13 +28,43 @@ NEXT_STEPS = {
     "LocalEntryNotFoundError": "check the connection and HF_ENDPOINT, or give a local folder",
     "Exception": "try again, or give a local folder",
 }
+# Tokens that a class of transformers names where tokenizer_config.json does not
+CLASS_TOKENS = {
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "Qwen2Tokenizer": dict.fromkeys(["unk_token", "eos_token", "pad_token"], "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(["unk_token", "bos_token", "eos_token"], "<|endoftext|>"),
+}
+# Keys of config.json. Those that are read below; those of which one value is implemented; and those that change no
+# logits of these families, whatever they say: what it was made with, its tokens, training, labels, how text is drawn.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+ONLY = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "is_causal": True}
+ONLY["quantization_config"] = None
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_KEYS}
+READ_KEYS = {*SIZES, *OPTIONAL_SIZES, *FLAGS, "model_type", "architectures", "dtype", "torch_dtype", "rms_norm_eps"}
+READ_KEYS |= {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types"}
+FREE_KEYS = """
+_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled auto_map
+attn_implementation transformers_version transformers.js_config is_llama_config unsloth_fixed unsloth_version
+bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+tokenizer_class model_max_length use_cache gradient_checkpointing initializer_range pretraining_tp num_labels
+output_attentions output_hidden_states output_scores return_dict return_dict_in_generate id2label label2id
+problem_type finetuning_task task_specific_params prefix torchscript use_bfloat16 keys_to_ignore_at_inference
+temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample max_length length_penalty
+early_stopping repetition_penalty
+""".split()
+
+
+def check(fits, words: str):
+    """UserError, in these words, unless it fits."""
+    if not fits:
+        raise UserError(words)
 
 
 def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
-    """The local folder of a checkpoint: the path itself, or the hub's snapshot of the files that match `patterns`.
-
-    The hub is reached through huggingface_hub, so HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and the cache apply as ever.
-    """
+    """The local folder of a checkpoint: the path itself, or the hub's snapshot of the files that match `patterns`."""
     name = str(name_or_path)
     if Path(name).is_dir():
         return Path(name)
@@ -69,25 +97,13 @@ def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) ->
     return folder
 
 
-# Tokens that a class of transformers names where tokenizer_config.json does not
-CLASS_TOKENS = {
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-    "Qwen2Tokenizer": dict.fromkeys(["unk_token", "eos_token", "pad_token"], "<|endoftext|>"),
-    "GPT2Tokenizer": dict.fromkeys(["unk_token", "bos_token", "eos_token"], "<|endoftext|>"),
-}
-
-
 def tokenizer_settings(folder: Path) -> dict:
-    """What a checkpoint's files say of its tokenizer, as transformers reads them; tokenizer_class is the one it uses.
-
-    They are tokenizer_config.json and, in older folders, special_tokens_map.json, which counts first there.
-    """
+    """What a checkpoint's files say of its tokenizer, as transformers reads them, and the tokenizer_class used."""
     paths = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    if not any(path.exists() for path in paths):
-        raise UserError(f"{folder} has no {paths[0].name}")
-    said, later = [read_json(path) if path.exists() else {} for path in paths]
-    if "added_tokens_decoder" not in said:
-        said = said | {key: value for key, value in later.items() if value is not None}
+    check(any(path.exists() for path in paths), f"{folder} has no {paths[0].name}")
+    said, older = [read_json(path) if path.exists() else {} for path in paths]
+    if "added_tokens_decoder" not in said:  # as older folders, where special_tokens_map.json counts first
+        said |= {key: value for key, value in older.items() if value is not None}
     kind = str(said.get("tokenizer_class") or "").removesuffix("Fast")
     if kind == "LlamaTokenizer" and '"ByteLevel"' in (folder / "tokenizer.json").read_text(encoding="utf-8"):
         kind = ""
@@ -98,34 +114,8 @@ def special_token(folder: Path, name: str) -> str | None:
     """What a checkpoint's tokenizer calls its "eos_token" or "bos_token"."""
     token = tokenizer_settings(folder).get(name)
     token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str | None):
-        raise UserError(f"{folder}: {name} {token!r} is no text")
+    check(isinstance(token, str | None), f"{folder}: {name} {token!r} is no text")
     return token
-
-
-# Keys of config.json. Those that are read below; those of which one value is implemented; and those that change no
-# logits of these families, whatever they say: what it was made with, its tokens, training, labels, how text is drawn.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-ONLY = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "is_causal": True}
-ONLY["quantization_config"] = None
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_KEYS}
-READ_KEYS = {*SIZES, *OPTIONAL_SIZES, *FLAGS, "model_type", "architectures", "dtype", "torch_dtype", "rms_norm_eps"}
-READ_KEYS |= {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types"}
-FREE_KEYS = set(
-    """
-    _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled auto_map
-    attn_implementation transformers_version transformers.js_config is_llama_config unsloth_fixed unsloth_version
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
-    tokenizer_class model_max_length use_cache gradient_checkpointing initializer_range pretraining_tp num_labels
-    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate id2label label2id
-    problem_type finetuning_task task_specific_params prefix torchscript use_bfloat16 keys_to_ignore_at_inference
-    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample max_length length_penalty
-    early_stopping repetition_penalty
-    """.split()
-)
 
 
 def is_off(value) -> bool:
@@ -134,80 +124,57 @@ def is_off(value) -> bool:
 
 
 def read_architecture(folder: Path) -> dict:
-    """The fields of model.Config from `folder`/config.json, whichever of transformers' two dialects it is written in.
-
-    A key is read, or known to change no logits (FREE_KEYS), or off. Whatever else there is is refused by name.
-    """
-    raw = read_json(folder / "config.json")
-
-    def refuse(what):
-        raise UserError(f"{folder / 'config.json'}: {what}")
-
-    family, architectures = raw.get("model_type"), raw.get("architectures") or [None]
-    architecture = architectures[0] if isinstance(architectures, list) else architectures
-    known = [name for name, of in FAMILIES.items() if of == family]
-    if not known or architecture not in (None, *known):
-        refuse(f"architecture {architecture} of model_type {family} is not one of {FAMILIES}")
+    """The fields of model.Config, from config.json in either dialect. UserError, by name, for an unknown key."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    family, names = raw.get("model_type"), raw.get("architectures") or [None]
+    name = names[0] if isinstance(names, list) else names
+    known = any(family == of and name in (None, its) for its, of in FAMILIES.items())
+    check(known, f"{path}: architecture {name} of model_type {family} is not one of {FAMILIES}")
     for key in (*SIZES, *(key for key in OPTIONAL_SIZES if raw.get(key) is not None)):
-        if not is_count(raw.get(key)):
-            refuse(f"{key} is {raw.get(key)!r}, not a whole number above 0")
+        check(is_count(raw.get(key)), f"{path}: {key} is {raw.get(key)!r}, not a whole number above 0")
     for key in FLAGS:
-        if type(raw.get(key)) not in (bool, type(None)):
-            refuse(f"{key} is {raw[key]!r}, not true or false")
-    for key in sorted(raw.keys() - READ_KEYS - FREE_KEYS - NEUTRAL.keys()):
-        if raw[key] != ONLY[key] if key in ONLY else not is_off(raw[key]):
-            refuse(f"{key} {raw[key]!r} is not implemented, and may change what the model computes")
+        check(isinstance(raw.get(key), bool | None), f"{path}: {key} is {raw.get(key)!r}, not true or false")
+    for key in sorted(raw.keys() - {*READ_KEYS, *FREE_KEYS, *NEUTRAL}):
+        fits = raw[key] == ONLY[key] if key in ONLY else is_off(raw[key])
+        check(fits, f"{path}: {key} {raw[key]!r} is not implemented, and may change what the model computes")
 
-    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    kinds, full, window = raw.get("layer_types") or [], raw.get("max_window_layers", 28), None
-    if raw.get("use_sliding_window") or family == "llama":  # whose cache has a window wherever a size is named
-        window = raw.get("sliding_window", 4096 if raw.get("use_sliding_window") else None)
-    slides = window is not None and (family == "llama" or not kinds and not (is_count(full) and full >= layers))
-    if slides or not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        refuse("use_sliding_window, layer_types: sliding-window attention is not implemented")
+    used, kinds, full = raw.get("use_sliding_window"), raw.get("layer_types") or [], raw.get("max_window_layers", 28)
+    beyond = is_count(full) and full >= raw["num_hidden_layers"]  # the first layer that has a window
+    slides = family == "llama" or used and not kinds and not beyond  # a Llama's cache has one wherever a size is named
+    slides = slides and raw.get("sliding_window", 4096 if used else None) is not None
+    fits = not slides and isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    check(fits, f"{path}: use_sliding_window, layer_types: sliding-window attention is not implemented")
 
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the first counts where both are there
-    if not isinstance(rope, dict):
-        refuse(f"rope parameters {rope!r} are no JSON object")
-    theta = raw["rope_theta"] if raw.get("rope_theta") is not None else 10000.0
-    rope = {"rope_type": rope.get("type") or "default", "rope_theta": theta} | {
-        key: value for key, value in rope.items() if value is not None
-    }
-    unread = {key for key, value in rope.items() if key not in ROPE_KEYS and not is_off(value)}
-    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1 or unread:
-        refuse(f"rope parameters {rope} are not implemented, only rope_type default or llama3, one for all layers")
-    needed = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
-    if rope["rope_type"] == "llama3":
-        needed |= {key: rope.get(key) for key in LLAMA3_KEYS}
-    for key, value in needed.items():
-        if not is_number(value) or value <= 0:
-            refuse(f"{key} is {value!r}, not a number above 0")
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        refuse("low_freq_factor is not below high_freq_factor")
+    check(isinstance(rope, dict), f"{path}: rope parameters {rope!r} are no JSON object")
+    theta, given = raw.get("rope_theta"), {key: value for key, value in rope.items() if value is not None}
+    rope = {"rope_type": rope.get("type") or "default", "rope_theta": 10000.0 if theta is None else theta} | given
+    fits = rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
+    fits = fits and all(key in ROPE_KEYS or is_off(value) for key, value in rope.items())
+    check(fits, f"{path}: rope parameters {rope} are not implemented, only type default or llama3, one for all layers")
+    numbers = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
+    numbers |= {key: rope.get(key) for key in LLAMA3_KEYS if rope["rope_type"] == "llama3"}
+    for key, value in numbers.items():
+        check(is_number(value) and value > 0, f"{path}: {key} is {value!r}, not a number above 0")
+    low, high = numbers.get("low_freq_factor", 0), numbers.get("high_freq_factor", 1)
+    check(low < high, f"{path}: low_freq_factor is not below high_freq_factor")
 
-    dtype = raw.get("dtype") or raw.get("torch_dtype")
-    dtype = None if dtype == "auto" else dtype
-    if dtype and dtype not in ("float64", "float32", "float16", "bfloat16"):
-        refuse(f"dtype {dtype!r} is no float that is implemented")
-    key_heads = raw.get("num_key_value_heads") or heads
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "auto"
+    fits = dtype in ("auto", "float64", "float32", "float16", "bfloat16")
+    check(fits, f"{path}: dtype {dtype!r} is no float that is implemented")
+    heads, key_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
-    if heads % key_heads or head_dim % 2 or not head_dim:
-        refuse(f"{heads} heads over {key_heads} key heads, of {head_dim} dimensions each, do not come out even")
+    fits = heads % key_heads == 0 and head_dim % 2 == 0 and head_dim > 0
+    check(fits, f"{path}: {heads} heads over {key_heads} key heads, of {head_dim} dimensions, do not come out even")
     biased = bool(raw.get("attention_bias"))
-    return {key: raw[key] for key in SIZES} | {
-        "num_key_value_heads": key_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": needed["rms_norm_eps"],
-        "max_position_embeddings": raw.get("max_position_embeddings") or 2048,
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
-        "qkv_bias": biased or family == "qwen2",
-        "output_bias": biased and family != "qwen2",
-        "mlp_bias": bool(raw.get("mlp_bias")) and family == "llama",
-        "qk_norm": family == "qwen3",
-        "rope": rope,
-        "dtype": getattr(torch, dtype) if dtype else None,
-        "raw": raw,
-    }
+    fields = {key: raw[key] for key in SIZES} | {"num_key_value_heads": key_heads, "head_dim": head_dim}
+    fields |= {"qkv_bias": biased or family == "qwen2", "output_bias": biased and family != "qwen2"}
+    fields |= {"mlp_bias": bool(raw.get("mlp_bias")) and family == "llama", "qk_norm": family == "qwen3"}
+    fields |= {"rms_norm_eps": numbers["rms_norm_eps"], "rope": rope, "raw": raw}
+    fields |= {"tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
+    fields |= {"max_position_embeddings": raw.get("max_position_embeddings") or 2048}
+    return fields | {"dtype": None if dtype == "auto" else getattr(torch, dtype)}
 
 
 def open_safetensors(path: Path):
@@ -219,113 +186,88 @@ def open_safetensors(path: Path):
 
 
 class Stored(NamedTuple):
-    """Where a weight is: the file, and the name that it has there."""
+    """A tensor in a file: where it is, the name that it has there, its shape and dtype."""
 
     path: Path
     name: str
+    shape: list[int]
+    dtype: torch.dtype
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, by their names. UserError for one that is no float."""
+    file, found = open_safetensors(path), {}
+    for name in sorted(file.keys()):
+        part, kind = file.get_slice(name), file.get_slice(name).get_dtype()
+        check(kind in FLOATS, f"{path}: {name} is stored as {kind}, not as a float")
+        found[name] = Stored(path, name, part.get_shape(), FLOATS[kind])
+    return found
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
     """Where each tensor of a checkpoint is, single file or sharded. UserError where index and shards differ.
 
-    As transformers, model.safetensors is read where it is there, whatever else is. Files are those of the folder, by
-    their names; where one is a link, as the hub's client makes them, it may lead anywhere. Pickled weights (.bin, .pt)
-    are not read: whoever wrote them can have them run any program.
+    As in transformers, model.safetensors counts first. Files are the folder's own, by name; links may lead anywhere.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / SHARDS[0], folder / "model.safetensors"
     if single.exists():
-        beside = [path.name for path in sorted(folder.glob("model-*-of-*.safetensors"))]
-        if beside:
-            note(f"{folder} has {single.name}, which is read, and {', '.join(beside)}, not read")
-        found = dict.fromkeys(open_safetensors(single).keys(), single.name)
-    elif not index.exists():
+        found = stored_in(single)
+        if beside := ", ".join(sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))):
+            note(f"{folder} has {single.name}, which is read, and {beside}, not read")
+    elif index.exists():
+        listed, found = read_json(index).get("weight_map"), {}
+        fits = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
+        check(fits, f"{index} has no weight_map that puts tensors in files")
+        for file in sorted(set(listed.values())):
+            fits = file.isprintable() and Path(file).name == file  # NUL is in no file's name
+            check(fits, f"{index} names {file}, which is not a file of its own folder")
+            found |= stored_in(folder / file)
+        for name in sorted(found.keys() | listed.keys()):
+            there = found[name].path.name if name in found else None
+            check(there == listed.get(name), f"{index} puts {name} in {listed.get(name)}, the shards in {there}")
+    else:
         pickled = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
         only = f", only {min(pickled)}: pickled weights can run any program when read" if pickled else ""
         convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained"
         how = f"if you trust it: python -c \"{convert}('{folder}')\"" if pickled else "give a checkpoint in safetensors"
         raise UserError(f"{folder} has no model.safetensors{only}; {how}")
-    else:
-        found = _find_shards(folder, index)
     # Old checkpoints carry buffers of rope, which the config already determines.
-    return {
-        name: Stored(folder / file, name) for name, file in found.items() if not name.endswith("rotary_emb.inv_freq")
-    }
-
-
-def _find_shards(folder: Path, index: Path) -> dict[str, str]:
-    listed = read_json(index).get("weight_map")
-    if not (isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())):
-        raise UserError(f"{index} has no weight_map that puts tensors in files")
-    found = {}
-    for file in sorted(set(listed.values())):
-        if not file.isprintable() or Path(file).name != file:  # NUL is in no file's name
-            raise UserError(f"{index} names {file}, which is not a file of its own folder")
-        found |= dict.fromkeys(open_safetensors(folder / file).keys(), file)
-    if found != listed:
-        name = min(set(found.items()) ^ set(listed.items()))[0]
-        raise UserError(f"{index} puts {name} in {listed.get(name)}, the shards in {found.get(name)}")
-    return found
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+    return {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def find_weights(folder: Path, config) -> dict[str, Stored]:
-    """`find_tensors` of the weights that `config` asks for: a tied head is read once, under whichever of its names."""
+    """`find_tensors` for `config`, a tied head under one name. UserError for a size that no stored tensor has."""
     files = find_tensors(folder)
     if config.tie_word_embeddings and HEAD in files:
         head = files.pop(HEAD)
         embedding = files.setdefault(EMBEDDING, head)
-        if embedding != head and not torch.equal(*(open_safetensors(p).get_tensor(n) for p, n in (embedding, head))):
-            raise UserError(f"{head.path}: {HEAD} differs from {EMBEDDING}, but the config ties them")
-    check_sizes(config, files, folder)
+        both = (open_safetensors(path).get_tensor(name) for path, name, *_ in (embedding, head))
+        same = embedding == head or torch.equal(*both)
+        check(same, f"{head.path}: {HEAD} differs from {EMBEDDING}, but the config ties them")
+    largest = max((size for stored in files.values() if 0 not in stored.shape for size in stored.shape), default=0)
+    sizes = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
+    where, n = folder / "config.json", config.num_hidden_layers
+    for key, size in sizes.items():
+        check(size <= largest, f"{where}: {key} is {size}, but no tensor's shape has more than {largest}")
+    check(n <= len(files), f"{where}: num_hidden_layers is {n}, but there are {len(files)} tensors in all")
     return files
 
 
-def stored_dtype(files: dict[str, Stored]) -> torch.dtype:
-    """What the embedding is stored in."""
-    path, name = files[EMBEDDING]
-    return open_safetensors(path).get_slice(name)[:1].dtype
-
-
-def check_sizes(config, files: dict[str, Stored], folder: Path):
-    """Raise UserError for a size that no stored tensor has, before anything is built by it."""
-    largest = 0
-    for path in {stored.path for stored in files.values()}:
-        with open_safetensors(path) as file:
-            names = file.keys()
-            shapes = [file.get_slice(name).get_shape() for name in names]
-            largest = max([largest, *(size for shape in shapes if 0 not in shape for size in shape)])
-    sizes = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
-    sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
-    for key, size in sizes.items():
-        if size > largest:
-            raise UserError(f"{folder / 'config.json'}: {key} is {size}, but no tensor's shape has more than {largest}")
-    if config.num_hidden_layers > len(files):
-        layers = f"num_hidden_layers is {config.num_hidden_layers}"
-        raise UserError(f"{folder / 'config.json'}: {layers}, but there are {len(files)} tensors in all")
-
-
 def check_tensors(files: dict[str, Stored], parameters: dict[str, Tensor], folder: Path):
-    """Raise UserError for the first tensor that is missing, left over, of another shape, or no float."""
+    """Raise UserError for the first tensor that is missing, left over, or of another shape."""
     for name in sorted(parameters.keys() | files.keys()):
-        if name not in files:
-            raise UserError(f"{folder} has no tensor {name}, which its config asks for")
-        path, its_name = files[name]
-        if name not in parameters:
-            raise UserError(f"{path}: tensor {name} has no place in this architecture")
-        stored, expected = open_safetensors(path).get_slice(its_name), list(parameters[name].shape)
-        if stored.get_shape() != expected:
-            raise UserError(f"{path}: {its_name} has shape {stored.get_shape()}, the config asks for {expected}")
-        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{path}: {its_name} is stored as {stored.get_dtype()}, not as a float")
+        check(name in files, f"{folder} has no tensor {name}, which its config asks for")
+        path, its_name, shape, _ = files[name]
+        check(name in parameters, f"{path}: tensor {name} has no place in this architecture")
+        expected = list(parameters[name].shape)
+        check(shape == expected, f"{path}: {its_name} has shape {shape}, the config asks for {expected}")
 
 
 def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, first: int = 0):
     """Copy the rows from `first` on of tensor `name` of a safetensors file into `target`, as many as it has, converted.
 
-    Some rows (`block` elements) at a time, and the file is mapped anew for each: the pages of a mapping count as
-    memory until it closes.
+    `block` elements at a time, the file mapped anew for each: the pages of a mapping count as memory until it closes.
     """
     rows = max(1, block // target[:1].numel()) if len(target) else 1
     for start in range(0, len(target), rows):
@@ -344,57 +286,55 @@ def read_weights(model: nn.Module, files: dict[str, Stored]):
         if hasattr(parameter, "to_local"):  # FSDP2 cuts dimension 0 as torch.chunk does
             rows, mesh = parameter.to_local(), parameter.device_mesh
             first = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
-        read_tensor_into(rows, *files[name], first=first)
+        read_tensor_into(rows, files[name].path, files[name].name, first=first)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], config: dict, prefix: str = ""):
+    """Write model.safetensors and config.json, their names behind `prefix`, each whole or not at all."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{prefix}model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_json(folder / f"{prefix}config.json", config)
 
 
 def save_model(model: nn.Module, folder):
     """Write a checkpoint that load_model, transformers, vLLM and lm-eval load, the tokenizer's files beside it."""
-    folder = Path(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    dtype_key = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
-    config = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", config)
+    folder, raw = Path(folder), model.config.raw
+    dtype_key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    config = raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
     # named_parameters lists a tied tensor once, under its first name: the embedding
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_tensors(folder, {name: p.detach().contiguous() for name, p in model.named_parameters()}, config)
     if not model.folder:
         return
     for file in filter(Path.is_file, (model.folder / name for name in [*TOKENIZER_FILES, "chat_template.jinja"])):
         write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
-    if told := generation_config(model.folder, config):
+    if told := generation_config(model.folder, config, end_of_text(model.folder)):
         write_json(folder / "generation_config.json", told)
 
 
-def generation_config(folder: Path, config: dict) -> dict:
-    """What generates from a model is told of it: where answers end, the end of text of its tokenizer among it.
-
-    That is the token that every answer of the training data ended with. Many a base model's own file names another.
-    """
-    path = folder / "generation_config.json"
-    told = read_json(path) if path.exists() else {key: config[key] for key in SPECIAL_IDS if key in config}
+def end_of_text(folder: Path) -> list[int]:
+    """The token that every answer of the training data ended with. Many a base's generation_config names another."""
     if not (folder / "tokenizer.json").exists():
-        return told
-    tokenizer = read_json(folder / "tokenizer.json")
-    end, model = special_token(folder, "eos_token"), tokenizer.get("model") or {}
-    vocabulary = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
-    ids = vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-    return with_ends(told, [ids[end]] if end in ids else [], path)
+        return []
+    tokenizer, end = read_json(folder / "tokenizer.json"), special_token(folder, "eos_token")
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    return [ids[end]] if end in ids else []
 
 
-def with_ends(told: dict, tokens: list[int], where: Path) -> dict:
-    """A generation_config's content that names these tokens too where an answer ends, behind those that it has."""
-    ends = list(dict.fromkeys([*named_ends(told, where), *tokens]))
+def generation_config(folder: Path, config: dict, ends: list[int]) -> dict:
+    """A folder's generation_config.json, or what config.json says in its place; answers end with `ends` too."""
+    path = folder / "generation_config.json"
+    named = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    told = read_json(path) if path.exists() else named
+    ends = list(dict.fromkeys([*named_ends(told, path), *ends]))
     return told | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
-
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_fits(model: nn.Module, name: str, examples: list[tuple[Tensor, Tensor]]):
     """UserError for samples, (ids, response) each, with tokens that the model does not have, or more than it reads."""
-    if (largest := max(int(ids.max()) for ids, _ in examples)) >= model.config.vocab_size:
-        raise UserError(f"{name}: token id {largest} is outside the embedding of {model.config.vocab_size} rows")
-    if (longest := max(len(ids) for ids, _ in examples)) > model.config.max_position_embeddings:
-        context = model.config.max_position_embeddings
-        raise UserError(f"{name} reads {context} tokens, a sample has {longest}: lower --max-length to {context}")
+    rows, most = model.config.vocab_size, model.config.max_position_embeddings
+    largest, longest = max(int(ids.max()) for ids, _ in examples), max(len(ids) for ids, _ in examples)
+    check(largest < rows, f"{name}: token id {largest} is outside the embedding of {rows} rows")
+    check(longest <= most, f"{name} reads {most} tokens, a sample has {longest}: lower --max-length to {most}")

@@ -5,9 +5,9 @@ import json
 import shlex
 from pathlib import Path
 
-from support.checkpoint import tokenizer_settings, with_ends
+from support.checkpoint import generation_config, tokenizer_settings
 from support.command import cell
-from support.files import read_json, readable, write_json, write_whole
+from support.files import readable, write_json, write_whole
 from support.machine import find_device, usual_dtype
 from support.tokenizer import Tokenizer, load_backend
 
@@ -35,17 +35,15 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
 
     Where a whole model lies there, what generates from it is told of the run's end of an answer.
     """
-    own = tokenizer.template is not None  # the run was trained in the checkpoint's template
+    # a template stands in both places that are read, by older and by newer programs
+    template = tokenizer.template.text if tokenizer.template else chat_template(tokenizer)
     settings = {key: value for key, value in tokenizer_settings(source).items() if value is not None}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     write_whole(folder / "tokenizer.json", lambda path: load_backend(source).save(str(path)))
-    known = {"eos_token": tokenizer.eos} | ({"bos_token": tokenizer.bos} if tokenizer.bos else {})
-    # in both places that are read, by older and by newer programs
-    template = tokenizer.template.text if own else chat_template(tokenizer)
-    told = known | settings | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
-    write_json(folder / "tokenizer_config.json", told)
+    write_json(folder / "tokenizer_config.json", settings)
     write_whole(folder / "chat_template.jinja", lambda path: path.write_text(template, encoding="utf-8"))
     if (path := folder / "generation_config.json").exists():
-        write_json(path, with_ends(read_json(path), sorted(tokenizer.end_ids), path))
+        write_json(path, generation_config(folder, {}, sorted(tokenizer.end_ids)))
 
 
 MADE = "<!-- made by train.py from run.json; a file without this line is left alone -->"
