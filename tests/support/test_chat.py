@@ -94,7 +94,7 @@ def test_lines_of_a_pipe_are_one_conversation_until_an_empty_one(llama, short, m
 
 
 def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_turns(llama, monkeypatch, capsys):
-    monkeypatch.setattr(files, "NOTED", set())
+    files.note.cache_clear()
     monkeypatch.setattr(chat, "LONGEST", 30)
     asked = [*(f"the quick brown fox number {n} jumps over" for n in range(24)), "", "the quick"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
@@ -117,7 +117,7 @@ def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_turns(llam
 
 
 def test_a_question_beyond_the_context_is_answered_by_its_end_and_told(llama, short, monkeypatch, capsys):
-    monkeypatch.setattr(files, "NOTED", set())
+    files.note.cache_clear()
     question = "the quick brown fox " * 200
     evaluate.main(["--model", str(llama), "--device", "cpu", "--dtype", "float32", "--ask", question])
     seen, tokenizer = capsys.readouterr(), data.load_tokenizer(llama)
