@@ -158,7 +158,7 @@ def test_ids_are_transformers_and_no_row_spells_a_control_token(made, turns):
     changed = made["scheme"] in (
         "prepend",
         "lower",
-    )  # a normalizer that meets tokens too: all that are not special there
+    )  # whose normalizers meet tokens too
     changed &= made["where"] == "added" or any(of["normalized"] for of in made["flags"])
     said = [{"role": r, "content": text} for pair in turns for r, text in zip(("user", "assistant"), pair, strict=True)]
     sound = [{**turn, "content": "the dog a"} for turn in said]
