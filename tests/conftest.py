@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 # What pytest and the processes of the tests run in, whatever it was started in. One thread: the models are tiny, and
@@ -44,6 +45,13 @@ def pytest_xdist_auto_num_workers(config) -> int:
     if all(Path(given.split("::")[0]).is_file() for given in config.args):
         return 0
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, each reason once: "46 Skipped: no browser ..."."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} {reason}")
 
 
 def make_tokenizer(adds_bos: bool) -> Tokenizer:
