@@ -299,6 +299,7 @@ KEYS = {
     **{key: [True] for key in ("output_attentions", "output_hidden_states", "torchscript", "is_decoder")},
     **{key: [False] for key in ("use_cache", "is_causal")},
     "_name_or_path": ["who/else"],
+    "_model_name_or_path": ["as a GGUF file calls it"],
     "architectures": [["LlamaModel"], None],
     "attention_chunk_size": [4],
     "attention_dropout": [0.5, None],
