@@ -46,14 +46,13 @@ ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3
 READ_KEYS = {*SIZES, *OPTIONAL_SIZES, *FLAGS, "model_type", "architectures", "dtype", "torch_dtype", "rms_norm_eps"}
 READ_KEYS |= {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types"}
 FREE_KEYS = """
-auto_map
-attn_implementation transformers_version transformers.js_config is_llama_config unsloth_fixed unsloth_version
-bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
-tokenizer_class model_max_length max_sequence_length use_cache gradient_checkpointing initializer_range pretraining_tp num_labels
-output_attentions output_hidden_states output_scores return_dict return_dict_in_generate id2label label2id
-problem_type finetuning_task task_specific_params prefix torchscript use_bfloat16 keys_to_ignore_at_inference
-temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample max_length length_penalty
-early_stopping repetition_penalty
+auto_map attn_implementation transformers_version transformers.js_config is_llama_config unsloth_fixed
+unsloth_version bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+decoder_start_token_id tokenizer_class model_max_length max_sequence_length use_cache gradient_checkpointing
+initializer_range pretraining_tp num_labels output_attentions output_hidden_states output_scores return_dict
+return_dict_in_generate id2label label2id problem_type finetuning_task task_specific_params prefix torchscript
+use_bfloat16 keys_to_ignore_at_inference temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample
+max_length length_penalty early_stopping repetition_penalty
 """.split()
 
 
