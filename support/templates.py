@@ -12,6 +12,7 @@ import re
 import signal
 from pathlib import Path
 
+import jinja2.ext
 import jinja2.sandbox
 
 from support.adapters import find_adapter
@@ -34,6 +35,14 @@ class Notes(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
+class Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, what the assistant writes: a filter puts it between two marks."""
+
+    def preprocess(self, source, name, filename=None):
+        source = re.sub(r"({%[-+]?\s*)generation\b", r"\1filter generated", source)
+        return re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endfilter", source)
+
+
 def raise_exception(message: str):
     """What a template calls where it cannot write a conversation."""
     raise jinja2.TemplateError(message)
@@ -46,17 +55,15 @@ def compile_template(text: str) -> jinja2.Template:
     """
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
         raise UserError(f"jinja2 {jinja2.__version__}: its sandbox has holes that 3.1.6 closed; pip install -U jinja2")
-    extensions = ["jinja2.ext.loopcontrols"]
+    extensions = ["jinja2.ext.loopcontrols", Generation]
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.globals |= {"namespace": Notes, "raise_exception": raise_exception}
     sandbox.globals["dict"] = lambda *entries, **named: dict(*entries, **named)
     del sandbox.globals["lipsum"]
     # Jinja's own escapes for HTML
     sandbox.filters["tojson"] = lambda it, ensure_ascii=False, **how: json.dumps(it, ensure_ascii=ensure_ascii, **how)
-    # {% generation %} ... {% endgeneration %} is what the assistant writes: here a filter puts it between two marks
     sandbox.filters["generated"] = lambda written: OPEN + written + CLOSE
-    text = re.sub(r"({%[-+]?\s*)generation\b", r"\1filter generated", text)
-    return sandbox.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endfilter", text))
+    return sandbox.from_string(text)
 
 
 def guarded(token: str) -> str:
@@ -84,9 +91,7 @@ class ChatTemplate:
         with running(self.of, "cannot be read"):
             self.compiled = compile_template(text)
         self.variables = variables(folder)
-        control = tokenizer.control_tokens()
-        self.control = re.compile("|".join(map(re.escape, control)))
-        ends = self.control.findall(self.render(PROBE).rpartition(PROBE[-1]["content"])[2])
+        ends = tokenizer.spelled.findall(self.render(PROBE).rpartition(PROBE[-1]["content"])[2])
         if not ends:
             raise UserError(f"{self.of} puts no control token behind an answer: a model would not learn to end it")
         self.end = ends[0]
@@ -146,7 +151,7 @@ class ChatTemplate:
                 )
             start, end = len(before), len(after)
             if message.get("weight", 1) != 0:
-                last = max((found.end() for found in self.control.finditer(text, start, end)), default=end)
+                last = max((found.end() for found in self.tokenizer.spelled.finditer(text, start, end)), default=end)
                 answer = (start, end if text[last:end].strip() else last)  # no white space behind its end
                 spans += [(a, b) for a, b in marks if start <= a and b <= end] if marks else [answer]
         supervised = [False] * len(tokens)

@@ -140,10 +140,6 @@ class Tokenizer:
             last = max(last, end)
         return found
 
-    def control_tokens(self) -> list[str]:
-        """The texts of the control tokens, the longest first."""
-        return sorted(self.control, key=len, reverse=True)
-
     def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
         """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
         self.backend.encode_special_tokens = False

@@ -218,6 +218,19 @@ def test_what_a_template_looks_for_in_an_answer_may_be_said_as_its_tokens(llama,
     assert theirs.apply_chat_template(said)["input_ids"].count(user) == 2
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+def test_what_a_template_writes_is_never_a_row_s_though_no_file_calls_it_special(llama, tmp_path, marks):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    form = "{% for m in messages %}{{ '<|turn|>' + m.role }} BEGIN{{ m.content + eos_token }}END{% endfor %}"
+    (folder / "chat_template.jinja").write_text(form.replace("BEGIN", marks[0]).replace("END", marks[1]))
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_tokens([AddedToken("<|turn|>", normalized=False)])
+    made.save(str(folder / "tokenizer.json"))
+    ours = load_tokenizer(folder, template="model")
+    said = [{"role": "user", "content": "a <|turn|> b"}, {"role": "assistant", "content": "c"}]
+    assert data.encode(said, ours, 100).ids.tolist().count(ours.backend.token_to_id("<|turn|>")) == 2
+
+
 def test_what_a_tokenizer_cannot_write_is_told_once(llama, tmp_path, capsys):
     words = Tokenizer(models.WordLevel({"?": 0, "a": 1, **{EOS: 2}}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
