@@ -16,11 +16,9 @@ import jinja2.ext
 import jinja2.sandbox
 
 from support.adapters import find_adapter
-from support.checkpoint import special_token
+from support.checkpoint import tokenizer_settings
 from support.files import UserError, read_json, readable
 
-# The special tokens that are <|endoftext|> in transformers' classes where a checkpoint names none
-DEFAULTS = {"Qwen2Tokenizer": ("unk_token", "pad_token"), "GPT2Tokenizer": ("bos_token", "unk_token")}
 # Characters that stand in no text: within a control token that a text only spells, around what a template generates
 GUARD, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!?!"}]
@@ -174,15 +172,12 @@ class ChatTemplate:
 
 def variables(folder: Path) -> dict[str, str]:
     """What transformers gives a template besides the conversation: each special token that has a name of its own."""
-    held = {}
-    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        held |= read_json(path) if path.exists() else {}
-    defaults = DEFAULTS.get(str(held.get("tokenizer_class")).removesuffix("Fast"), ())
-    found = {name: "<|endoftext|>" for name in defaults if name not in held}
-    found |= extra if isinstance(extra := held.get("extra_special_tokens"), dict) else {}
-    named = [name for name, token in held.items() if name.endswith("_token") and isinstance(token, str | dict)]
-    found |= {name: special_token(folder, name) for name in named}
-    return {name: token for name, token in found.items() if isinstance(token, str)}
+    settings = tokenizer_settings(folder)
+    extra = settings.get("extra_special_tokens")
+    found = {name: token for name, token in settings.items() if name.endswith("_token")}
+    found = (extra if isinstance(extra, dict) else {}) | found
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def find_template(folder: Path) -> str:
