@@ -4,14 +4,14 @@
 
 Four steps, a section each: a model rates each sample from 0 to 5; each sample gets an embedding; ratings that their
 neighbours contradict are corrected, as often as a transition matrix says that they are wrong; the best rated are
-selected, and among equals those that lie farthest from all others. Numbers that the paper leaves open are those of the
-authors' release (github.com/UCSC-REAL/DS2). N samples, D the size of an embedding, R = 6 ratings.
+selected, and among equals those that lie farthest from all others. paper/README.md lists what differs from the authors'
+release (github.com/UCSC-REAL/DS2, on top of Docta). N samples, D the size of an embedding, R = 6 ratings.
 """
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from support.start import run_script
 
@@ -51,15 +51,10 @@ def question(messages: list[Message], tokenizer: data.Tokenizer, max_length: int
     return data.prompt_text([{"role": "user", "content": QUESTION.format(sample=text)}], tokenizer)
 
 
-def rate(model: Transformer, tokenizer: data.Tokenizer, questions: list[str], batch_tokens: int = 1024) -> Tensor:
-    """The likeliest of the six digits as the answer to each question: (N,) int64.
-
-    It is what greedy decoding would write if it had to write a rating, which is what the release parses out of a text.
-    The mean of the six by their probabilities would hardly leave the middle with a model that is unsure.
-    """
+def rate(model: Transformer, tokenizer: data.Tokenizer, questions: list[str]) -> Tensor:
+    """The likeliest of the six digits as the answer to each question: (N,) int64. Their mean would hardly move."""
     pairs = [(asked, str(rating)) for asked in questions for rating in RATINGS]
-    with tqdm(total=len(pairs), desc="ratings", leave=False, disable=not ranks.first_rank()) as bar:
-        found = evaluate.loglikelihoods(model, tokenizer, pairs, batch_tokens, lambda i: bar.update())
+    found = evaluate.loglikelihoods(model, tokenizer, pairs)
     return torch.tensor([log_p for log_p, _ in found]).view(-1, len(RATINGS)).argmax(dim=1)
 
 
@@ -72,7 +67,7 @@ def read_ratings(rows: list[tuple[str, dict]], field: str) -> Tensor:
         except (KeyError, ValueError, TypeError, OverflowError):
             found.append(math.nan)
         if found[-1] not in RATINGS or isinstance(row[field], bool):
-            raise UserError(f"{where}: column {field} holds {row.get(field)!r}, not a whole number from 0 to 5")
+            raise UserError(f"{where}: column {field} holds {row.get(field)!r:.60}, not a whole number from 0 to 5")
     return torch.tensor(found).long()
 
 
@@ -81,46 +76,46 @@ def read_ratings(rows: list[tuple[str, dict]], field: str) -> Tensor:
 
 @torch.no_grad()
 def embed(model: Transformer, examples: list[data.Example]) -> Tensor:
-    """The mean of a sample's last hidden states, of length 1: (N, D) float32. The release asks a sentence encoder."""
+    """The mean of each sample's last hidden states: (N, D) float32."""
     device, found = model.lm_head.weight.device, {}
-    passes = ranks.share_passes(scoring_passes(examples))
-    for samples in tqdm(passes, "embeddings", leave=False, disable=not ranks.first_rank()):
+    for samples in ranks.share_passes(scoring_passes(examples)):
         ids, _ = data.collate([examples[i] for i in samples], device)
         for i, hidden in zip(samples, model(ids).float(), strict=False):  # a pass without samples has one row
-            found[i] = F.normalize(hidden[: len(examples[i].ids)].mean(dim=0), dim=0).cpu()
+            found[i] = hidden[: len(examples[i].ids)].mean(dim=0).cpu()
     found = {i: embedding for part in ranks.gather(found) for i, embedding in part.items()}
     return torch.stack([found[i] for i in range(len(examples))])
 
 
 def read_embeddings(path: Path, n: int) -> Tensor:
-    """The one tensor (n, D) of a safetensors file, its rows scaled to length 1."""
+    """The one tensor (n, D) of a safetensors file: float32."""
     file = checkpoint.open_safetensors(path)
     found = [file.get_tensor(name).float() for name in list(file.keys())]
-    if len(found) != 1 or found[0].dim() != 2 or len(found[0]) != n:
+    if len(found) != 1 or found[0].dim() != 2 or len(found[0]) != n or not found[0].numel():
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
         raise UserError(f"--embeddings {path} holds {shapes}: it is to hold one tensor, a row for each of {n} samples")
-    if not found[0].isfinite().all():
-        raise UserError(f"--embeddings {path} holds numbers that are not finite")
-    return F.normalize(found[0], dim=1)
+    return found[0]
 
 
-class Neighbours(NamedTuple):
-    """Of each of some samples, others by their cosine distance, the nearest first: index and distance, (n, k) each."""
-
-    index: Tensor
-    distance: Tensor
+def directions(embeddings: Tensor, places: list[str]) -> Tensor:
+    """Embeddings (N, D) scaled to length 1. UserError with the place of a row, one of `places`, if it cannot be."""
+    scaled = embeddings / embeddings.abs().amax(dim=1, keepdim=True)  # so that no square is too large or too small
+    if len(bad := (~scaled.isfinite().all(dim=1)).nonzero()):
+        raise UserError(f"{places[bad[0]]}: its embedding, number {bad[0].item() + 1}, is all zeros, or not finite")
+    return F.normalize(scaled, dim=1)
 
 
 SIMILARITIES = 2**24  # that exist at a time, 64 MiB
+TIE = 1e-6  # similarities that differ by less are equal but for rounding
 
 
-def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor | None = None) -> Neighbours:
+def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest neighbours, exactly, of the samples `of`, in the samples `among` (each by default: all).
 
-    embeddings (N, D) of length 1. Nobody is its own neighbour. In memory are SIMILARITIES at a time, beside a copy of
-    the candidates and the result.
+    embeddings (N, D) of length 1 -> index and cosine distance, the nearest first, (n, k) each. Nobody is its own
+    neighbour. Where all k are equally near, they are drawn from all that are; otherwise the same k would speak for
+    everyone. In memory are SIMILARITIES at a time, beside a copy of the candidates and the result.
     """
-    everyone = torch.arange(len(embeddings))
+    everyone, generator = torch.arange(len(embeddings)), torch.Generator().manual_seed(len(embeddings))
     of, among = everyone if of is None else of, everyone if among is None else among
     candidates, parts = embeddings[among], []
     place = torch.full_like(everyone, -1).index_copy(0, among, torch.arange(len(among)))
@@ -128,35 +123,27 @@ def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor 
         similarity = embeddings[rows] @ candidates.T
         own = (place[rows] >= 0).nonzero().squeeze(1)
         similarity[own, place[rows[own]]] = -torch.inf
-        best = similarity.topk(k, dim=1)
-        parts.append((among[best.indices], (1 - best.values).clamp_(min=0)))
-    return Neighbours(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        values, indices = similarity.topk(k, dim=1)
+        if len(tied := (values[:, 0] - values[:, -1] < TIE).nonzero().squeeze(1)):
+            equal = similarity[tied] > values[tied, :1] - TIE
+            indices[tied] = (equal + torch.rand(equal.shape, generator=generator)).topk(k, dim=1).indices
+        parts.append((among[indices], (1 - values).clamp_(min=0)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-class Subsets:
-    """The k nearest neighbours of samples among random subsets of all, without a new search for each subset.
+def nearest_in(subset: Tensor, k: int, embeddings: Tensor, lists: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`nearest` of a subset's samples among themselves, read off longer `lists`: `nearest` of all among all.
 
-    Of each sample a longer list is kept. The first k of it that are in a subset are the nearest there; only a sample
-    with fewer of them is searched for again.
+    The first k of a list that are in the subset are the nearest there. A sample with fewer is searched for again.
     """
-
-    def __init__(self, embeddings: Tensor, size: int, k: int):
-        """size: of a subset, which is to be larger than k."""
-        self.embeddings, self.size, self.k = embeddings, size, k
-        length = min(len(embeddings) - 1, 10 + math.ceil(1.5 * k * len(embeddings) / size))
-        self.lists = nearest(embeddings, length)
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Neighbours]:
-        """A subset, (size,) indices in rising order, and the neighbours of each of its samples in it."""
-        subset = torch.randperm(len(self.embeddings), generator=generator)[: self.size].sort().values
-        member = torch.zeros(len(self.embeddings), dtype=torch.bool).index_fill(0, subset, True)
-        index, distance = (x[subset] for x in self.lists)
-        inside = member[index]
-        order = inside.byte().sort(dim=1, descending=True, stable=True).indices[:, : self.k]
-        index, distance = index.gather(1, order), distance.gather(1, order)
-        if len(short := (inside.sum(dim=1) < self.k).nonzero().squeeze(1)):
-            index[short], distance[short] = nearest(self.embeddings, self.k, subset[short], subset)
-        return subset, Neighbours(index, distance)
+    member = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, subset, True)
+    index, distance = (x[subset] for x in lists)
+    inside = member[index]
+    order = inside.byte().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    index, distance = index.gather(1, order), distance.gather(1, order)
+    if len(short := (inside.sum(dim=1) < k).nonzero().squeeze(1)):
+        index[short], distance[short] = nearest(embeddings, k, subset[short], subset)
+    return index, distance
 
 
 # ------------------------------------------------------------------------------------------------- 3. curate
@@ -186,9 +173,10 @@ def expected_consensus(T: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def estimate(third: Tensor) -> tuple[Tensor, Tensor]:
-    """The transition matrix T (R, R) and the prior p (R,) that explain a consensus (R, R, R) best, by least squares.
+    """The transition matrix T (R, R) and the prior p (R,) that explain a consensus (R, R, R) best.
 
-    Both by softmax, so that rows sum to 1; from near the identity, which says which of the six is which.
+    That is, with the least sum of the norms of the three orders' errors; squares would hardly see what is rare. T and p
+    by softmax, so that rows sum to 1; from near the identity, which says which of the six is which.
     """
     seen = third.sum(dim=(1, 2)), third.sum(dim=2), third
     T = (5 * torch.eye(len(RATINGS), dtype=third.dtype)).requires_grad_()
@@ -196,36 +184,36 @@ def estimate(third: Tensor) -> tuple[Tensor, Tensor]:
     optimizer = torch.optim.Adam([T, p], lr=LEARNING_RATE)
     for _ in range(STEPS):
         expected = expected_consensus(T.softmax(dim=1), p.softmax(dim=0))
-        loss = sum((a - b).square().sum() for a, b in zip(expected, seen, strict=True))
+        loss = sum((a - b).norm() for a, b in zip(expected, seen, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return T.detach().softmax(dim=1), p.detach().softmax(dim=0)
 
 
-def votes(ratings: Tensor, neighbours: Neighbours, own: Tensor) -> Tensor:
+def votes(ratings: Tensor, index: Tensor, distance: Tensor, own: Tensor) -> Tensor:
     """What a sample's neighbours and itself say of its rating, each by its similarity: (n, R), rows of length 1.
 
-    ratings (N,); own (n,): the samples' own ratings. A sample is 0 from itself; its own vote counts as if it lay as
-    far before its first neighbour as that lies before the second.
+    ratings (N,); index, distance (n, k): the neighbours; own (n,): the samples' own ratings. A sample is 0 from itself;
+    its own vote counts as if it lay as far before its first neighbour as that lies before the second.
     """
-    d = neighbours.distance
-    found = torch.zeros(len(own), len(RATINGS)).scatter_add_(1, ratings[neighbours.index], 1 - d)
-    found.scatter_add_(1, own.unsqueeze(1), (1 - (2 * d[:, 0] - d[:, 1])).unsqueeze(1))
+    found = torch.zeros(len(own), len(RATINGS)).scatter_add_(1, ratings[index], 1 - distance)
+    found.scatter_add_(1, own.unsqueeze(1), 1 - (2 * distance[:, :1] - distance[:, 1:2]))
     return F.normalize(found.clamp(min=0), dim=1)
 
 
 def called_wrong(found: Tensor, own: Tensor, wrong: Tensor) -> Tensor:
     """SimiFeat by ranks (Zhu et al., ICML 2022): within each rating, the share `wrong` that its neighbours back least.
 
-    found (n, R): `votes`; own (n,): ratings; wrong (R,): P(truly another | rated so) -> (n,) bool.
+    found (n, R): `votes`, a row of zeros where nobody votes, which calls nothing wrong; own (n,): ratings; wrong (R,):
+    P(truly another | rated so) -> (n,) bool.
     """
     doubt = -(found.gather(1, own.unsqueeze(1)).squeeze(1).double() + 1e-8).log()
     called = torch.zeros_like(own, dtype=torch.bool)
     for rating in own.unique().tolist():
         of_it = own == rating
         called |= of_it & (doubt >= torch.quantile(doubt[of_it], 1 - wrong[rating].item()))
-    return called
+    return called & found.any(dim=1)
 
 
 def correct(ratings: Tensor, times: Tensor, calls: Tensor, suggested: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,17 +231,8 @@ def correct(ratings: Tensor, times: Tensor, calls: Tensor, suggested: Tensor) ->
     return torch.where(confidence >= CONFIDENCE, share.argmax(dim=1), ratings), confidence
 
 
-class Curated(NamedTuple):
-    """Ratings after curation (N,), and what they came from: T (R, R), p (R,) and how sure a correction is (N,)."""
-
-    ratings: Tensor
-    T: Tensor
-    p: Tensor
-    confidence: Tensor
-
-
-def curate(ratings: Tensor, embeddings: Tensor, seed: int = 42) -> Curated:
-    """Ratings (N,) in which those that are probably errors have become what their neighbours are rated.
+def curate(ratings: Tensor, embeddings: Tensor, seed: int = 42) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ratings (N,) in which probable errors have become what their neighbours are rated; confidence (N,), T, p.
 
     embeddings (N, D) of length 1. Raises UserError for fewer samples than the neighbours of one need.
     """
@@ -261,27 +240,30 @@ def curate(ratings: Tensor, embeddings: Tensor, seed: int = 42) -> Curated:
     size = min(SUBSET, int(SHARE * N))
     if size <= VOTERS:
         raise UserError(f"{N} samples are too few: in a subset of {SHARE:.0%} each is to have {VOTERS} neighbours")
-    subsets, third = Subsets(embeddings, size, VOTERS), torch.zeros(R, R, R, dtype=torch.float64)
-    for _ in tqdm(range(ROUNDS), "consensus", leave=False, disable=not ranks.first_rank()):
-        subset, neighbours = subsets.draw(generator)
-        third += consensus(ratings[subset], *ratings[neighbours.index[:, :2]].T) / ROUNDS
+    lists = nearest(embeddings, min(N - 1, 10 + math.ceil(1.5 * VOTERS * N / size)))
+
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        subset = torch.randperm(N, generator=generator)[:size].sort().values
+        return subset, *nearest_in(subset, VOTERS, embeddings, lists)
+
+    third = torch.zeros(R, R, R, dtype=torch.float64)
+    for _ in tqdm(range(ROUNDS), "consensus", leave=False):
+        subset, index, _ = draw()
+        third += consensus(ratings[subset], *ratings[index[:, :2]].T) / ROUNDS
     T, p = estimate(third)
 
-    right = T.diag() * p / third.sum(dim=(1, 2)).clamp(min=1e-12)  # P(truly j | rated j)
-    wrong = (1 - right.clamp(max=1)).clamp(min=0)
+    wrong = 1 - T.diag() * p / third.sum(dim=(1, 2)).clamp(min=1e-12)  # 1 - P(truly j | rated j)
     wrong = torch.where(wrong <= 0, 0.05, torch.where(wrong >= 1, 0.95, wrong))
     times, calls, suggested = torch.zeros(N), torch.zeros(N), torch.zeros(N, R)
-    for _ in tqdm(range(EPOCHS), "votes", leave=False, disable=not ranks.first_rank()):
-        subset, neighbours = subsets.draw(generator)
+    for _ in tqdm(range(EPOCHS), "votes", leave=False):
+        subset, index, distance = draw()
         own = ratings[subset]
-        found = votes(ratings, neighbours, own)
+        found = votes(ratings, index, distance, own)
         called = called_wrong(found, own, wrong)
         times[subset] += 1
         calls[subset] += called
         suggested[subset[called], found[called].argmax(dim=1)] += 1
-
-    corrected, confidence = correct(ratings, times, calls, suggested)
-    return Curated(corrected, T, p, confidence)
+    return *correct(ratings, times, calls, suggested), T, p
 
 
 # ------------------------------------------------------------------------------------------------- 4. select
@@ -289,7 +271,7 @@ def curate(ratings: Tensor, embeddings: Tensor, seed: int = 42) -> Curated:
 
 def long_tail(embeddings: Tensor) -> Tensor:
     """How far a sample lies from all others: the mean cosine distance to its 10 nearest neighbours, (N,)."""
-    return nearest(embeddings, min(VOTERS, len(embeddings) - 1)).distance.mean(dim=1)
+    return nearest(embeddings, min(VOTERS, len(embeddings) - 1))[1].mean(dim=1)
 
 
 def select(curated: Tensor, distance: Tensor, top: int) -> Tensor:
@@ -309,17 +291,15 @@ def parse_arguments(argv: list[str] | None = None):
     parser = command.ArgumentParser("Rate samples by a model, correct the ratings, select the best (DS2).")
     add = parser.group("model and data")
     # fmt: off
-    add("--model", required=True, help="what rates and embeds: a checkpoint's folder in Hugging Face layout, or "
-        "a name on the hub")
+    add("--model", required=True, help="what rates and embeds: a checkpoint's folder, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
-    add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows of one conversation each, as train.py reads "
-        "them")
+    add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows as train.py reads them, a conversation each")
     add("--limit", type=int, bound="at least 1", metavar="N", help="take the first N rows of each source")
     add("--max-length", type=int, bound="at least 2", default=1024, help="cut samples to this many tokens")
-    add("--out", required=True, metavar="FILE", help="JSON lines: the rows, the best first, with the columns rating, "
-        "curated, long_tail and selected")
-    add("--cache", metavar="DIR", help="where ratings and embeddings are kept, so that a run that was stopped goes on; "
-        "default: OUT.kept")
+    add("--out", required=True, metavar="FILE", help="JSON lines, the best first: messages, rating, curated, "
+        "long_tail, selected, and in the column row the whole row as it was")
+    add("--cache", metavar="DIR", help=f"where ratings and embeddings are kept, {PART} samples at a time, so that a "
+        "run that was stopped goes on; default: OUT.kept")
     add = parser.group("selection")
     add("--top", type=int, bound="at least 1", default=10_000, metavar="K", help="how many samples to select")
     add("--rating-field", metavar="COLUMN", help="take the ratings, 0, 1, 2, 3, 4 or 5, from this column instead")
@@ -341,14 +321,27 @@ def read_samples(names: str, limit: int | None, account: sources.Account) -> lis
             where = f"{source}, row {number}"
             try:
                 several = conversations([row], source)
+                if len(several) != 1:
+                    raise UserError(f"{len(several)} conversations, it is to hold one")
+                found.append((where, row, *several))
             except UserError as reason:
                 account.refuse(where, str(reason).removeprefix(f"{source}, row 1: "))
-                continue
-            if len(several) == 1:
-                found.append((where, row, several[0]))
-            else:
-                account.refuse(where, f"{len(several)} conversations, it is to hold one")
     return found
+
+
+PART = 128  # samples whose ratings or embeddings are kept as soon as they are there
+
+
+def in_parts(cache: Path, key: str, samples: list, compute: Callable[[list], Tensor]) -> Tensor:
+    """compute(samples), a row for each of them, PART of them at a time; a part that `cache` keeps is read from there.
+
+    Each part is computed by itself, so a run that was stopped gets the same bits as one that was not.
+    """
+    parts = []
+    for start in tqdm(range(0, len(samples), PART), "parts", leave=False, disable=not ranks.first_rank()):
+        part = samples[start : start + PART]
+        parts.append(kept_losses(cache, f"{key}-{start}", lambda part=part: compute(part).float())[0])
+    return torch.cat(parts)
 
 
 def counts(ratings: Tensor) -> str:
@@ -375,32 +368,30 @@ def main(argv: list[str] | None = None):
         model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
         examples = [data.encode(messages, tokenizer, args.max_length) for _, _, messages in samples]
         checkpoint.check_fits(model, args.model, examples)
+        asked = [question(messages, tokenizer, args.max_length) for _, _, messages in samples]
         cache, kind = Path(args.cache or f"{out}.kept"), f"{args.dtype} {device.type}"
-
-        def kept(what: str, compute, *parts) -> Tensor:
-            key = losses_key(model.folder, None, examples, kind, digest(what, args.template, *parts))
-            return kept_losses(cache, f"{key}-{what}", lambda: compute().float().flatten())[0]
-
+        key = losses_key(model.folder, None, examples, kind, digest(PART, args.template, *asked))
         if ratings is None:
-            asked = [question(messages, tokenizer, args.max_length) for _, _, messages in samples]
-            ratings = kept("ratings", lambda: rate(model, tokenizer, asked), *asked).long()
+            ratings = in_parts(cache, f"{key}-ratings", asked, lambda part: rate(model, tokenizer, part)).long()
         if embeddings is None:
-            embeddings = kept("embeddings", lambda: embed(model, examples)).view(len(samples), -1)
+            embeddings = in_parts(cache, f"{key}-embeddings", examples, lambda part: embed(model, part))
+    embeddings = directions(embeddings, [where for where, _, _ in samples])
 
     if not ranks.first_rank():
         return
-    curated, distance = curate(ratings, embeddings, args.seed), long_tail(embeddings)
-    best_first = select(curated.ratings, distance, len(samples))
-    rows, columns = [], (ratings, curated.ratings, distance)
+    curated, _, T, p = curate(ratings, embeddings, args.seed)
+    distance = long_tail(embeddings)
+    best_first = select(curated, distance, len(samples))
+    rows, columns = [], {"rating": ratings, "curated": curated, "long_tail": distance}
     for place, i in enumerate(best_first.tolist()):
-        values = dict(zip(("rating", "curated", "long_tail"), (column[i].item() for column in columns), strict=True))
-        rows.append(samples[i][1] | values | {"selected": place < args.top})
+        values = {name: column[i].item() for name, column in columns.items()}
+        rows.append({"messages": samples[i][2], **values, "selected": place < args.top, "row": samples[i][1]})
     write_lines(out, rows)  # the best first, so that --reference-top, which takes the first of equals, takes these
     print(f"rated    {counts(ratings)}")
-    print(f"curated  {counts(curated.ratings)}; {int((curated.ratings != ratings).sum()):,} changed")
-    print(f"selected {counts(curated.ratings[best_first[: args.top]])}")
+    print(f"curated  {counts(curated)}; {int((curated != ratings).sum()):,} changed")
+    print(f"selected {counts(curated[best_first[: args.top]])}")
     print("P(rated | truly), a row for each true rating, and how many are it:")
-    for row, share in zip(curated.T.tolist(), curated.p.tolist(), strict=True):
+    for row, share in zip(T.tolist(), p.tolist(), strict=True):
         print("  " + " ".join(f"{x:.2f}" for x in row) + f"   {share:.2f}")
     print(f"wrote {out}; train.py: --reference-data {out} --reference-top {args.top} --rating-field curated")
 
