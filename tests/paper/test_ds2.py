@@ -140,7 +140,8 @@ def test_votes_and_who_is_called_wrong_by_hand():
 def test_a_plain_loop_counts_the_same_epochs_calls_and_suggestions(monkeypatch):
     N, size, given = 120, 108, {}
     embeddings, _, rated = planted(N, clusters=12)
-    monkeypatch.setattr(ds2, "estimate", lambda third: (T.double(), P.double()))
+    p = torch.tensor([0, 0.1, 0.15, 0.25, 0.25, 0.6])  # so that all ratings of 0 are wrong, and less than none of 5
+    monkeypatch.setattr(ds2, "estimate", lambda third: given.update(third=third) or (T.double(), p.double()))
     monkeypatch.setattr(ds2, "correct", lambda *counts: given.setdefault("counts", counts)[:2])
     ds2.curate(rated, embeddings, seed=3)
 
@@ -152,10 +153,12 @@ def test_a_plain_loop_counts_the_same_epochs_calls_and_suggestions(monkeypatch):
         np.fill_diagonal(distance, np.inf)
         return subset, [sorted(zip(line, subset, strict=True))[:10] for line in distance]
 
-    rated_so = np.zeros(R)
+    third = np.zeros((R, R, R))
     for _ in range(50):
-        rated_so += np.bincount(ratings[draw()[0]], minlength=R) / size / 50
-    wrong = 1 - T.diag().numpy() * P.numpy() / rated_so
+        for sample, near in zip(*draw(), strict=True):
+            third[ratings[sample], ratings[near[0][1]], ratings[near[1][1]]] += 1 / size / 50
+    assert np.abs(given["third"].numpy() - third).max() < 1e-12
+    wrong = 1 - T.diag().numpy() * p.numpy() / third.sum(axis=(1, 2))
     wrong = np.where(wrong <= 0, 0.05, np.where(wrong >= 1, 0.95, wrong))
     times, calls, suggested = np.zeros(N), np.zeros(N), np.zeros((N, R))
     for _ in range(51):
@@ -267,6 +270,9 @@ def test_the_demo_from_rows_to_a_reference_and_again_without_a_model(tmp_path, m
     monkeypatch.setattr(ds2, "embed", None)
     ds2.main(argv)
     assert out.read_text() == first
+    with monkeypatch.context() as other, pytest.raises(TypeError):  # another question is asked
+        other.setattr(ds2, "QUESTION", "Rate it: {sample}")
+        ds2.main(argv)
 
     taken = told.splitlines()[-1].split("train.py: ")[1].split()
     assert taken == ["--reference-data", str(out), "--reference-top", "5", "--rating-field", "curated"]
