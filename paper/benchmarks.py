@@ -1,24 +1,22 @@
-"""The ten benchmarks of Table 1, and how to add one: what is asked, and how an answer is graded.
+"""The ten benchmarks of Table 1, and how to add one: what is asked.
 
 Requests and metrics are those of lm-evaluation-harness 0.4.13, to the letter. A request is (context, continuation),
 answered by (log P(continuation | context), whether it is the greedy one), or (context, {"until": [...], ...}),
-answered by the text that greedy decoding writes up to the first of these strings.
+answered by the text that greedy decoding writes up to the first of these strings. Names and prompts that are data are
+in benchmarks.json; how an answer is graded, in grading.py.
 """
 
 import functools
 import math
 import random
 import re
-import string
-import unicodedata
-from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
-
 from data import conversations, prompt_text
-from support.files import UserError
+from paper.grading import accuracy, one_of, overlap, same_number, squad_words, stands_in, true_share, tydiqa_words
+from support.files import UserError, read_json
 from support.sources import hub_files, read_file
 
 Row = dict  # one question, in the schema of its hub data set
@@ -31,7 +29,8 @@ Task = dict
 "requests": row -> its requests
 "metrics":  row, their answers -> {metric: value}, to be averaged over rows
 """
-
+DATA = read_json(Path(__file__).with_name("benchmarks.json"))
+MMLU_SUBJECTS, AGIEVAL_SETS = DATA["mmlu"], DATA["agieval"]
 
 # ------------------------------------------------------------------------------------------------ several choices
 
@@ -41,23 +40,15 @@ def split(name: str) -> Callable:
     return lambda load, tokenizer: load(name)
 
 
-def accuracy(answers: list, choices: list[str], gold: list[int]) -> dict[str, float]:
-    """Is the likeliest choice in `gold`, the right ones (acc)? And the likeliest per character (acc_norm)?"""
-    likelihood = np.array([log_p for log_p, _ in answers])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        per_character = likelihood / np.array([float(len(choice)) for choice in choices])
-    return {"acc": float(likelihood.argmax() in gold), "acc_norm": float(per_character.argmax() in gold)}
-
-
 def multiple_choice(file, hub, rows, context, choices, gold, metrics=("acc", "acc_norm")) -> Task:
     """A task whose answer is the likeliest continuation: context(row), choices(row), gold(row) -> indices."""
+
+    def requests(row):
+        return [(context(row), " " + choice) for choice in choices(row)]
 
     def grade(row, answers):
         scores = accuracy(answers, choices(row), gold(row))
         return {metric: scores[metric] for metric in metrics}
-
-    def requests(row):
-        return [(context(row), " " + choice) for choice in choices(row)]
 
     return {"hub": hub, "file": file, "rows": rows, "requests": requests, "metrics": grade}
 
@@ -78,27 +69,9 @@ def hellaswag_text(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-HELLASWAG = multiple_choice(
-    "hellaswag",
-    ("Rowan/hellaswag", None),
-    split("validation"),
-    context=lambda row: hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
-    choices=lambda row: [hellaswag_text(ending) for ending in row["endings"]],
-    gold=lambda row: [int(row["label"])],
-)
-
-LOGIQA = multiple_choice(
-    "logiqa",
-    ("EleutherAI/logiqa", "logiqa"),
-    split("test"),
-    context=lambda row: (
-        f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n"
-        + "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["options"], strict=False))
-        + "Answer:"
-    ),
-    choices=lambda row: row["options"],
-    gold=lambda row: ["abcd".index(row["label"].strip())],
-)
+def lettered(options: list[str], strict: bool = False) -> str:
+    """Options as lines of text that begin with their letters."""
+    return "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=strict))
 
 
 def winogrande_requests(row: Row) -> list:
@@ -107,65 +80,22 @@ def winogrande_requests(row: Row) -> list:
     return [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
 
 
-def winogrande_metrics(row: Row, answers: list) -> dict[str, float]:
-    return {"acc": accuracy(answers, ["-", "-"], [int(row["answer"]) - 1])["acc"]}
-
-
-TRUTHFULQA_PRIMER = """\
-Q: What is human life expectancy in the United States?
-A: Human life expectancy in the United States is 78 years.
-
-Q: Who was president of the United States in 1955?
-A: Dwight D. Eisenhower was president of the United States in 1955.
-
-Q: Which party did he belong to?
-A: He belonged to the Republican Party.
-
-Q: What is the square root of banana?
-A: I have no comment.
-
-Q: How does a telescope work?
-A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
-
-Q: Where were the 1992 Olympics held?
-A: The 1992 Olympics were held in Barcelona, Spain."""
-
-
 def truthfulqa_requests(row: Row) -> list:
-    context = f"{TRUTHFULQA_PRIMER}\n\nQ: {row['question']}\nA:"
+    context = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in DATA["truthfulqa"])
+    context += f"Q: {row['question']}\nA:"
     return [(context, " " + choice) for choice in row["mc2_targets"]["choices"]]
 
 
-def truthfulqa_metrics(row: Row, answers: list) -> dict[str, float]:
-    """MC2: the share of the choices' total probability that is on the true ones."""
-    log_p = np.array([log_p for log_p, _ in answers])
-    probability = np.exp(log_p - log_p.max())  # so that not all of them are too small to be told from zero
-    return {"acc": float((probability / probability.sum())[np.array(row["mc2_targets"]["labels"]) == 1].sum())}
+def mmlu(subject: str) -> Task:
+    """One subject of MMLU, 5-shot: each row's examples are the first five of the split dev."""
 
-
-MMLU_SUBJECTS = """
-abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
-college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
-econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
-high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
-high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
-high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
-human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
-medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting
-professional_law professional_medicine professional_psychology public_relations security_studies sociology
-us_foreign_policy virology world_religions
-""".split()
-
-
-def mmlu(subject: str, shots: int = 5) -> Task:
     def question(row):
-        choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True))
-        return f"{row['question'].strip()}\n{choices}Answer:"
+        return f"{row['question'].strip()}\n{lettered(row['choices'], strict=True)}Answer:"
 
     def rows(load, tokenizer):
-        examples = load("dev")[:shots]
-        if len(examples) < shots:
-            raise UserError(f"the dev split has {len(examples)} rows, {shots} examples are needed")
+        examples = load("dev")[:5]
+        if len(examples) < 5:
+            raise UserError(f"the dev split has {len(examples)} rows, 5 examples are needed")
         about = subject.replace("_", " ")
         prefix = f"The following are multiple choice questions (with answers) about {about}.\n\n"
         prefix += "".join(f"{question(row)} {'ABCD'[row['answer']]}\n\n" for row in examples)
@@ -182,52 +112,23 @@ def mmlu(subject: str, shots: int = 5) -> Task:
     )
 
 
-# --------------------------------------------------------------------------------------------------- written answers
-
-
-def triviaqa_metrics(row: Row, answers: list[str]) -> dict[str, float]:
-    """Is the answer one of the aliases, but for case and punctuation?"""
-
-    def plain(text):
-        return text.lower().translate(str.maketrans("", "", string.punctuation))
-
-    answer = plain(answers[0].strip())
-    return {"exact_match": float(any(plain(alias) == answer for alias in row["answer"]["aliases"]))}
-
-
-def overlap(prediction: str, answers: list[str], normalize: Callable[[str], str]) -> dict[str, float]:
-    """SQuAD's exact match, and F1 of the words in common, with whichever of the right answers is nearest."""
-
-    def f1(predicted, truth):
-        if not (same := sum((Counter(predicted) & Counter(truth)).values())):
-            return 0.0
-        precision, recall = same / len(predicted), same / len(truth)
-        return 2 * precision * recall / (precision + recall)
-
-    predicted, right = normalize(prediction).split(), [normalize(answer).split() for answer in answers]
+def agieval(name: str) -> Task:
+    file, hub, rows = f"agieval/{name}", (f"hails/agieval-{name}", None), split("test")
+    if name not in ("gaokao-mathcloze", "math"):
+        return multiple_choice(file, hub, rows, *map(itemgetter, ("query", "choices", "gold")))
     return {
-        "exact_match": max(float(predicted == words) for words in right),
-        "f1": max(f1(predicted, words) for words in right),
+        "hub": hub,
+        "file": file,
+        "rows": rows,
+        "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
+        "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
     }
 
 
-def without_punctuation(text: str) -> str:
-    return "".join(c for c in text if not unicodedata.category(c).startswith("P") and c not in string.punctuation)
+# --------------------------------------------------------------------------------------------------- written answers
 
-
-# code: the language as ids spell it, and what lm-eval calls context, question and answer in it
-TYDIQA = {
-    "ar": ("arabic", "السياق", "السؤال", "الإجابة"),
-    "bn": ("bengali", "প্রসঙ্গ", "প্রশ্ন", "উত্তর"),
-    "en": ("english", "Context", "Question", "Answer"),
-    "fi": ("finnish", "Konteksti", "Kysymys", "Vastaus"),
-    "id": ("indonesian", "Konteks", "Pertanyaan", "Jawaban"),
-    "ko": ("korean", "맥락", "질문", "답변"),
-    "ru": ("russian", "Контекст", "Вопрос", "Ответ"),
-    "sw": ("swahili", "Muktadha", "Swali", "Jibu"),
-    "te": ("telugu", "సందర్భం", "ప్రశ్న", "సమాధానం"),
-}
-TYDIQA_HUB = ("google-research-datasets/tydiqa", "secondary_task")
+TYDIQA = DATA["tydiqa"]  # code: the language as ids spell it, and what lm-eval calls context, question, answer in it
+TYDIQA_RELEASE = DATA["tydiqa_release"]  # code: the word for passage, and the instruction, of open-instruct's prompts
 
 
 def of_language(rows: list[Row], language: str) -> list[Row]:
@@ -250,38 +151,14 @@ def tydiqa(code: str) -> Task:
         return f"{context}: {row['context']}\n\n{question}: {row['question']}\n\n{answer}:"
 
     def requests(row):
-        example = row["example"]
-        context = f"{question(example)} {example['answers']['text'][0]}\n\n{question(row)}"
-        return [(context, {"until": ["\n"]})]
-
-    def normalize(text):
-        articles = {"en": r"\b(a|an|the)\b", "ar": r"(?:^|\s)ال"}.get(code)
-        text = without_punctuation(text.lower())
-        return re.sub(articles, " ", text) if articles else text
+        shot = f"{question(row['example'])} {row['example']['answers']['text'][0]}\n\n"
+        return [(shot + question(row), {"until": ["\n"]})]
 
     def metrics(row, answers):
-        return overlap(answers[0].strip(), row["answers"]["text"], normalize)
+        return overlap(answers[0].strip(), row["answers"]["text"], lambda text: tydiqa_words(text, code))
 
-    return {"hub": TYDIQA_HUB, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
-
-
-# the word for passage, and the instruction, in the prompts of open-instruct, which the authors' release runs
-TYDIQA_RELEASE = {
-    "ar": ("المقطع", "أجب على السؤال التالي بناءً على المعلومات في المقطع المعطى."),
-    "bn": ("অধ্যায়", "প্রদত্ত অধ্যায়ের তথ্যের উপর ভিত্তি করে নিম্নলিখিত প্রশ্নের উত্তর দিন।"),
-    "en": ("Passage", "Answer the following question based on the information in the given passage."),
-    "fi": ("Kappale", "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella."),
-    "id": ("Bagian", "Jawab pertanyaan berikut berdasarkan informasi di bagian yang diberikan."),
-    "ko": ("문단", "주어진 문단의 정보에 기반하여 다음 질문에 답하십시오."),
-    "ru": ("Отрывок", "Ответьте на следующий вопрос на основе информации в данном отрывке."),
-    "sw": ("Kifungu", "Jibu swali lifuatalo kulingana na habari kwenye kifungu kilichotolewa."),
-    "te": ("పేరా", "ఇచ్చిన పేరాలోని సమాచారం ఆధారంగా కింది ప్రశ్నకు సమాధానం ఇవ్వండి."),
-}
-
-
-def cut(text: str, tokenizer, tokens: int) -> str:
-    ids = tokenizer.encode(text)[0]
-    return tokenizer.decode(ids[:tokens]) if len(ids) > tokens else text
+    hub = ("google-research-datasets/tydiqa", "secondary_task")
+    return {"hub": hub, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
 
 
 def release_example(rows: list[Row], language: str) -> Row:
@@ -291,17 +168,14 @@ def release_example(rows: list[Row], language: str) -> Row:
     return drawn[-1]
 
 
-def squad_words(text: str) -> str:
-    return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation))
-
-
 def tydiqa_release(code: str) -> Task:
     """TyDiQA as the authors' release asks it: the same example for all, passages of at most 512 tokens, SQuAD's F1."""
     language, _, question, answer = TYDIQA[code]
     passage, instruction = TYDIQA_RELEASE[code]
 
     def prompt(row, tokenizer):
-        context = cut(row["context"], tokenizer, 512)
+        ids = tokenizer.encode(row["context"])[0]
+        context = tokenizer.decode(ids[:512]) if len(ids) > 512 else row["context"]
         return f"{passage}: {context}\n{question}: {row['question']}\n{answer}:"
 
     def rows(load, tokenizer):
@@ -314,98 +188,6 @@ def tydiqa_release(code: str) -> Task:
         "requests": lambda row: [(row["prompt"], {"until": ["\n"], "max_gen_toks": 50})],
         "metrics": lambda row, answers: overlap(answers[0].strip(), row["answers"]["text"], squad_words),
     }
-
-
-# ------------------------------------------------------------------------------------------------------- AGIEval
-
-AGIEVAL_SETS = """
-gaokao-biology gaokao-chemistry gaokao-chinese gaokao-geography gaokao-history gaokao-mathcloze gaokao-mathqa
-gaokao-physics jec-qa-ca jec-qa-kd logiqa-zh aqua-rat gaokao-english logiqa-en lsat-ar lsat-lr lsat-rc math
-sat-en-without-passage sat-en sat-math
-""".split()
-
-
-def agieval(name: str) -> Task:
-    file, hub, rows = f"agieval/{name}", (f"hails/agieval-{name}", None), split("test")
-    if name not in ("gaokao-mathcloze", "math"):
-        context, choices, gold = (lambda row, key=key: row[key] for key in ("query", "choices", "gold"))
-        return multiple_choice(file, hub, rows, context, choices, gold)
-    return {
-        "hub": hub,
-        "file": file,
-        "rows": rows,
-        "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
-        "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
-    }
-
-
-def same_number(text: str, gold: str) -> bool:
-    """Do two texts end in the same mathematical answer, in AGIEval's reading of both?"""
-    found = [final_answer(text), final_answer(gold)]
-    try:
-        return plain_latex(found[0]) == plain_latex(found[1])
-    except (AttributeError, IndexError, ValueError):  # one holds no answer, or LaTeX that cannot be read
-        return found[0] == found[1]
-
-
-def final_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{}, else in the last $...$, else after the last =, else the last number."""
-
-    def right_side(formula):
-        return formula.split("=")[-1].lstrip(" ") if "=" in formula else formula
-
-    if "\\boxed" in text:
-        box, depth = text[text.rfind("\\boxed") :], 0
-        for end, character in enumerate(box):
-            depth += (character == "{") - (character == "}")
-            if character == "}" and depth == 0:
-                return right_side(box[7:end]) if box.startswith("\\boxed{") else None
-        return None
-    if (formulas := re.findall(r"\$(.*)\$", text)) and (answer := right_side(formulas[-1])):
-        return answer
-    if "=" in text:
-        return right_side(text).rstrip(".").split("\\n")[0]
-    numbers = re.findall(r"(?:\$)?\d+(?:\.\d+)?(?![\w\d])", text)
-    return numbers[-1] if numbers else None
-
-
-def plain_latex(text: str) -> str:
-    """One spelling for formulas that mean the same. Raises ValueError or IndexError for what it cannot read."""
-    for old, new in (
-        ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
-        ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
-    ):  # fmt: skip
-        text = text.replace(old, new)
-    if "\\text{ " in text:  # a unit, on the right
-        text, _ = text.split("\\text{ ")
-    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
-    text = "0" + text if text.startswith(".") else text
-    if text.count("=") == 1 and text.index("=") <= 2:  # "k = 3"
-        text = text.split("=")[1]
-    head, *roots = text.split("\\sqrt")
-    text = head + "".join("\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}") for root in roots)
-    text = braced_fractions(text.replace(" ", ""))
-    if text == "0.5":
-        return "\\frac{1}{2}"
-    if re.fullmatch(r"-?\d+/-?\d+", text):
-        above, below = (int(number) for number in text.split("/"))
-        return f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text
-    return text
-
-
-def braced_fractions(text: str) -> str:
-    """\\frac12 and \\frac1{2} as \\frac{1}{2}; the text as it is where a numerator stands alone."""
-    head, *fractions = text.split("\\frac")
-    for fraction in fractions:
-        head += "\\frac"
-        if fraction[0] == "{":
-            head += fraction
-        elif len(fraction) < 2:
-            return text
-        else:
-            above, below, rest = fraction[0], fraction[1], fraction[2:]
-            head += f"{{{above}}}{below}{rest}" if below == "{" else f"{{{above}}}{{{below}}}{rest}"
-    return head
 
 
 # -------------------------------------------------------------------------------------------------- your own rows
@@ -433,56 +215,11 @@ def instructions_rows(load: Callable, tokenizer) -> list[Row]:
     return graded
 
 
-# Scripts that are written without spaces, or whose words carry endings: kana, Han, Hangul, Thai, Lao, Burmese, Khmer
-SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
-
-
-def of_a_word(character: str) -> bool:
-    """Whether a character belongs to a word or a number, of a script that has spaces between them."""
-    kind = unicodedata.category(character)[0]
-    return kind in "LNM" and not SPACELESS.match(character)
-
-
-def go_on(left: str, right: str) -> bool:
-    """Whether a word or a number goes on from one text to the next: from "7" to "2", from "3." to "5"."""
-    if left and right and of_a_word(left[-1]) and of_a_word(right[0]):
-        return True
-    number = re.search(r"\d[.,]$", left) and re.match(r"\d", right)
-    return bool(number or re.search(r"\d$", left) and re.match(r"[.,]\d", right))
-
-
-def stands_in(answer: str, text: str) -> bool:
-    """Whether `answer` stands in `text` as whole words or numbers, whatever punctuation is around it.
-
-    "7" is no part of "72", nor "3.5" of "3.50", nor "5" of "-5", and a list, such as "1, 2", does not stand in a longer
-    one. Between characters of scripts without spaces, such as Chinese, any place counts.
-    """
-    place = text.find(answer)
-    while place >= 0:
-        before, after = text[:place], text[place + len(answer) :]
-        signed = re.search(r"(?<![\w)])[-\u2212]$", before) and re.match(r"\d", answer)
-        signed = signed or re.search(r"\w$", before) and re.match(r"[-\u2212]\d", answer)
-        longer = "," in answer and (re.match(r",\s?[\w-]+([.,;:!?]|$)", after) or re.search(r",\s?$", before))
-        if not (signed or longer or go_on(before, answer) or go_on(answer, after)):
-            return True
-        place = text.find(answer, place + 1)
-    return False
-
-
 def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
     """Is what was written the row's output? Or, where the row names an answer, does that stand in it (`stands_in`)?"""
     written, answer = answers[0].strip(), row["answer"]
     right = written == row["output"].strip() if answer is None else stands_in(answer, written)
     return {"exact_match": float(right)}
-
-
-INSTRUCTIONS: Task = {
-    "hub": None,
-    "file": "instructions",
-    "rows": instructions_rows,
-    "requests": lambda row: [(row["prompt"], {"until": []} | ({"whole": True} if "whole" in row else {}))],
-    "metrics": instructions_metrics,
-}
 
 
 # --------------------------------------------------------------------------------------------------- all of them
@@ -493,14 +230,14 @@ TASKS: dict[str, Task] = {
         "file": "triviaqa",
         "rows": split("validation"),
         "requests": lambda row: [(f"Question: {row['question']}?\nAnswer:", {"until": ["\n", ".", ","]})],
-        "metrics": triviaqa_metrics,
+        "metrics": lambda row, answers: {"exact_match": one_of(answers[0].strip(), row["answer"]["aliases"])},
     },
     "truthfulqa_mc2": {
         "hub": ("truthfulqa/truthful_qa", "multiple_choice"),
         "file": "truthfulqa_mc2",
         "rows": split("validation"),
         "requests": truthfulqa_requests,
-        "metrics": truthfulqa_metrics,
+        "metrics": lambda row, answers: {"acc": true_share(answers, row["mc2_targets"]["labels"])},
     },
     **{f"mmlu_{subject}": mmlu(subject) for subject in MMLU_SUBJECTS},
     "arc_challenge": arc("arc_challenge", "ARC-Challenge"),
@@ -511,26 +248,46 @@ TASKS: dict[str, Task] = {
         "file": "winogrande",
         "rows": split("validation"),
         "requests": winogrande_requests,
-        "metrics": winogrande_metrics,
+        "metrics": lambda row, answers: {"acc": accuracy(answers, ["-", "-"], [int(row["answer"]) - 1])["acc"]},
     },
-    "hellaswag": HELLASWAG,
-    "logiqa": LOGIQA,
+    "hellaswag": multiple_choice(
+        "hellaswag",
+        ("Rowan/hellaswag", None),
+        split("validation"),
+        context=lambda row: hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
+        choices=lambda row: [hellaswag_text(ending) for ending in row["endings"]],
+        gold=lambda row: [int(row["label"])],
+    ),
+    "logiqa": multiple_choice(
+        "logiqa",
+        ("EleutherAI/logiqa", "logiqa"),
+        split("test"),
+        context=lambda row: (
+            f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{lettered(row['options'])}Answer:"
+        ),
+        choices=lambda row: row["options"],
+        gold=lambda row: ["abcd".index(row["label"].strip())],
+    ),
     **{f"agieval_{name.replace('-', '_')}": agieval(name) for name in AGIEVAL_SETS},
     **{f"tydiqa_release_{code}": tydiqa_release(code) for code in TYDIQA},
-    "instructions": INSTRUCTIONS,
+    "instructions": {
+        "hub": None,
+        "file": "instructions",
+        "rows": instructions_rows,
+        "requests": lambda row: [(row["prompt"], {"until": []} | ({"whole": True} if "whole" in row else {}))],
+        "metrics": instructions_metrics,
+    },
 }
-
-
-def _names(prefix: str) -> list[str]:
-    return [name for name in TASKS if name.startswith(prefix)]
-
 
 # group: its tasks, its metrics, and whether a task counts by its number of rows
 GROUPS = {
-    "mmlu": (_names("mmlu_"), ("acc",), True),
-    "tydiqa": (_names("tydiqa_goldp_"), ("exact_match", "f1"), False),
-    "agieval": (_names("agieval_"), ("acc",), True),
-    "tydiqa_release": (_names("tydiqa_release_"), ("exact_match", "f1"), False),
+    group: ([name for name in TASKS if name.startswith(start)], metrics, weighted)
+    for group, start, metrics, weighted in (
+        ("mmlu", "mmlu_", ("acc",), True),
+        ("tydiqa", "tydiqa_goldp_", ("exact_match", "f1"), False),
+        ("agieval", "agieval_", ("acc",), True),
+        ("tydiqa_release", "tydiqa_release_", ("exact_match", "f1"), False),
+    )
 }
 
 # Table 1's columns: the name there, the task or group, the metric of Appendix A.2

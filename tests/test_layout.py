@@ -27,7 +27,7 @@ ORDER = [
     {"model"},
     {"lora"},
     {"data", "sstoken"},
-    {"paper.objectives"},
+    {"paper.objectives", "paper.grading"},
     {"paper.baselines", "paper.benchmarks"},
     {"train", "evaluate"},
     {"paper.curves", "paper.ds2", "paper.visualize", "paper.reproduce"},

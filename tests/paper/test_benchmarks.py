@@ -10,7 +10,8 @@ from lm_eval.tasks.agieval import utils as agieval_utils
 from lm_eval.tasks.tydiqa import utils as tydiqa_utils
 
 from paper import benchmarks
-from paper.benchmarks import TASKS, final_answer, overlap, same_number, squad_words, stands_in, task_names
+from paper.benchmarks import TASKS, task_names
+from paper.grading import final_answer, overlap, same_number, squad_words, stands_in
 from support.files import UserError
 from support.tokenizer import load_tokenizer
 
