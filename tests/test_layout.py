@@ -29,7 +29,7 @@ ORDER = [
     {"data", "sstoken"},
     {"paper.objectives", "paper.grading"},
     {"paper.baselines", "paper.benchmarks"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "paper.tables"},
     {"paper.curves", "paper.ds2", "paper.visualize", "paper.reproduce"},
 ]
 

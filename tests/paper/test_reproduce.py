@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import train
-from paper import ds2, reproduce
+from paper import ds2, reproduce, tables
 from paper.benchmarks import TABLE
-from paper.reproduce import Line, interval, markdown, paper_rho, t_quantile, table_rows
+from paper.reproduce import table_rows
+from paper.tables import Line, interval, markdown, paper_rho, t_quantile
 from support.files import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "results" / "noise"))
@@ -47,10 +48,28 @@ def test_table_1_takes_other_objectives_where_they_are_named():
         reproduce.asked_rows(given, 28)
 
 
+def test_methods_are_train_s_and_auto_and_each_cell_s_flags_say_what_differs():
+    """By the names of --method; --rho for those alone that select a share of the tokens."""
+    names = [*train.METHODS, "auto"]
+    args = reproduce.parse_arguments(
+        ["--model", "x", "--out", "x", "--reference-limit", "5", "--methods", ",".join(names)]
+    )
+    rows = {row.method: row for row in reproduce.asked_rows(args, 28)}
+    assert rows.keys() == set(names) and len({row.name for row in rows.values()}) == len(names)
+    for name, row in rows.items():
+        reference = ["--reference", "x"] if name in ("rho1", "tokencleaning") else []
+        given = train.parse_arguments(["--model", "x", "--out", "x", *row.flags, *reference])
+        assert (given.method, given.rho) == (("sstoken", "auto") if name == "auto" else (name, 0.6))
+    assert {name for name, row in rows.items() if "--rho" not in row.flags} == {
+        *("full", "dft", "eaft", "stm", "profit", "surprise")
+    }
+    assert (rows["auto"].label, rows["auto"].name, rows["dft"].name) == ("AUTO", "sstoken-rho-auto", "dft")
+
+
 @pytest.mark.parametrize("table", [1, 2, 3, 4, 5])
 def test_a_table_has_the_paper_s_rows_in_its_order(table):
     labels = [row.label for row in table_rows(table, 0.6, layers=28)]
-    paper = json.loads(reproduce.PAPER.read_text())["tables"][str(table)]
+    paper = json.loads(tables.PAPER.read_text())["tables"][str(table)]
     theirs = list(paper["Qwen-2.5-14B" if table == 5 else "LLaMA-3.2-3B"])
     ours = []
     for label in labels:  # the paper's one row of TokenCleaning is the better of our two
@@ -79,7 +98,7 @@ def test_rho_is_the_paper_s_for_its_model():
 
 def test_the_paper_s_averages_are_those_of_its_columns_but_for_one():
     wrong = []
-    for table, models in json.loads(reproduce.PAPER.read_text())["tables"].items():
+    for table, models in json.loads(tables.PAPER.read_text())["tables"].items():
         for model, rows in models.items():
             for label, (*values, average) in rows.items():
                 assert len(values) == 10
@@ -300,10 +319,8 @@ def test_figure_3_has_gamma_over_full_and_rho_from_base_to_full(tmp_path, monkey
     monkeypatch.setattr(pyplot, "subplots", lambda **given: drawn.append(real(**given)) or drawn[-1])
     line = lambda label, score: Line(label, [42, 43], [[score], [score + 1]], [{}, {}])
     ends = [line("BASE", 30.0), line("FULL", 40.0)]
-    reproduce.plot_sweep(
-        [*ends, *(line(f"SSTOKEN (gamma {g})", 50 + g) for g in (1.0, 0.0))], "gamma", tmp_path / "a.png"
-    )
-    reproduce.plot_sweep([*ends, *(line(f"SSTOKEN (rho {r})", 50 + r) for r in (0.2, 0.8))], "rho", tmp_path / "b.png")
+    tables.plot_sweep([*ends, *(line(f"SSTOKEN (gamma {g})", 50 + g) for g in (1.0, 0.0))], "gamma", tmp_path / "a.png")
+    tables.plot_sweep([*ends, *(line(f"SSTOKEN (rho {r})", 50 + r) for r in (0.2, 0.8))], "rho", tmp_path / "b.png")
     curves = [[list(curve.get_xydata().ravel()) for curve in axes.get_lines()] for _, axes in drawn]
     assert curves[0][0] == [0.0, 50.5, 1.0, 51.5]
     assert any(set(curve[1::2]) == {40.5} for curve in curves[0][1:])  # FULL, dashed
@@ -322,6 +339,15 @@ def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchma
         for rho in (0.2, 0.8)
     ]
     assert given == [0.2, 0.8]
+
+
+def test_auto_and_an_objective_have_their_rows_and_share_no_cell(llama, rows, benchmarks, tmp_path, in_this_process):
+    reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "sstoken,auto,dft"))
+    record = json.loads((tmp_path / "table1.json").read_text())
+    assert list(record["rows"]) == ["SSTOKEN", "AUTO", "DFT"] and (tmp_path / "figure2.png").exists()
+    runs = [json.loads(path.read_text())["arguments"] for path in sorted(tmp_path.glob("*-seed42/run.json"))]
+    assert [(run["method"], run["rho"]) for run in runs] == [("dft", 0.6), ("sstoken", 0.6), ("sstoken", "auto")]
+    assert all(0 <= row["mean"][-1] <= 100 and sum(row["seconds"][0].values()) > 0 for row in record["rows"].values())
 
 
 @pytest.mark.slow
@@ -421,7 +447,7 @@ def test_what_is_measured_by_hand():
 def test_a_figure_without_matplotlib_is_one_line_that_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     with pytest.raises(UserError, match="figures need matplotlib: pip install matplotlib"):
-        reproduce.new_figure()
+        tables.find_pyplot()
 
 
 def test_planted_faults_are_those_of_real_data_and_marked(llama, tmp_path):

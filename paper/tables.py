@@ -1,0 +1,183 @@
+"""What a table says: means over seeds with their intervals, beside the paper's numbers; text, JSON, Figures 2 and 3."""
+
+import argparse
+import contextlib
+import math
+import re
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import NamedTuple
+
+import numpy as np
+
+from paper.benchmarks import TABLE
+from support import command, machine
+from support.files import UserError, read_json, write_json, write_whole
+
+PAPER = Path(__file__).with_name("paper.json")
+
+# ------------------------------------------------------------------------------------------------ over the seeds
+
+
+def t_quantile(freedom: int, probability: float = 0.975) -> float:
+    """Student's t: the value that a share `probability` of the distribution lies below, for 95 % intervals 0.975.
+
+    Its density integrated by the trapezoid rule over t = tan(x), where it falls to zero at a finite place.
+    """
+    x = np.linspace(0, np.pi / 2, 200_001)[:-1]
+    t = np.tan(x)
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom)) * (1 + t**2)
+    below = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (x[1] - x[0])
+    return float(np.interp(probability, below, t))
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the width of the mean's 95 % interval over seeds; None for a single one."""
+    if len(values) < 2:
+        return None
+    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+class Line(NamedTuple):
+    """A row with what its cells came to."""
+
+    label: str
+    seeds: list[int]
+    scores: list[list[float]]  # a list for each seed, in percent, the average last
+    seconds: list[dict[str, float]]  # empty for the base model
+
+    def means(self) -> list[tuple[float, float | None]]:
+        """For each column the mean over seeds and half the width of its interval."""
+        return [(mean(values), interval(values)) for values in zip(*self.scores, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------- the paper's numbers
+
+
+def plain_name(model: str) -> str:
+    """A model's name as hub, folder and paper have it in common: without owner, case and hyphens, or "Instruct"."""
+    return Path(model).name.lower().replace("-", "").replace("instruct", "")
+
+
+def paper_rho(model: str) -> float:
+    """Sec. 4.2: 0.8 for Qwen-2.5-14B, 0.6 for the others."""
+    return 0.8 if plain_name(model).startswith(plain_name("Qwen-2.5-14B")) else 0.6
+
+
+def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[str, list[float]]]:
+    """The paper's own numbers and their average: those of the same model, else of the first that the table has."""
+    given, found = read_json(PAPER), {}
+    parts = given["tables"][str(table)]
+    base = next((name for name in parts if plain_name(name) == plain_name(model)), next(iter(parts)))
+    for label, (*values, average) in parts[base].items():
+        asked = [values[given["columns"].index(column)] for column in columns]
+        found[label] = [*asked, average if len(asked) == len(values) else mean(asked)]
+    return base, found
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+
+def markdown(lines: list[Line], columns: list[str], paper: dict[str, list[float]], heading: str) -> str:
+    """The paper's table of our lines, the best mean of each column bold, and the paper's own lines under it."""
+
+    def block(rows):
+        best = [max(round(value, 2) for value, _ in column) for column in zip(*(row[1] for row in rows), strict=True)]
+        for label, cells, seeds in rows:
+            texts = [f"{value:.2f}" + (f" ± {half:.2f}" if half is not None else "") for value, half in cells]
+            tops = [round(value, 2) == top for (value, _), top in zip(cells, best, strict=True)]
+            yield [label, *(f"**{text}**" if top else text for text, top in zip(texts, tops, strict=True)), seeds]
+
+    width = len(columns) + 1
+    rows = [["Methods", *columns, "seeds"], ["---", *["---:"] * width]]
+    rows += block([(line.label, line.means(), str(len(line.seeds))) for line in lines])
+    rows += [[heading, *[""] * width]]
+    rows += block([(label, [(value, None) for value in values], "") for label, values in paper.items()])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str, str, str]]):
+    """Write the table so far, as text and as JSON, and its figure."""
+    out, names = Path(args.out), [column for column, _, _ in columns]
+    if args.table == 1:
+        plot_time(lines, out / "figure2.png")
+    elif args.table in (3, 4):
+        name, letter = {3: ("gamma", "a"), 4: ("rho", "b")}[args.table]
+        plot_sweep(lines, name, out / f"figure3{letter}.png")
+    base, paper = paper_lines(args.table, args.model, names)
+    names.append("AVG" if len(names) == len(TABLE) else f"AVG of {len(names)}")
+    variants = [line for line in lines if line.label.startswith("TOKENCLEANING,")]
+    if len(variants) > 1 and args.table == 1:
+        better = max(variants, key=lambda line: line.means()[-1][0])
+        place = lines.index(variants[-1]) + 1
+        lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
+    text = f"Table {args.table}, {command.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
+    text += markdown(lines, names, paper, f"*the paper, {base}*") + "\n\n"
+    text += "".join(f"- {note}\n" for note in read_json(PAPER)["notes"])
+    write_whole(out / f"table{args.table}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    record = {"arguments": vars(args), "versions": machine.versions(), "columns": names, "rows": {}}
+    for line in lines:
+        means, halves = zip(*line.means(), strict=True)
+        record["rows"][line.label] = {"seeds": line.seeds, "scores": line.scores, "seconds": line.seconds}
+        record["rows"][line.label] |= {"mean": means, "interval": halves}
+    write_json(out / f"table{args.table}.json", record | {"paper": {base: paper}})
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def find_pyplot():
+    """matplotlib's pyplot; UserError where matplotlib, which nothing else needs, is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # files, no window
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+@contextlib.contextmanager
+def figure(path: Path, size: tuple[float, float], xlabel: str):
+    """The axes of a figure of the average score, which is saved when all is drawn."""
+    pyplot = find_pyplot()
+    made, axes = pyplot.subplots(figsize=size, layout="constrained")
+    yield axes
+    axes.set(xlabel=xlabel, ylabel="average score, percent")
+    axes.legend(fontsize="small")
+    made.savefig(path, dpi=150)
+    pyplot.close(made)
+
+
+def plot_time(lines: list[Line], path: Path):
+    """Figure 2: the average score with its interval against the total time, the base model's score as a line."""
+    about = "total time in minutes, reference model and loading counted: median, least, most"
+    with figure(path, (7, 4.5), about) as axes:
+        for line in lines:
+            score, half = line.means()[-1]
+            if not line.seconds:
+                axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=f"{line.label}: {score:.2f}")
+                continue
+            minutes = [sum(taken.values()) / 60 for taken in line.seconds]
+            middle = median(minutes)  # whatever else a machine did once moves it little
+            spread = [[middle - min(minutes)], [max(minutes) - middle]]
+            axes.errorbar(middle, score, half, spread, marker="o", capsize=3, label=line.label)
+
+
+def plot_sweep(lines: list[Line], name: str, path: Path):
+    """Figure 3: the average score over gamma (a) or rho (b), full training as a dashed line or as rho = 1."""
+    points, ends = {}, {"BASE": 0.0, "FULL": 1.0} if name == "rho" else {}
+    for line in lines:
+        if found := re.search(rf"\({name} ([\d.]+)\)", line.label):
+            points[float(found[1])] = line.means()[-1]
+        elif line.label in ends:
+            points[ends[line.label]] = line.means()[-1]
+    x = sorted(points)
+    with figure(path, (5, 3.5), name) as axes:
+        halves = [points[value][1] or 0.0 for value in x]
+        axes.errorbar(x, [points[value][0] for value in x], halves, marker="o", capsize=3, label="SSTOKEN")
+        for line in lines:
+            if name == "gamma" and line.label == "FULL":
+                axes.axhline(line.means()[-1][0], color="gray", linestyle="--", linewidth=1, label="FULL")
