@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import lora
 from model import Transformer
@@ -122,15 +123,6 @@ def with_states(logs: list[dict], states: list[State]) -> list[dict]:
 # ----------------------------------------------------------------------------------------------- without JavaScript
 
 
-def distribution(samples: list, state: int, signal: str, layer: int = 0) -> list[float]:
-    """QUANTILES of all tokens' "rel" (in stored units, Eq. 3) or "attention" (Eq. 7) under one of the page's models."""
-    if signal == "rel":
-        values = [sample.history - sample.losses[state] for sample in samples]
-    else:
-        values = [sample.attention[state, layer] for sample in samples]
-    return torch.quantile(torch.cat(values).double(), torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-
-
 def static_tables(samples: list, head: dict) -> str:
     """The runs as tables: ROWS steps of each, evenly spaced, and every snapshot's; head as visualize.build_page's."""
     return "".join(['\n<div id="tables">', *(table(run, samples, head) for run in head["runs"]), "</div>"])
@@ -148,9 +140,10 @@ def table(run: dict, samples: list, head: dict) -> str:
         curve = {key: values[i] if i is not None else None for key, values in points.items()}
         row = [str(step), number(curve["loss"], "{:.4f}"), number(held_out.get(step), "{:.4f}")]
         row += [number(curve["lr"], "{:.2e}"), number(curve["share"], "{:.1%}"), number(curve["speed"], "{:,.0f}")]
-        if run["states"]:
-            state = run["states"].get(step)
-            row += [spread(samples, state, "rel", head["nats"]), spread(samples, state, "attention", head["share"])]
+        if (state := run["states"].get(step)) is not None:
+            row.append(spread([sample.history - sample.losses[state] for sample in samples], head["nats"]))  # Eq. 3
+            row.append(spread([sample.attention[state, 0] for sample in samples], head["share"]))  # Eq. 7
+        row += [""] * (len(columns) - len(row))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
     names = "".join(f'<th scope="col">{name}</th>' for name in columns)
     about = html.escape(run["name"]) + (f"; loss and speed are means of {run['every']} steps" * (run["every"] > 1))
@@ -163,8 +156,8 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def spread(samples: list, state: int | None, signal: str, unit: int) -> str:
-    if state is None:
-        return ""
-    low, middle, high = (f"{value / unit:.3f}" for value in distribution(samples, state, signal))
+def spread(values: list[Tensor], unit: int) -> str:
+    """QUANTILES of all samples' tokens, stored in 1 / unit."""
+    quantiles = torch.quantile(torch.cat(values).double(), torch.tensor(QUANTILES, dtype=torch.float64))
+    low, middle, high = (f"{value / unit:.3f}" for value in quantiles.tolist())
     return f"{middle} ({low} to {high})"

@@ -51,33 +51,26 @@ DESCRIBED = ("entropy", "spread", "top_entropy")
 
 
 class Sample(NamedTuple):
-    """One sample as the page holds it: integers, in units of NATS and SHARE, one for each of its L_resp tokens.
+    """One sample as the page holds it: whole numbers in units of NATS, SHARE, TOP and SIGMA, for its L_resp tokens."""
 
-    parts: the text in its order, a str for what is prompt, a list of pieces (text, number of tokens) for what is
-    response. history: L_his (L_resp,). losses: L_theta (states, L_resp). attention: AttnScore (states, layers, L_resp).
-    reference: L_ref (L_resp,) or None. For other objectives: top_entropy in units of TOP and surprise, (L_theta - H) /
-    sigma of what is predicted, in units of SIGMA, (states, L_resp) each. own: whether the answer belongs to its prompt,
-    as --rho auto asks. noise: which tokens the data itself marks (L_resp,) bool, or None.
-    """
-
-    parts: list
-    history: Tensor
-    losses: Tensor
-    attention: Tensor
-    reference: Tensor | None
-    top_entropy: Tensor | None = None
-    surprise: Tensor | None = None
-    own: bool = True
-    noise: Tensor | None = None
+    parts: list  # its text in order: a str of prompt, a list of pieces (text, number of tokens) of response
+    history: Tensor  # L_his (L_resp,)
+    losses: Tensor  # L_theta (states, L_resp)
+    attention: Tensor  # AttnScore (states, layers, L_resp)
+    reference: Tensor | None  # L_ref (L_resp,)
+    top_entropy: Tensor | None = None  # of the 20 likeliest tokens, (states, L_resp)
+    surprise: Tensor | None = None  # (L_theta - H) / sigma of what is predicted, (states, L_resp)
+    own: bool = True  # whether the answer belongs to its prompt, as --rho auto asks
+    noise: Tensor | None = None  # which tokens the data itself marks, (L_resp,) bool
 
 
 @torch.no_grad()
 def signals(
     model: Transformer, examples: list[data.Example], layers: list[int], names: tuple[str, ...] = ()
-) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """L_theta (L_resp,) and AttnScore (layers, L_resp) of each sample, adapters on, dropout off.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """L_theta (L_resp,), AttnScore (layers, L_resp) and what else is asked of each sample, adapters on, dropout off.
 
-    names: what else is asked of each token's prediction, of kernels.DESCRIPTIONS: {name: (L_resp,)}.
+    names: what that is of each token's prediction, of kernels.DESCRIPTIONS: (names, L_resp).
     """
     device, found, watch = model.lm_head.weight.device, {}, Watch(names) if names else None
     probes = [AttentionProbe(model, layer) for layer in layers]
@@ -85,17 +78,14 @@ def signals(
     for members in baselines.scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
         nll, places = response_nll(model, ids, response, watch), response_places(response, device)
-        described = watch.take(nll) if watch else {}
-        attention = torch.stack([probe.scores(response).flatten()[places] for probe in probes])
-        sizes = [int(examples[i].response.sum()) for i in members]
-        described = {name: values.cpu().split(sizes) for name, values in described.items()}
-        described = [{name: parts[k] for name, parts in described.items()} for k in range(len(members))]
-        parts = nll.cpu().split(sizes), attention.cpu().split(sizes, 1), described
-        found |= zip(members, zip(*parts, strict=True), strict=True)
+        attention = [probe.scores(response).flatten()[places] for probe in probes]
+        known = torch.stack([nll, *attention, *(watch.take(nll).values() if watch else ())]).cpu()
+        found |= zip(members, known.split([int(examples[i].response.sum()) for i in members], 1), strict=True)
     for probe in probes:
         probe.remove()
-    baselines.check_losses(model, {i: nll for i, (nll, _, _) in found.items()})
-    return (found[i] for i in range(len(examples)))
+    baselines.check_losses(model, {i: known[0] for i, known in found.items()})
+    parts = (found[i].split([1, len(layers), len(names)]) for i in range(len(examples)))
+    return ((nll[0], attention, described) for nll, attention, described in parts)
 
 
 def in_steps(values: Tensor, steps: int, largest: int = 65535) -> Tensor:
@@ -135,10 +125,10 @@ def extends(character: str) -> bool:
 def split_parts(example: data.Example, tokenizer: data.Tokenizer) -> list:
     """A sample's text in its order, as `Sample.parts`."""
     ids, response, parts = example.ids.tolist(), example.response.tolist(), []
-    starts = [i for i in range(len(ids)) if i == 0 or response[i] != response[i - 1]]
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        stretch = pieces(tokenizer, ids[start:end], ids[start - 1] if start else None)
-        parts.append(stretch if response[start] else "".join(text for text, _ in stretch))
+    for is_response, group in itertools.groupby(range(len(ids)), key=response.__getitem__):
+        start, *more = group
+        stretch = pieces(tokenizer, ids[start : start + 1 + len(more)], ids[start - 1] if start else None)
+        parts.append(stretch if is_response else "".join(text for text, _ in stretch))
     return parts
 
 
@@ -185,15 +175,13 @@ def highlighted(sample: Sample, selected: Tensor, by_attention: Tensor) -> Itera
         if isinstance(part, str):
             yield part, "prompt"
             continue
-        stretch, kind = "", ""
-        for text, tokens in part:
+        kinds = []
+        for _, tokens in part:
             chosen, orange = selected[place : place + tokens], by_attention[place : place + tokens]
-            new = ("orange" if orange[chosen].all() else "blue") if chosen.any() else "plain"
-            if new != kind and stretch:
-                yield stretch, kind
-                stretch = ""
-            stretch, kind, place = stretch + text, new, place + tokens
-        yield stretch, kind
+            kinds.append(("orange" if orange[chosen].all() else "blue") if chosen.any() else "plain")
+            place += tokens
+        for kind, group in itertools.groupby(zip(part, kinds, strict=True), key=lambda pair: pair[1]):
+            yield "".join(text for (text, _), _ in group), kind
 
 
 # --------------------------------------------------------------------------------------------------------- the page
@@ -206,15 +194,14 @@ def pack(values: Tensor, size: int = 2) -> str:
 
 def content(samples: list[Sample], head: dict) -> str:
     """All that the page's script reads, as JSON in which no text can end the element that holds it."""
+
+    def flat(part):  # a piece is its text, and behind it how many tokens it has, if it has several
+        return part if isinstance(part, str) else [x for text, n in part for x in ([text, n] if n > 1 else [text])]
+
     rows = []
     for sample in samples:
-        # a piece is its text, and behind it how many tokens it has, if it has several
-        parts = [
-            p if isinstance(p, str) else [x for text, n in p for x in ([text, n] if n > 1 else [text])]
-            for p in sample.parts
-        ]
-        row = {"parts": parts, "losses": [pack(x) for x in sample.losses]}  # the first are the base model's
-        row["attention"] = [[pack(x) for x in layers] for layers in sample.attention]
+        row = {"parts": [*map(flat, sample.parts)], "losses": [*map(pack, sample.losses)]}  # first the base model's
+        row["attention"] = [[*map(pack, layers)] for layers in sample.attention]
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
         if sample.surprise is not None:
@@ -320,18 +307,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.group("output")
     add("--out", metavar="FILE", help="the page to write; default: explorer.html")
     add("--text", action="store_true", help="print highlighted text instead; colours follow NO_COLOR")
-    add("--gamma", type=float, default=0.5, help="weight of REL that the page starts with (Eq. 9), in hundredths")
-    add("--rho", type=float, default=0.6, help="share of tokens that the page starts with (Eq. 11), in hundredths")
+    add("--gamma", type=float, default=0.5, bound="in [0, 1]",
+        help="weight of REL that the page starts with (Eq. 9), in hundredths")
+    add("--rho", type=float, default=0.6, bound="in (0, 1]",
+        help="share of tokens that the page starts with (Eq. 11), in hundredths")
     # fmt: on
     add_flags(parser, "data")
     templates.add_flags(parser, "models", default=None)
     command.add_flags(parser)
     args = parser.parse_args(argv)
-    bounds = {"gamma": 0 <= args.gamma <= 1, "rho": 0 < args.rho <= 1}
-    for flag, fits in bounds.items():
-        value = getattr(args, flag)
-        if not fits or round(100 * value) != round(100 * value, 9):
-            raise UserError(f"--{flag} is {value}; it must be in [0, 1], rho above 0, and in whole hundredths")
+    for flag, value in (("gamma", args.gamma), ("rho", args.rho)):
+        if round(100 * value) != round(100 * value, 9):
+            raise UserError(f"--{flag} is {value}; it must be in whole hundredths")
     if args.text and args.out:
         raise UserError("--text prints to the terminal: it does not go with --out")
     if not (args.model and args.data) and (args.model or args.data or args.adapter or args.text or not args.run):
@@ -356,36 +343,30 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
         baselines.check_reference_model(model, args.reference, examples)
     layers = layer_numbers(args.layers, model.config.num_hidden_layers)
 
-    found = []
+    elsewhere, found = baselines.response_losses(model, under_other_prompts(examples, seed=42)), []
     for state in states:
         if state.adapter:
             lora.load_adapter(model, state.adapter)
         found.append(list(signals(model, examples, layers, DESCRIBED)))
-        if not state.adapter:
-            elsewhere = baselines.response_losses(model, under_other_prompts(examples, seed=42))
         lora.remove_lora(model)
-    reference = [None] * len(examples)
-    if args.reference:
-        if baselines.is_adapter(args.reference):
-            lora.load_adapter(model, args.reference)
-        else:
-            model = load_model(args.reference, getattr(torch, args.dtype), device)
-            checkpoint.check_fits(model, args.reference, examples)
-        reference = [in_steps(nll, NATS) for nll in baselines.response_losses(model, examples)]
+    if args.reference and baselines.is_adapter(args.reference):
+        lora.load_adapter(model, args.reference)
+    elif args.reference:
+        model = load_model(args.reference, getattr(torch, args.dtype), device)
+        checkpoint.check_fits(model, args.reference, examples)
+    reference = baselines.response_losses(model, examples) if args.reference else []
+    reference = [in_steps(nll, NATS) for nll in reference] or [None] * len(examples)
 
     own = baselines.Frozen([nll for nll, *_ in found[0]], elsewhere=elsewhere).belong()
     rows = [row for source in source_names(args.data) if source != "pool" for row in load_rows(source, args.limit)]
     samples, noise = [], marked(rows, examples, tokenizer)
-    for example, of_states, its_reference, of_sample in zip(
-        examples, zip(*found, strict=True), reference, zip(own, noise, strict=True), strict=True
-    ):
-        nll, attention, described = zip(*of_states, strict=True)
-        losses, attention = in_steps(torch.stack(nll), NATS), in_steps(torch.stack(attention), SHARE)
-        entropy, spread, top_entropy = (torch.stack([values[name] for values in described]) for name in DESCRIBED)
-        surprise = (torch.stack(nll) - entropy) / spread.clamp(min=1e-6)
-        parts = split_parts(example, tokenizer), losses[0], losses, attention, its_reference
-        more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255)
-        samples.append(Sample(*parts, *more, *of_sample))
+    for i, example in enumerate(examples):
+        nll, attention, described = (torch.stack(parts) for parts in zip(*(state[i] for state in found), strict=True))
+        entropy, spread, top_entropy = described.unbind(1)
+        losses, surprise = in_steps(nll, NATS), (nll - entropy) / spread.clamp(min=1e-6)
+        shown = losses[0], losses, in_steps(attention, SHARE), reference[i]
+        more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255), own[i], noise[i]
+        samples.append(Sample(split_parts(example, tokenizer), *shown, *more))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = command.one_line(f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}")
     return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
@@ -405,8 +386,8 @@ def main(argv: list[str] | None = None):
         return
     shown = [run | {"name": command.one_line(run["name"])} for run in curves.with_states(logs, states)]
     head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
-    head |= {"sigma": SIGMA, "top": TOP}
-    page = build_page(samples, head | {"gamma": round(100 * args.gamma), "rho": round(100 * args.rho)})
+    head |= {"sigma": SIGMA, "top": TOP, "gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}
+    page = build_page(samples, head)
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)
     print(
