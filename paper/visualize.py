@@ -45,7 +45,7 @@ TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes
 TOP, SIGMA = 80, 40  # and in one byte entropies of 20 tokens in 1 / TOP nats up to 3.1, surprise in 1 / SIGMA up to 6.3
 DESCRIBED = ("entropy", "spread", "top_entropy")
-
+JOINER = "\u200d"  # makes one emoji of two
 
 # ---------------------------------------------------------------------------------------------------- what is shown
 
@@ -106,20 +106,13 @@ def pieces(tokenizer: data.Tokenizer, ids: list[int], before: int | None) -> lis
         if text.endswith("\ufffd") and len(group) < 4 and place < len(ids) - 1:  # a character has four bytes at most
             continue
         text, tokens = text.translate(command.SHOWN), len(group)
-        if found and (found[-1][0].endswith(JOINER) or extends(text[:1])):
+        first = text[:1] or " "  # an accent, a vowel sign, a joiner and an emoji's skin colour are drawn into another
+        drawn = unicodedata.category(first)[0] == "M" or first == JOINER or "\U0001f3fb" <= first <= "\U0001f3ff"
+        if found and (drawn or found[-1][0].endswith(JOINER)):
             text, tokens = found[-1][0] + text, found.pop()[1] + tokens
         found.append((text, tokens))
         start, group = [token], []
     return found
-
-
-JOINER = "\u200d"
-
-
-def extends(character: str) -> bool:
-    """Whether a character is drawn into the one before: an accent, a vowel sign, a joiner, an emoji's skin colour."""
-    mark = unicodedata.category(character or " ").startswith("M")
-    return mark or character == JOINER or "\U0001f3fb" <= character <= "\U0001f3ff"
 
 
 def split_parts(example: data.Example, tokenizer: data.Tokenizer) -> list:
@@ -187,8 +180,13 @@ def highlighted(sample: Sample, selected: Tensor, by_attention: Tensor) -> Itera
 # --------------------------------------------------------------------------------------------------------- the page
 
 
-def pack(values: Tensor, size: int = 2) -> str:
-    """Numbers from 0 to 65535 as base64 of two bytes each, the low one first; those up to 255 in one, with `size` 1."""
+def pack(values: Tensor, size: int = 2) -> str | list:
+    """Numbers from 0 to 65535 as base64 of two bytes each, the low one first; those up to 255 in one, with `size` 1.
+
+    One text for the last dimension, lists of them for those before it.
+    """
+    if values.dim() > 1:
+        return [pack(part, size) for part in values]
     return base64.b64encode(values.numpy().astype(f"<u{size}").tobytes()).decode()
 
 
@@ -200,13 +198,12 @@ def content(samples: list[Sample], head: dict) -> str:
 
     rows = []
     for sample in samples:
-        row = {"parts": [*map(flat, sample.parts)], "losses": [*map(pack, sample.losses)]}  # first the base model's
-        row["attention"] = [[*map(pack, layers)] for layers in sample.attention]
+        row = {"parts": [flat(part) for part in sample.parts]}
+        row |= {"losses": pack(sample.losses), "attention": pack(sample.attention)}  # the first are the base model's
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
         if sample.surprise is not None:
-            row |= {"topEntropy": [pack(x, 1) for x in sample.top_entropy], "own": sample.own}
-            row["surprise"] = [pack(x, 1) for x in sample.surprise]
+            row |= {"topEntropy": pack(sample.top_entropy, 1), "own": sample.own, "surprise": pack(sample.surprise, 1)}
         if sample.noise is not None:
             row["noise"] = sample.noise.nonzero().flatten().tolist()
         rows.append(row)

@@ -61,6 +61,18 @@ def test_the_readme_s_eleventh_benchmark_is_the_code():
     assert "\n".join("    " + line if line else "" for line in block.strip().splitlines()) in readme
 
 
+def test_options_have_the_letters_a_to_d():
+    five = ["v", "w", "x", "y", "z"]
+    mmlu, logiqa = TASKS["mmlu_anatomy"], TASKS["logiqa"]
+    row = {"prefix": "", "question": "Which?", "choices": five[:4], "answer": 1}
+    assert mmlu["requests"](row)[1] == ("Which?\nA. v\nB. w\nC. x\nD. y\nAnswer:", " B")
+    for choices in (five, five[:3]):
+        with pytest.raises(ValueError):
+            mmlu["requests"](row | {"choices": choices})
+    asked = logiqa["requests"]({"context": "c", "question": "q", "options": five})
+    assert asked[4] == ("Passage: c\nQuestion: q\nChoices:\nA. v\nB. w\nC. x\nD. y\nAnswer:", " z")
+
+
 LATEX = (
     r"""
 7|x=7|$x = 7$|\boxed{7}|the answer is 7.|\boxed{x=7}|\fbox{7}|$\frac12$|\frac{1}{2}|$1/2$|0.5|$.5$
@@ -68,6 +80,7 @@ LATEX = (
 $5\text{ a}\text{ b}$|$50\%$|$50$|no answer here|none either||$$|$90^\circ$|$90^{\circ}$|$\left(1, 2\right)$
 $(1,2)$|\boxed {7}|\boxed{7|\boxed{{7}}|$k = 3$|$3$|$abc = 3$|$a=b=3$|= 4.|= 4\n5|$5\$12|\$12.50|$ 12.50
 x = $3|3 apples and 4|$-1/2$|$-\frac{1}{2}$|1/2/3|$a/b$
+$\frac{-1}{2}$|$03/4$|$\frac{03}{4}$|$0/5$|$\frac05$|$1/23x$|$\frac{1}{23}x$|$\dfrac1$
 """.replace("\n", "|")
     .strip("|")
     .split("|")
@@ -93,6 +106,7 @@ def test_metrics_of_written_answers_are_the_harness_s():
         "",
         "¿Quién? «fox»",
         "الكتاب كتاب",
+        "كتاب الكتاب",
         "«الكتاب»",
     ]
     for code in ("en", "ar", "fi"):

@@ -107,6 +107,13 @@ def test_the_paper_s_averages_are_those_of_its_columns_but_for_one():
     assert wrong == [("1", "LLaMA-3.2-3B", "SSTOKEN")]  # the note on Winogrande says so
 
 
+def test_the_paper_s_lines_are_of_the_model_and_the_columns_asked_for():
+    base, lines = tables.paper_lines(1, "x/Llama-3.1-8B-Instruct", ["Wino", "ARC-E"])
+    assert base == "LLaMA-3.1-8B" and lines["BASE"] == [73.56, 81.57, (73.56 + 81.57) / 2] and len(lines) == 6
+    base, lines = tables.paper_lines(3, "x/another", [column for column, _, _ in TABLE])
+    assert base == "LLaMA-3.2-3B" and lines["SSTOKEN (gamma 0.5)"][-2:] == [33.97, 52.5]  # the average that it prints
+
+
 def test_intervals_are_student_s():
     import scipy.stats  # here, since it takes a second
 
@@ -132,6 +139,8 @@ def test_a_table_by_hand():
         "| BASE | **1.00** | 2.00 |  |",
         "| FULL | 0.50 | **3.00** |  |",
     ]
+    alike = [Line("A", [42], [[50.001]], []), Line("B", [42], [[50.004]], [])]
+    assert markdown(alike, ["AVG"], {"BASE": [1.0]}, "").count("**50.00**") == 2  # what reads alike is marked alike
 
 
 # ------------------------------------------------------------------------------------------ a small reproduction

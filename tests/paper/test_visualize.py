@@ -581,6 +581,7 @@ def test_curves_are_tables_without_javascript(runs_made, browser, name):
     assert tables.count() == 2 and not page.locator("#app").is_visible()
     rows = [row.split("\t") for row in tables.nth(0).inner_text().splitlines()[1:]]
     assert [row[0] for row in rows] == ["step", *map(str, range(13))]
+    assert {len(row) for row in rows} == {8 if name == "page" else 6}
     for line, row in zip(log_of(runs_made / "a"), rows[2:], strict=True):
         assert row[1] == f"{line['loss']:.4f}" and row[3] == f"{line['lr']:.2e}"
         held_out = line.get("held_out_loss")
