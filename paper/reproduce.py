@@ -266,11 +266,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--benchmarks {args.benchmarks} is no folder")
     if unknown := sorted(set(args.methods) - set(known)):
         raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join(known)}")
-    needed = args.table in (1, 5) and set(args.methods) & set(WITH_REFERENCE)
+    pool = args.data == RELEASED_POOL and not args.limit
     given = args.reference_data or args.reference_limit or args.reference_top or args.reference_by
-    if needed and not given and (args.data != RELEASED_POOL or args.limit):
+    if args.table in (1, 5) and set(args.methods) & set(WITH_REFERENCE) and not (given or pool):
         raise UserError("say what the reference model is trained on: --reference-data, -limit or -top")
-    if args.reference_by or (needed and not given):
+    if args.reference_by or (pool and not given):
         args.reference_top = args.reference_top or 10_000
     if args.reference_by:
         args.rating_field = "curated"

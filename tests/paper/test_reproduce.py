@@ -398,6 +398,7 @@ def test_the_reference_of_the_released_pool_is_trained_on_its_best_rated_rows():
     parse = lambda *more: reproduce.parse_arguments(["--model", "x", "--out", "x", *more])
     assert parse().reference_top == 10_000 and parse("--reference-limit", "5").reference_top is None
     assert parse("--methods", "full,sstoken", "--limit", "9").reference_top is None
+    assert parse("--table", "3").reference_top == parse("--methods", "full").reference_top == 10_000  # they share cells
 
 
 def test_a_part_of_the_columns_needs_all_its_tasks():
