@@ -225,8 +225,8 @@ def select(score: Tensor, rho: float) -> Tensor:
 
 
 def selected_loss(nll: Tensor, selected: Tensor) -> Tensor:
-    """Loss over the selected tokens, Eq. 10: the mean of nll where `selected`, (L_resp,) -> scalar.
+    """Loss over the selected tokens, Eq. 10: the mean of nll where `selected`, (L_resp,) -> scalar; of none, 0.
 
     Of other objectives (paper/objectives.py): of weight * nll, where there is a weight.
     """
-    return (nll * selected).sum() / (selected != 0).sum()
+    return (nll * selected).sum() / (selected != 0).sum().clamp(min=1)

@@ -25,7 +25,8 @@ import data
 import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
-from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE, Frozen, response_losses
+from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE
+from paper.frozen import Frozen, response_losses
 from sstoken import GAINS, AttentionProbe, History, normalize, score, select, selected_loss, sft_loss, share_of
 from support import command, handoff, machine, ranks, runs, sources, templates
 from support.checkpoint import check_fits
@@ -50,6 +51,15 @@ def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) ->
     counted = {i: counts[i] for micro_batch in batch for i in micro_batch if counts[i]}
     total = sum(counted.values()) if loss_mean == "batch" else len(counted)
     return {i: (count if loss_mean == "batch" else 1) / total for i, count in counted.items()}
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, tokens: int):
+    """The optimizer's step; none where no token was selected, since AdamW would still move by what it remembers."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if tokens:
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
@@ -155,18 +165,14 @@ def train(
             record.add(loss, selected)
 
         lr = learning_rate(step, len(steps), args.lr, args.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         ranks.sum_over_ranks([p.grad for p in adapters])  # nothing else of the model crosses between ranks
         gradient_norm = torch.nn.utils.clip_grad_norm_(adapters, args.max_grad_norm or math.inf)
-        optimizer.step()  # Alg. 1, line 10
-        optimizer.zero_grad()
+        loss, tokens, norm, stop = record.read(gradient_norm, checkpoints.signal)
+        checkpoints.check_numbers(step, loss, norm, record.samples)
+        update(optimizer, lr, tokens)  # Alg. 1, line 10
         selection.update(step)  # Alg. 1, line 11
-
         seen += len(record.samples)
-        line, norm, stop = record.line(lr, gradient_norm, checkpoints.signal)
-        checkpoints.check_numbers(step, line["loss"], norm, record.samples)
-        log(line)
+        log(record.line(lr))
         checkpoints.after(step, stop)
     selection.close()
     return model  # Alg. 1, line 13
@@ -272,7 +278,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.batch_size % args.micro_batch_size:
         raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
     runs.check_flags(args)
-    baselines.check_reference(args)
+    baselines.check_flags(args, parser.given(argv))
     return args
 
 
@@ -296,8 +302,8 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
     return model
 
 
-def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: Frozen, args, folder: Path):
-    """Train the adapters that the model has, into `folder`, the run's own or one inside it."""
+def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: Frozen, args, folder: Path) -> list:
+    """Train the adapters that the model has, into `folder`, the run's own or one inside it. Returns the steps."""
     steps = plan_steps([len(sample.ids) for sample in samples], args, torch.device(args.device))
     content = {
         "history losses from --cache": baselines.reads_kept_history(args),
@@ -307,11 +313,7 @@ def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: 
     save_adapter = functools.partial(lora.save_adapter, model)
     with run.training(args, samples, content, folder, len(steps), save_adapter) as (log, checkpoints):
         train(model, samples, args, log, checkpoints, frozen)
-
-
-def held_out_loss(model: Transformer, samples: list[data.Example]) -> float:
-    """Eq. 1 over all response tokens of the samples, in nats a token."""
-    return sft_loss(torch.cat(response_losses(model, samples))).item()
+    return steps
 
 
 def merge(model: Transformer, args: argparse.Namespace, folder: Path):
@@ -354,7 +356,8 @@ def main(argv: list[str] | None = None):
     reference_examples, of_reference = load(of_reference, args.reference_top)
     model = prepare(args, device, examples + held_out + reference_examples)
     run = runs.Run(args, model, examples, account)
-    run.held_out_loss = functools.partial(held_out_loss, model, held_out) if held_out else None
+    if held_out:  # Eq. 1 over all their response tokens, in nats a token
+        run.held_out_loss = lambda: sft_loss(torch.cat(response_losses(model, held_out))).item()
     seconds = {"loading": time.perf_counter() - start}
 
     run.introduce(model, examples, account.lengths(args.max_length))
@@ -364,9 +367,9 @@ def main(argv: list[str] | None = None):
         ranks.say(line)
     run.report_held_out("before")
     train_into = functools.partial(fit, run, model)
-    seconds["losses"] = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
+    seconds["losses"], auto = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
     run.report_held_out("after")
-    run.finish(seconds)
+    run.finish(seconds, auto)
     if ranks.first_rank():
         handoff.write_tokenizer(tokenizer, model.folder, run.folder)  # with the template that the run was trained in
         handoff.write_card(run.record, run.folder, vars(parse_arguments(["--model", args.model])))

@@ -1,36 +1,34 @@
 """What the paper compares ssToken with (Sec. 4.1): Full, Random, RHO-1, TokenCleaning in both variants.
 
-All go through train.py's loop. What they select is known before training starts (`Fixed`), or, for RHO-1 of the current
-model, in every step (`ExcessOfCurrent`); both have the form of `train.SSToken`. Below: losses of frozen models, which
-they rank by, the reference model, and TokenCleaning's self-evolving variant, which trains part by part.
+All go through train.py's loop. What they select is known before training starts (`Fixed`), or made anew in every step
+(`ExcessOfCurrent`, `Objective`); all have the form of `train.SSToken`. Below: the reference model, a run by its method,
+and which flag is for which method.
 """
 
 import argparse
 import json
 import math
-import random
 import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import lora
-from model import Transformer, load_model, response_nll
-from paper.objectives import OBJECTIVES, asks, own_prompt, under_other_prompts, weigh
+from model import Transformer, load_model
+from paper import auto
+from paper.frozen import Frozen, frozen_losses
+from paper.objectives import OBJECTIVES, asks, weigh
+from paper.self_evolving import PARTS, train_in_parts
 from sstoken import excess_loss, select, share_of
 from support import ranks
-from support.adapters import ADAPTER_FILES, find_adapter, read_adapter, write_adapter
+from support.adapters import ADAPTER_FILES, find_adapter, read_adapter
 from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, check_fits, find_folder
-from support.files import UserError, read_json, read_log, write_lines
+from support.files import UserError, read_log
 from support.kernels import DESCRIPTIONS, Watch
-from support.losses import kept_losses, losses_key
 
 # --------------------------------------------------------------------------------- masks made before training starts
 
@@ -81,7 +79,6 @@ METHODS = {
 } | OBJECTIVES
 WITH_REFERENCE = ("rho1", "tokencleaning")
 OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample would undo what they rank
-PARTS = 5
 
 
 # --------------------------------------------------------------------------------- selections, in train.SSToken's form
@@ -128,15 +125,15 @@ class Objective(Fixed):
     """One of OBJECTIVES that asks for something of the current model, in every step. frozen: of the base model.
 
     How many tokens a sample keeps is known before only where rho says it; otherwise, where --loss-mean batch weighs
-    samples by that, it counts all of its response tokens.
+    samples by that, it counts all of its response tokens, with --rho auto those of answers that belong to their prompt.
     """
 
-    def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: "Frozen"):
+    def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: Frozen):
         self.sizes, self.args, self.frozen = sizes, args, frozen
         self.method = "surprise" if args.rho == "auto" else args.method
-        self.own = frozen.belong() if args.rho == "auto" else [True] * len(sizes)
-        counts = [share_of(args.rho, size) for size in sizes] if "rho" in asks(self.method) else sizes
-        self.counts = [count * own for count, own in zip(counts, self.own, strict=True)]
+        self.counts = [share_of(args.rho, size) for size in sizes] if "rho" in asks(self.method) else sizes
+        if frozen.own:
+            self.counts = [int(mask.sum()) for mask in frozen.own]
         described = asks(self.method) & DESCRIPTIONS.keys()
         self.watch = Watch(sorted(described)) if described else None
 
@@ -146,18 +143,16 @@ class Objective(Fixed):
         found = []
         for place, i in enumerate(samples):
             known = {name: values[place] for name, values in parts.items()} | self.frozen.of_base(i, nll.device)
-            weights = weigh(self.method, known | {"rho": self.args.rho})
-            found.append(weights if self.own[i] else torch.zeros_like(weights))
+            own = self.frozen.own[i].to(nll.device, non_blocking=True) if self.frozen.own else True
+            found.append(weigh(self.method, known | {"rho": self.args.rho}, own))
         return found
 
 
-def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: "Frozen") -> Fixed | None:
+def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: Frozen) -> Fixed | None:
     """The selection of the method that `args` names for samples with `sizes` response tokens; None: it is ssToken's."""
-    if args.rho == "auto":
-        return Objective(sizes, args, frozen)
-    if args.method in OBJECTIVES:
-        if asks(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
-            return Fixed([weigh(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
+    if args.method in OBJECTIVES and asks(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
+        return Fixed([weigh(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
+    if args.rho == "auto" or args.method in OBJECTIVES:
         return Objective(sizes, args, frozen)
     if args.excess == "current" and frozen.reference:
         return ExcessOfCurrent(frozen.reference, args.rho)
@@ -166,90 +161,6 @@ def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: "F
     pairs = zip(frozen.base, frozen.reference, strict=True) if frozen.reference else None
     excess = [excess_loss(base, better) for base, better in pairs] if pairs else None
     return Fixed(METHODS[args.method](sizes, args.rho, args.seed, excess))
-
-
-# ------------------------------------------------------------------------------------------- losses of frozen models
-
-SCORING_BATCH = 4  # samples a pass, whatever the run's micro-batches are
-
-
-class Frozen(NamedTuple):
-    """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
-
-    base: before training; where they are asked for, (3, L_resp): losses, entropy and spread of what was predicted.
-    reference: L_ref of Eq. 2. elsewhere: the base model's of each answer under another sample's prompt; may be empty.
-    """
-
-    base: list[Tensor] | None = None
-    reference: list[Tensor] | None = None
-    elsewhere: list[Tensor] | None = None
-
-    def of_base(self, sample: int, device) -> dict[str, Tensor]:
-        """What is known of the base model's predictions of a sample, by the names that objectives ask for."""
-        if not self.base:
-            return {}
-        rows = self.base[sample].to(device, non_blocking=True)
-        names = ("history_nll", "history_entropy", "history_spread")
-        return dict(zip(names, rows.view(-1, rows.shape[-1]), strict=False))
-
-    def belong(self) -> list[bool]:
-        """Which answers belong to their prompt, by `own_prompt`; all, where there is no other prompt."""
-        if not self.elsewhere:
-            return [True] * len(self.base)
-        gains = [theirs.sum() - ours.sum() for theirs, ours in zip(self.elsewhere, self.base, strict=True)]
-        return own_prompt(torch.stack(gains)).tolist()
-
-
-def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
-    """The passes in which all that is kept is computed: sample indices, SCORING_BATCH at most in one.
-
-    They depend on `examples` alone, so the same weights always give the same bits.
-    """
-    lengths = [len(e.ids) for e in examples]
-    return next(data.plan_batches(lengths, max(1, len(lengths)), SCORING_BATCH, seed=0), [])
-
-
-@torch.no_grad()
-def response_losses(model: Transformer, examples: list[data.Example], described: bool = False) -> list[Tensor]:
-    """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
-
-    described: (3, L_resp) instead, with the entropy and the spread of each token's predicted distribution below. All
-    ranks take part in `scoring_passes`, and each returns all.
-    """
-    training, device, found = model.training, model.lm_head.weight.device, {}
-    watch = Watch(["entropy", "spread"]) if described else None
-    model.eval()
-    passes = ranks.share_passes(scoring_passes(examples))
-    for samples in tqdm(passes, "losses", leave=False, disable=not ranks.first_rank()):
-        batch = [examples[i] for i in samples]
-        nll = response_nll(model, *data.collate(batch, device), watch)
-        nll = torch.stack([nll, *watch.take(nll).values()]).cpu() if watch else nll.cpu()
-        found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
-    model.train(training)
-    found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}
-    check_losses(model, found)
-    return [found[i] for i in range(len(examples))]
-
-
-def check_losses(model: Transformer, found: dict[int, Tensor]):
-    """UserError if a model has no finite loss for a token of some samples: {sample: (L_resp,) losses}."""
-    if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
-        raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
-
-
-def frozen_losses(
-    model: Transformer, adapter: Path | None, examples, args, described: bool = False
-) -> tuple[list[Tensor], float]:
-    """`response_losses` of a frozen model, by way of --cache, and their seconds; adapter: the folder of its adapter."""
-    cache, key = Path(args.cache) if args.cache else None, ""
-    if cache and ranks.first_rank():
-        key = losses_key(model.folder, adapter, examples, args.dtype, torch.device(args.device).type)
-        key += "-described" * described
-    sizes = [int(example.response.sum()) for example in examples]
-    found, seconds = kept_losses(
-        cache, key, lambda: torch.cat(response_losses(model, examples, described), -1).flatten()
-    )
-    return list((found.view(3, -1) if described else found).split(sizes, -1)), seconds
 
 
 def reads_kept_history(args: argparse.Namespace) -> bool:
@@ -326,22 +237,21 @@ def run_method(
     args: argparse.Namespace,
     folder: Path,
     fit: Callable,
-) -> float:
-    """Compute what the method ranks by, and train by it; returns the seconds that losses of frozen models took.
+) -> tuple[float, dict]:
+    """Compute what the method ranks by, and train by it.
 
     reference_examples: what a reference model is to be trained on first, into folder/reference, if one is.
-    fit: (samples, frozen, args, folder) trains the adapters that the model has.
+    fit: (samples, frozen, args, folder) trains the adapters that the model has, and returns the steps that it took.
+    Returns the seconds that losses of frozen models took, and, with --rho auto, what it did, for the record.
     """
     device, seconds = model.lm_head.weight.device, 0.0
-    base = reference = elsewhere = None
+    base = reference = None
     ranks_by_base = args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static"
     if args.rho == "auto" or ranks_by_base or reads_kept_history(args) or "history_nll" in asks(args.method):
         described = "history_entropy" in asks(args.method)
         base, seconds = frozen_losses(model, None, examples, args, described)  # new adapters change nothing
     if args.rho == "auto":
-        others = under_other_prompts(examples, args.seed)
-        elsewhere, taken = frozen_losses(model, None, others, args) if others else ([], 0.0)
-        seconds += taken
+        return train_by_itself(model, examples, base, seconds, args, folder, fit)
     if reference_examples:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
         fit(reference_examples, Frozen(), plain, folder / "reference")
@@ -352,86 +262,28 @@ def run_method(
         reference, taken = reference_losses(model, examples, args, device)
         seconds += taken
     if args.method == "self-evolving":
-        return seconds + train_in_parts(model, examples, base, args, folder, fit)
-    fit(examples, Frozen(base, reference, elsewhere), args, folder)
-    return seconds
+        return seconds + train_in_parts(model, examples, base, args, folder, fit), {}
+    fit(examples, Frozen(base, reference), args, folder)
+    return seconds, {}
 
 
-def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace, folder: Path, fit: Callable) -> float:
-    """TokenCleaning's self-evolving variant: PARTS parts of the pool, one after the other, each with new adapters.
+def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, folder: Path, fit: Callable):
+    """--rho auto: drop answers that do not belong to their prompt, train on the rest, say what was dropped.
 
-    The first part trains on all its tokens. For each further one the model so far, its adapters frozen into it, becomes
-    the reference: the part's tokens are ranked by excess loss of the base model over it. `fit` trains the adapters,
-    with a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one
-    adapter. Returns the seconds that the references' losses took.
+    base: the base model's losses, which took `seconds`. Returns as `run_method` does.
     """
-    order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
-    for number in range(1, PARTS + 1):
-        part = sorted(order[number - 1 :: PARTS])
-        samples, frozen = [examples[i] for i in part], Frozen()
-        if number > 1:
-            start = time.perf_counter()
-            freeze_adapters(model)
-            frozen = Frozen([base[i] for i in part], response_losses(model, samples))
-            seconds += time.perf_counter() - start
-            lora.new_adapters(model, args, number)
-        done.append(folder / f"part-{number}")
-        steps = args.max_steps and args.max_steps * number // PARTS - args.max_steps * (number - 1) // PARTS
-        fit(samples, frozen, argparse.Namespace(**vars(args) | {"max_steps": steps}), done[-1])
-        if ranks.first_rank():
-            lines = [line | {"part": i} for i, part in enumerate(done, 1) for line in read_log(part)]
-            lines = [line | {"step": step} for step, line in enumerate(lines, 1)]
-            write_lines(folder / "log.jsonl", lines)
-    if ranks.first_rank():
-        join_adapters(done, folder)
-    return seconds
-
-
-class StackedLoRA(lora.LoRALinear):
-    """A LoRALinear on top of earlier adapters: its frozen part is W x + b + (alpha / rank) sum_i B_i A_i x."""
-
-    earlier: tuple[Tensor, Tensor]  # the A of all of them, stacked, and the B, side by side
-
-    def frozen(self, x: Tensor) -> Tensor:
-        (A, B), y = self.earlier, super().frozen(x)
-        update = torch.nn.functional.linear(x.flatten(0, -2), A.to(x.dtype))
-        return y.addmm_(update, B.to(x.dtype).T, alpha=self.alpha / self.rank)
-
-    @torch.no_grad()
-    def product(self) -> Tensor:
-        A, B = self.earlier
-        return super().product().add_(B @ A)
-
-
-@torch.no_grad()
-def freeze_adapters(model: Transformer):
-    """Make the adapters part of the frozen model, in place, and leave new ones on top of them.
-
-    As `lora.merge` does, but beside the weights instead of in them: in bfloat16 most updates of a short training are
-    smaller than half of a weight's last digit, and adding them would change nothing.
-    """
-    for layer in lora.lora_layers(model).values():
-        A, B = getattr(layer, "earlier", (layer.lora_A[:0], layer.lora_B[:, :0]))
-        layer.__class__ = StackedLoRA  # the same module, since sharded weights know theirs
-        layer.earlier = (torch.cat([A, layer.lora_A]), torch.cat([B, layer.lora_B], dim=1))
-        layer.reset_adapter()
-
-
-def join_adapters(folders: list[Path], folder: Path):
-    """Write as one adapter those of `folders`, each of them trained on top of all before it (`freeze_adapters`).
-
-    Their updates add up: with the A stacked and the B side by side, one product is the sum of theirs. So the rank is
-    the sum of their ranks, and alpha grows with it.
-    """
-    parts = [load_file(part / "adapter_model.safetensors") for part in folders]
-    config = read_json(folders[0] / "adapter_config.json")
-    tensors = {
-        name: torch.cat([part[name] for part in parts], dim=0 if name.endswith("lora_A.weight") else 1)
-        for name in parts[0]
-    }
-    for key in ("r", "lora_alpha"):
-        config[key] *= len(folders)
-    write_adapter(folder, tensors, config)
+    others = auto.behind_other_prompts(examples, args.seed)
+    elsewhere, taken = frozen_losses(model, None, others, args) if others else ([], 0.0)
+    found = auto.belong(examples, base, elsewhere)
+    own = found.tokens(examples)
+    steps = fit(examples, Frozen(base, own=own), args, folder)
+    belonging = sum(int(own[i].sum()) for batch in steps for samples in batch for i in samples)
+    surprise = 1 - sum(line["selected_tokens"] for line in read_log(folder)) / belonging
+    n, dropped = len(found.mask), int((~found.mask).sum())
+    kept = f"{n - dropped:,} of {n:,} answers belong to their prompt, {dropped:,} do not"
+    kept = f"all {n:,} answers are kept: {found.reason}" if found.reason else kept
+    ranks.say(f"--rho auto: {kept}; of the tokens of those kept, {surprise:.1%} were dropped as surprise")
+    return seconds + taken, {"answers": n, "dropped": dropped, "reason": found.reason, "surprise": round(surprise, 6)}
 
 
 # --------------------------------------------------------------------------------------------------------- the flags
@@ -456,20 +308,39 @@ def add_flags(parser):
     # fmt: on
 
 
-def check_reference(args: argparse.Namespace):
-    """UserError where the method lacks what it ranks by, or is given what it does not read; fills in --loss-mean."""
-    if args.reference and (args.reference_data or args.reference_top):
-        raise UserError("--reference names a model that is there: it does not go with --reference-data or -top")
-    trained = args.reference_data or args.reference_top
-    if args.method in WITH_REFERENCE:
-        if not args.reference and not trained:
-            raise UserError(f"--method {args.method} needs --reference DIR, or --reference-data or -top to train one")
-    elif args.reference or args.reference_data or (args.reference_top and args.method != "full"):
-        raise UserError(f"--method {args.method} has no reference model; {' and '.join(WITH_REFERENCE)} do")
+# Which methods read a flag of train.py that not all of them read
+OF_THE_SCORE = ("--gamma", "--layer", "--gain", "--history", "--ema-alpha", "--history-every", "--attention-only")
+READS = dict.fromkeys(OF_THE_SCORE, ("sstoken",)) | {"--excess": ("rho1",)}
+READS |= dict.fromkeys(("--reference", "--reference-data"), WITH_REFERENCE)
+READS |= dict.fromkeys(("--reference-top", "--rating-field"), ("full", *WITH_REFERENCE))
+READS["--rho"] = tuple(name for name in METHODS if "rho" in asks(name) or name not in ("full", *OBJECTIVES))
+
+
+def reads(method: str, flag: str) -> bool:
+    """Whether a method reads a flag of train.py; auto: sstoken with --rho auto, which reads none of the score's."""
+    if method == "auto":
+        return flag not in OF_THE_SCORE and reads("sstoken", flag)
+    return method in READS.get(flag, METHODS)
+
+
+def check_flags(args: argparse.Namespace, given: list[str]):
+    """UserError where the method lacks what it ranks by, or is `given` a flag that it does not read.
+
+    Fills in --loss-mean.
+    """
     if args.rho == "auto" and args.method != "sstoken":
         raise UserError(f"--rho auto is for --method sstoken; {args.method} takes a share, or none")
-    if args.excess == "current" and args.method != "rho1":
-        raise UserError("--excess current is for --method rho1: the others' ranking is made before training starts")
+    for flag in given:
+        if not reads("auto" if args.rho == "auto" else args.method, flag):
+            name = "--rho auto" if args.rho == "auto" else f"--method {args.method}"
+            raise UserError(f"{flag} has no effect with {name}; it is for --method {' or '.join(READS[flag])}")
+    for flag, kind in (("--ema-alpha", "ema"), ("--history-every", "checkpoint")):
+        if flag in given and args.history != kind:
+            raise UserError(f"{flag} has no effect with --history {args.history}; it is for {kind}")
+    if args.reference and (args.reference_data or args.reference_top):
+        raise UserError("--reference names a model that is there: it does not go with --reference-data or -top")
+    if args.method in WITH_REFERENCE and not (args.reference or args.reference_data or args.reference_top):
+        raise UserError(f"--method {args.method} needs --reference DIR, or --reference-data or -top to train one")
     if args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS:
         raise UserError(f"--max-steps {args.max_steps} leaves some of self-evolving's {PARTS} parts untrained")
     if args.method in OVER_THE_POOL:

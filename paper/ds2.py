@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import evaluate
 from model import Transformer, load_model
-from paper.baselines import scoring_passes
+from paper.frozen import scoring_passes
 from support import checkpoint, command, machine, ranks, sources, templates
 from support.files import UserError, check_writable, write_lines
 from support.losses import digest, kept_losses, losses_key

@@ -10,19 +10,16 @@ with a weight (`sstoken.selected_loss`). No weight carries a gradient. What can 
     history_nll, history_entropy, history_spread    the same of the base model
     rho                                             --rho
 
-What asks for the base model alone is the same in every step, and made once. Last, what `--rho auto` asks beside
-`surprise`: whether an answer belongs to its prompt.
+What asks for the base model alone is the same in every step, and made once.
 """
 
 import inspect
 import math
-import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-import data
 from sstoken import retrospective_excess_loss, select
 from support.kernels import TOP
 
@@ -46,8 +43,12 @@ def stm(history_nll: Tensor) -> Tensor:
 
 
 def profit(nll: Tensor) -> Tensor:
-    """ProFit (arXiv 2601.09195): keep a token that the current model gives a probability of at least 0.1."""
-    return torch.exp(-nll) >= 0.1
+    """ProFit (arXiv 2601.09195): keep a token that the current model gives a probability of at least 0.1.
+
+    Its release divides by all response tokens. So the weight is the share that is kept, and the mean is over all.
+    """
+    kept = torch.exp(-nll) >= 0.1
+    return kept * kept.float().mean()
 
 
 def rel_reversed(nll: Tensor, history_nll: Tensor, rho: float) -> Tensor:
@@ -86,48 +87,7 @@ def asks(method: str) -> set[str]:
     return set(inspect.signature(OBJECTIVES[method]).parameters) if method in OBJECTIVES else set()
 
 
-def weigh(method: str, known: dict) -> Tensor:
-    """The objective's weights; where it would drop all of a sample's tokens, it keeps the first."""
-    weights = OBJECTIVES[method](**{name: known[name] for name in asks(method)})
-    return (
-        weights if weights.any() else weights.index_fill(0, torch.zeros(1, dtype=torch.int64, device=weights.device), 1)
-    )
-
-
-# --------------------------------------------------------------------------------- does an answer belong to its prompt?
-
-
-def under_other_prompts(examples: list[data.Example], seed: int) -> list[data.Example]:
-    """Each sample with what another one has in front of its first response token; none, where most have the same there.
-
-    A prompt that is too long for the longest sample's length loses its beginning.
-    """
-    starts = [int(response.int().argmax()) for _, response in examples]
-    prompts = [ids[:start] for (ids, _), start in zip(examples, starts, strict=True)]
-    alike = {}
-    for i, prompt in enumerate(prompts):
-        alike.setdefault(tuple(prompt.tolist()), []).append(i)
-    groups = random.Random(f"own {seed}").sample(list(alike.values()), len(alike))
-    order, largest = [i for group in groups for i in group], max(map(len, groups))
-    if 2 * largest > len(order):
-        return []
-    longest, found = max(len(ids) for ids, _ in examples), {}
-    for i, other in zip(order, order[largest:] + order[:largest], strict=True):
-        rest, response = (values[starts[i] :] for values in examples[i])
-        prompt = prompts[other][-(longest - len(rest)) :]
-        found[i] = data.Example(torch.cat([prompt, rest]), torch.cat([response.new_zeros(len(prompt)), response]))
-    return [found[i] for i in range(len(examples))]
-
-
-def own_prompt(gains: Tensor, level: float = 0.05) -> Tensor:
-    """Which answers belong to their prompt: (N,) bool. gains: (N,) nats by which each is likelier than under another.
-
-    For an answer to something else, the two prompts are as good as each other: a gain of +t is as likely as one of -t.
-    So the gains below -t count those above t that mean nothing, and the least t is taken at which they are at most a
-    share `level` of what is kept (knockoff+, Barber and Candes 2015, arXiv 1404.5609). Where no t is, the gains tell
-    nothing, of a handful of answers or by a model that does not heed its prompt, and all are kept.
-    """
-    bars, in_order = gains.abs().sort().values, gains.sort().values
-    below, above = torch.searchsorted(in_order, -bars, right=True), len(bars) - torch.searchsorted(in_order, bars)
-    fits = 1 + below <= level * above
-    return gains >= bars[fits.int().argmax()] if fits.any() else torch.ones_like(gains, dtype=torch.bool)
+def weigh(method: str, known: dict, own: Tensor | bool = True) -> Tensor:
+    """The objective's weights, where `own`; none, where all but the end of the answer, its last token, is dropped."""
+    weights = OBJECTIVES[method](**{name: known[name] for name in asks(method)}) * own
+    return weights * (weights[:-1] != 0).any()

@@ -23,7 +23,7 @@ from support.start import run_script
 from data import RELEASED_POOL, load_tokenizer
 from evaluate import prepare
 from model import read_config
-from paper.baselines import WITH_REFERENCE
+from paper.baselines import WITH_REFERENCE, reads
 from paper.benchmarks import GROUPS, TABLE, forget_rows, loader, task_names
 from paper.objectives import OBJECTIVES, asks
 from paper.tables import Line, find_pyplot, paper_rho, report
@@ -142,7 +142,7 @@ class Cells:
         flags = [*row.flags, "--data", args.data]
         if row.method in WITH_REFERENCE:
             flags += ["--reference", self.reference(seed)]
-        self._train(folder, seed, flags, args.limit)
+        self._train(folder, seed, row.method, flags, args.limit)
         return folder
 
     def reference(self, seed: int) -> Path:
@@ -154,7 +154,7 @@ class Cells:
         flags = ["--method", "full", "--data", rows]
         if args.reference_top:
             flags += ["--reference-top", args.reference_top, "--rating-field", args.rating_field]
-        self._train(folder, seed, flags, limit)
+        self._train(folder, seed, "full", flags, limit)
         return folder
 
     def rated(self, rows: str, limit: int | None) -> Path:
@@ -166,13 +166,18 @@ class Cells:
             call([*self.launcher, "-m", "paper.ds2", "--model", args.model, *flags])
         return file
 
-    def _train(self, folder: Path, seed: int, flags: list, limit: int | None):
-        args = self.args
+    def _train(self, folder: Path, seed: int, method: str, flags: list, limit: int | None):
+        args, words = self.args, iter(self.args.flags)
         if "seconds" in runs.read_record(folder):
             return
         flags += ["--limit", limit] if limit else []
         flags += ["--max-steps", args.max_steps] if args.max_steps else []
-        flags += ["--loss-mean", "batch", "--seed", seed, "--cache", self.out / "cache", *args.machine, *args.flags]
+        flags += ["--loss-mean", "batch", "--seed", seed, "--cache", self.out / "cache", *args.machine]
+        for word in words:  # what follows --, for the methods that read it
+            if reads(method, word.split("=")[0]):
+                flags.append(word)
+            elif "=" not in word:
+                next(words, None)  # its value
         call([*self.launcher, ROOT / "train.py", "--model", args.model, *flags, "--out", folder, "--resume"])
         for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # it goes on from nowhere any more
             checkpoint.unlink()

@@ -33,8 +33,8 @@ from torch import Tensor
 import data
 import lora
 from model import Transformer, load_model, response_nll, response_places
-from paper import baselines, curves
-from paper.objectives import under_other_prompts
+from paper import auto, baselines, curves
+from paper.frozen import check_losses, response_losses, scoring_passes
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, templates
 from support.files import UserError, check_writable, write_whole
@@ -60,7 +60,7 @@ class Sample(NamedTuple):
     reference: Tensor | None  # L_ref (L_resp,)
     top_entropy: Tensor | None = None  # of the 20 likeliest tokens, (states, L_resp)
     surprise: Tensor | None = None  # (L_theta - H) / sigma of what is predicted, (states, L_resp)
-    own: bool = True  # whether the answer belongs to its prompt, as --rho auto asks
+    own: Tensor | None = None  # which tokens are of an answer that belongs to its prompt (--rho auto), (L_resp,)
     noise: Tensor | None = None  # which tokens the data itself marks, (L_resp,) bool
 
 
@@ -75,7 +75,7 @@ def signals(
     device, found, watch = model.lm_head.weight.device, {}, Watch(names) if names else None
     probes = [AttentionProbe(model, layer) for layer in layers]
     model.eval()
-    for members in baselines.scoring_passes(examples):
+    for members in scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
         nll, places = response_nll(model, ids, response, watch), response_places(response, device)
         attention = [probe.scores(response).flatten()[places] for probe in probes]
@@ -83,7 +83,7 @@ def signals(
         found |= zip(members, known.split([int(examples[i].response.sum()) for i in members], 1), strict=True)
     for probe in probes:
         probe.remove()
-    baselines.check_losses(model, {i: known[0] for i, known in found.items()})
+    check_losses(model, {i: known[0] for i, known in found.items()})
     parts = (found[i].split([1, len(layers), len(names)]) for i in range(len(examples)))
     return ((nll[0], attention, described) for nll, attention, described in parts)
 
@@ -203,7 +203,8 @@ def content(samples: list[Sample], head: dict) -> str:
         if sample.reference is not None:
             row["reference"] = pack(sample.reference)
         if sample.surprise is not None:
-            row |= {"topEntropy": pack(sample.top_entropy, 1), "own": sample.own, "surprise": pack(sample.surprise, 1)}
+            row |= {"topEntropy": pack(sample.top_entropy, 1), "surprise": pack(sample.surprise, 1)}
+            row["own"] = pack(sample.own, 1)
         if sample.noise is not None:
             row["noise"] = sample.noise.nonzero().flatten().tolist()
         rows.append(row)
@@ -340,7 +341,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
         baselines.check_reference_model(model, args.reference, examples)
     layers = layer_numbers(args.layers, model.config.num_hidden_layers)
 
-    elsewhere, found = baselines.response_losses(model, under_other_prompts(examples, seed=42)), []
+    elsewhere, found = response_losses(model, auto.behind_other_prompts(examples, seed=42)), []
     for state in states:
         if state.adapter:
             lora.load_adapter(model, state.adapter)
@@ -351,10 +352,10 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
     elif args.reference:
         model = load_model(args.reference, getattr(torch, args.dtype), device)
         checkpoint.check_fits(model, args.reference, examples)
-    reference = baselines.response_losses(model, examples) if args.reference else []
+    reference = response_losses(model, examples) if args.reference else []
     reference = [in_steps(nll, NATS) for nll in reference] or [None] * len(examples)
 
-    own = baselines.Frozen([nll for nll, *_ in found[0]], elsewhere=elsewhere).belong()
+    own = auto.belong(examples, [nll for nll, *_ in found[0]], elsewhere).tokens(examples)
     rows = [row for source in source_names(args.data) if source != "pool" for row in load_rows(source, args.limit)]
     samples, noise = [], marked(rows, examples, tokenizer)
     for i, example in enumerate(examples):

@@ -63,6 +63,11 @@ class ArgumentParser(argparse.ArgumentParser):
             args.dtype = machine.usual_dtype(machine.find_device(args.device))
         return args
 
+    def given(self, argv: list[str] | None = None) -> list[str]:
+        """The flags that stand on the command line, whatever their values."""
+        words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        return [flag for action in self._actions for flag in action.option_strings if flag in words]
+
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 

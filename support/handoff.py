@@ -76,6 +76,11 @@ def card(record: dict, name: str, defaults: dict) -> str:
     for when in ("before", "after"):
         if f"held_out_loss_{when}" in record:
             rows[f"held-out response loss {when}"] = f"{record[f'held_out_loss_{when}']:.4f} nats a token"
+    if auto := record.get("auto"):
+        rows["answers dropped"] = f"{auto['dropped']} of {auto['answers']}" + (
+            f" ({auto['reason']})" if auto["reason"] else ""
+        )
+        rows["tokens dropped as surprise"] = f"{auto['surprise']:.1%}"
     rows["versions"] = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
     command = shlex.join(["python", "train.py", "--model", args["model"], *given_flags(args, defaults)])
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", MADE, ""]

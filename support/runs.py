@@ -114,16 +114,22 @@ class StepRecord:
         for mask in selected:
             self.selected += (mask != 0).sum()
 
-    def line(self, lr: float, gradient_norm: Tensor, signal: int = 0) -> tuple[dict, float, bool]:
-        """The step's line of the log, over all ranks; the gradient's norm; whether any rank has got a signal."""
+    def read(self, gradient_norm: Tensor, signal: int = 0) -> tuple[float, int, float, bool]:
+        """Over all ranks: loss, tokens with a weight, the gradient's norm, whether any has got a signal."""
         # the step's one message but for the gradients, and its one read from the device
         sums = sum_over_ranks([self.loss, self.selected, torch.full_like(self.loss, signal)])
         loss, selected, signalled, norm = torch.stack([*sums, gradient_norm]).tolist()
+        self.sums = loss, int(selected)
+        return *self.sums, norm, signalled > 0
+
+    def line(self, lr: float) -> dict:
+        """The step's line of the log, at its end."""
         sizes = [(len(ids), int(response.sum())) for ids, response in self.samples.values()]
+        loss, selected = self.sums
         seconds = round(time.perf_counter() - self.start, 3)
-        values = (self.number, loss, lr, *map(sum, zip(*sizes, strict=True)), int(selected), seconds)
+        values = (self.number, loss, lr, *map(sum, zip(*sizes, strict=True)), selected, seconds)
         line = dict(zip(LINE, values, strict=True)) | {"peak_memory_mb": round(peak_memory_mb(self.device), 1)}
-        return line, norm, signalled > 0
+        return line if selected else line | {"skipped": "no token was selected, and nothing was changed"}
 
 
 class Stopped(Exception):
@@ -180,7 +186,8 @@ class Checkpoints:
         with torch.no_grad():
             for i, parameter in enumerate(adapters):
                 parameter.copy_(held[f"adapter.{i}"])
-        moments = {i: {name: held[f"optimizer.{i}.{name}"] for name in ADAMW} for i in range(len(adapters))}
+        moved = [i for i in range(len(adapters)) if f"optimizer.{i}.step" in held]  # none before a step has a token
+        moments = {i: {name: held[f"optimizer.{i}.{name}"] for name in ADAMW} for i in moved}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})  # the rest comes from the settings
         if history and "history.0.0" in held:
             names = [[f"history.{i}.{j}" for j in range(2)] for i in range(len(adapters) // 2)]
@@ -310,12 +317,16 @@ class Run:
         if self.first:
             save_adapter(folder)
 
-    def finish(self, seconds: dict[str, float]):
-        """Add to the record the `seconds` of each part, and those of the trainings, before a stop and after it."""
+    def finish(self, seconds: dict[str, float], auto: dict):
+        """Add to the record the `seconds` of each part, and those of the trainings, before a stop and after it.
+
+        auto: what --rho auto did, if anything.
+        """
         inner = self.folder / "reference"
         logs = {"reference": read_log(inner) if inner in self.trained else [], "training": read_log(self.folder)}
         seconds |= {what: sum(line["seconds"] for line in lines) for what, lines in logs.items()}
         self.record["seconds"] = {what: round(taken, 3) for what, taken in seconds.items()}
+        self.record |= {"auto": auto} if auto else {}
         self.save()
 
 

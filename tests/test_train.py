@@ -25,7 +25,8 @@ import sstoken
 import train as train_module
 from lora import add_lora, lora_layers, save_adapter
 from model import load_model, response_nll
-from paper.baselines import response_losses, select_at_random
+from paper.baselines import select_at_random
+from paper.frozen import response_losses
 from sstoken import History
 from support import machine, runs, start
 from support.files import UserError

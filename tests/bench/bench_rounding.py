@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 import data
 import lora
 from model import load_model, response_nll, response_places, token_nll
-from paper import baselines
+from paper.frozen import response_losses
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import machine
 
@@ -104,7 +104,7 @@ def compare_kept(args, dtype: torch.dtype):
     model = lora.load_adapter(load_model(args.model, dtype), args.adapter)
     examples, _ = data.load_examples(args.data, data.load_tokenizer(args.model), 512, args.samples)
     with lora.disabled(model):
-        kept = baselines.response_losses(model, examples)
+        kept = response_losses(model, examples)
     sizes = [int(e.response.sum()) for e in examples]
     errors, chosen, differ = [], 0, {0.5: 0, 1.0: 0}
     batches = data.plan_batches([len(e.ids) for e in examples], batch_size=8, micro_batch_size=4, seed=1)

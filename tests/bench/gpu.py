@@ -46,6 +46,7 @@ import sstoken
 import train
 from model import Transformer, read_config, response_nll, token_nll
 from paper import baselines
+from paper.frozen import Frozen, response_losses
 from paper.objectives import OBJECTIVES
 from support import kernels, machine, runs
 from support.decoding import generate
@@ -521,7 +522,7 @@ def steps(setting: Setting, samples, flags, kept=None, checkpointing=False) -> d
     model.gradient_checkpointing = checkpointing
     args, lines = setting.arguments(*flags), []
     setting.tidy()
-    train.train(model, samples, args, lines.append, frozen=baselines.Frozen(base=kept))
+    train.train(model, samples, args, lines.append, frozen=Frozen(base=kept))
     model.gradient_checkpointing = False
     rate = statistics.median(line["tokens"] / line["seconds"] for line in lines[1:] or lines)
     needed = bench_step.operations(samples, args, model.config, history=kept is None) / sum(len(e.ids) for e in samples)
@@ -535,7 +536,7 @@ def fast(setting: Setting, report: Report):
     long, short = setting.of_lengths([setting.length] * 12), setting.mixture(96 if not setting.dry_run else 12)
     report("mean length of the mixture", statistics.mean(len(e.ids) for e in short))
     whole = ["--batch-size", 3, "--micro-batch-size", 3]
-    kept = baselines.response_losses(lora.add_lora(setting.large()), long)
+    kept = response_losses(lora.add_lora(setting.large()), long)
     for name, flags, base in (
         ("full", ["--method", "full"], None),
         ("sstoken", [], None),

@@ -21,8 +21,9 @@ import lora
 import sstoken
 import train as train_module
 from model import load_model
-from paper import baselines
+from paper import frozen, self_evolving
 from paper.baselines import select_at_random, select_in_each_sample, select_in_the_pool
+from paper.frozen import response_losses
 from support import files, losses
 from support.files import UserError
 from train import learning_rate, parse_arguments
@@ -193,15 +194,15 @@ def test_in_bfloat16_the_joined_adapter_is_the_model_that_was_trained(llama, row
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     examples = examples_of(llama, rows)
     model = load_model(llama, torch.bfloat16)
-    joined = torch.cat(baselines.response_losses(lora.load_adapter(model, tmp_path / "a"), examples)).mean().item()
+    joined = torch.cat(response_losses(lora.load_adapter(model, tmp_path / "a"), examples)).mean().item()
     before, after = record["held_out_loss_before"], record["held_out_loss_after"]
     assert joined == pytest.approx(after, abs=0.1 * (before - after)) and after < before - 0.01
     merged = load_model(tmp_path / "a" / "merged", torch.bfloat16)
 
-    baselines.freeze_adapters(model)  # on top of the joined one: the same model, and mergeable
+    self_evolving.freeze_adapters(model)  # on top of the joined one: the same model, and mergeable
     for layer in lora.lora_layers(model).values():
         assert layer.earlier[0].shape[0] == layer.rank and layer.lora_B.eq(0).all()
-    again = torch.cat(baselines.response_losses(model, examples)).mean().item()
+    again = torch.cat(response_losses(model, examples)).mean().item()
     assert again == pytest.approx(joined, abs=1e-3)
     lora.merge(model)
     assert all(map(torch.equal, model.parameters(), merged.parameters()))
@@ -296,7 +297,7 @@ def test_kept_losses_serve_every_method_and_setting(llama, rows, reference, tmp_
     first = main(llama, rows, tmp_path / "a", "--method", "rho1", *flags)
     files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(files) == 2  # of the base model and of the reference
-    monkeypatch.setattr(baselines, "response_losses", lambda *given: pytest.fail("computed again"))
+    monkeypatch.setattr(frozen, "response_losses", lambda *given: pytest.fail("computed again"))
     again = main(llama, rows, tmp_path / "b", "--method", "rho1", "--micro-batch-size", "5", *flags)
     assert again[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)  # of the tokens selected
     main(llama, rows, tmp_path / "c", "--method", "tokencleaning", "--rho", "0.2", "--seed", "7", *flags)
@@ -322,7 +323,7 @@ def test_kept_losses_are_the_same_bits_whatever_the_run_s_settings(llama, rows, 
 
 def test_frozen_losses_are_those_of_each_sample_alone(checkpoint, rows):
     model, examples = load_model(checkpoint, torch.float32), examples_of(checkpoint, rows)
-    found = baselines.response_losses(model, examples)
+    found = response_losses(model, examples)
     exact = losses_by_transformers(in_float64(checkpoint), examples)
     assert max((a - b).abs().max().item() for a, b in zip(found, exact, strict=True)) < 1e-5
     assert [len(nll) for nll in found] == [int(e.response.sum()) for e in examples]
@@ -426,7 +427,7 @@ def test_runs_that_compute_the_same_losses_at_once_go_on_with_one_of_them(tmp_pa
 
 def test_a_cache_that_cannot_be_used_is_named(llama, rows, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(baselines, "response_losses", lambda *given: pytest.fail("work that would be lost"))
+    monkeypatch.setattr(frozen, "response_losses", lambda *given: pytest.fail("work that would be lost"))
     with pytest.raises(UserError, match="file/losses cannot be written"):
         main(llama, rows, tmp_path / "a", "--cache", tmp_path / "file")
     monkeypatch.undo()

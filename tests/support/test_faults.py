@@ -27,7 +27,7 @@ import evaluate
 import lora
 import train
 from model import load_model
-from paper import baselines, visualize
+from paper import frozen, visualize
 from sstoken import share_of
 from support import files, ranks, runs, start
 from support.files import UserError
@@ -818,7 +818,7 @@ def test_a_reference_is_opened_before_anything_is_scored_or_written(place, capsy
     held = load_file(place.at / "half" / "adapter_model.safetensors")
     save_file(dict(list(held.items())[2:]), place.at / "half" / "adapter_model.safetensors")
     edit_json(place.at / "wider" / "config.json", lambda config: config.update(num_hidden_layers=4))
-    monkeypatch.setattr(baselines, "response_losses", lambda *given: pytest.fail("work before the mistake was seen"))
+    monkeypatch.setattr(frozen, "response_losses", lambda *given: pytest.fail("work before the mistake was seen"))
     flags = ["--method", "rho1", "--reference", place.at / reference]
     assert_refused(*end(train.main, [*train_command(place), *flags], capsys), reference)
     assert not (place.at / "out").exists()

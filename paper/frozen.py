@@ -1,0 +1,89 @@
+"""Losses of models that stay as they are while another trains: the base model's and a reference's, token by token."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from model import Transformer, response_nll
+from support import ranks
+from support.files import UserError
+from support.kernels import Watch
+from support.losses import kept_losses, losses_key
+
+SCORING_BATCH = 4  # samples a pass, whatever the run's micro-batches are
+
+
+class Frozen(NamedTuple):
+    """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
+
+    base: before training; where they are asked for, (3, L_resp): losses, entropy and spread of what was predicted.
+    reference: L_ref of Eq. 2. own: no losses, but which tokens are of an answer that belongs to its prompt, bool.
+    """
+
+    base: list[Tensor] | None = None
+    reference: list[Tensor] | None = None
+    own: list[Tensor] | None = None
+
+    def of_base(self, sample: int, device) -> dict[str, Tensor]:
+        """What is known of the base model's predictions of a sample, by the names that objectives ask for."""
+        if not self.base:
+            return {}
+        rows = self.base[sample].to(device, non_blocking=True)
+        names = ("history_nll", "history_entropy", "history_spread")
+        return dict(zip(names, rows.view(-1, rows.shape[-1]), strict=False))
+
+
+def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
+    """The passes in which all that is kept is computed: sample indices, SCORING_BATCH at most in one.
+
+    They depend on `examples` alone, so the same weights always give the same bits.
+    """
+    lengths = [len(e.ids) for e in examples]
+    return next(data.plan_batches(lengths, max(1, len(lengths)), SCORING_BATCH, seed=0), [])
+
+
+@torch.no_grad()
+def response_losses(model: Transformer, examples: list[data.Example], described: bool = False) -> list[Tensor]:
+    """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
+
+    described: (3, L_resp) instead, with the entropy and the spread of each token's predicted distribution below. All
+    ranks take part in `scoring_passes`, and each returns all.
+    """
+    training, device, found = model.training, model.lm_head.weight.device, {}
+    watch = Watch(["entropy", "spread"]) if described else None
+    model.eval()
+    passes = ranks.share_passes(scoring_passes(examples))
+    for samples in tqdm(passes, "losses", leave=False, disable=not ranks.first_rank()):
+        batch = [examples[i] for i in samples]
+        nll = response_nll(model, *data.collate(batch, device), watch)
+        nll = torch.stack([nll, *watch.take(nll).values()]).cpu() if watch else nll.cpu()
+        found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
+    model.train(training)
+    found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}
+    check_losses(model, found)
+    return [found[i] for i in range(len(examples))]
+
+
+def check_losses(model: Transformer, found: dict[int, Tensor]):
+    """UserError if a model has no finite loss for a token of some samples: {sample: (L_resp,) losses}."""
+    if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
+        raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
+
+
+def frozen_losses(
+    model: Transformer, adapter: Path | None, examples, args, described: bool = False
+) -> tuple[list[Tensor], float]:
+    """`response_losses` of a frozen model, by way of --cache, and their seconds; adapter: the folder of its adapter."""
+    cache, key = Path(args.cache) if args.cache else None, ""
+    if cache and ranks.first_rank():
+        key = losses_key(model.folder, adapter, examples, args.dtype, torch.device(args.device).type)
+        key += "-described" * described
+    sizes = [int(example.response.sum()) for example in examples]
+    found, seconds = kept_losses(
+        cache, key, lambda: torch.cat(response_losses(model, examples, described), -1).flatten()
+    )
+    return list((found.view(3, -1) if described else found).split(sizes, -1)), seconds
