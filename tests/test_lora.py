@@ -1,13 +1,15 @@
 """LoRA against its formula in float64, and what is promised about base weights, merging and files."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import edit_json, make_checkpoint
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lora import (
     TARGETS,
@@ -17,11 +19,13 @@ from lora import (
     load_adapter,
     lora_layers,
     merge,
+    new_adapters,
     remove_lora,
     replaced,
     save_adapter,
 )
 from model import load_model
+from support import ranks
 from support.files import UserError
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -80,6 +84,29 @@ def test_defaults_are_appendix_a3_on_all_seven_projections(checkpoint):
     assert trainable == {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
 
 
+def test_a_new_adapter_is_drawn_as_pefts(llama):
+    ours = lora_layers(add_lora(load_model(llama), rank=200))["model.layers.0.self_attn.q_proj"].lora_A
+    peer = AutoModelForCausalLM.from_pretrained(llama)
+    peer = get_peft_model(peer, LoraConfig(r=200, target_modules=["q_proj"])).base_model.model
+    theirs = peer.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    for drawn in (ours, theirs):  # uniform within 1 / sqrt(in)
+        assert drawn.abs().max().item() == pytest.approx(48**-0.5, rel=0.01)
+        assert drawn.std().item() == pytest.approx((3 * 48) ** -0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("part", [0, 3])
+def test_ranks_draw_the_same_adapters_and_a_dropout_of_their_own(llama, monkeypatch, part):
+    args = SimpleNamespace(seed=7, lora_rank=2, lora_alpha=4, lora_dropout=0.1)
+    drawn, next_numbers = [], []
+    for rank in (0, 1, 2, 0):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        new_adapters(model := load_model(llama), args, part)
+        drawn.append(torch.cat([layer.lora_A.flatten() for layer in lora_layers(model).values()]))
+        next_numbers.append(torch.rand(1).item())
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+    assert len(set(next_numbers)) == 3 and next_numbers[0] == next_numbers[3]
+
+
 def test_names_do_not_change_when_adapters_come_and_go(checkpoint):
     model = load_model(checkpoint)
     before, out = dict(model.named_parameters()), model(IDS)
@@ -135,7 +162,9 @@ def test_merging_adds_in_float32_and_rounds_once(checkpoint):
 
 def test_saved_adapters_load_again_bit_for_bit(checkpoint, tmp_path):
     model = adapted(checkpoint, targets=["q_proj", "model.layers.1.mlp.up_proj"])
+    model.revision = "v2"
     save_adapter(model, tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).revision == "v2"  # what base peft is to load
     again = load_adapter(load_model(checkpoint), tmp_path)
     assert lora_layers(again).keys() == lora_layers(model).keys() and len(lora_layers(again)) == 4
     assert torch.equal(again(IDS), model.eval()(IDS))
@@ -182,7 +211,7 @@ def test_an_adapter_of_another_base_is_refused(llama, tmp_path):
 
 
 def test_arguments_that_cannot_work_are_refused(llama):
-    for settings in ({"rank": 0}, {"dropout": 1.0}, {"targets": ["q_proj", "qkv"]}, {"targets": ["lm_head"]}):
+    for settings in ({"rank": 0}, {"dropout": 1.0}, *({"targets": ["q_proj", name]} for name in ("proj", "lm_head"))):
         with pytest.raises(UserError):
             add_lora(load_model(llama), **settings)
     with pytest.raises(ValueError, match="adapters already"):

@@ -23,6 +23,18 @@ def test_a_tree_by_hand():
     ]
 
 
+def test_without_a_prefix_a_token_sees_its_own_request_up_to_itself():
+    requests = [Scored([1, 2, 3, 4, 5], [0]), Scored([1, 2, 6, 7], [0]), Scored([1, 2, 6, 8], [0])]
+    (tree,), (short,) = plant(requests, 0, ratio=100), plant([Scored([9, 9], [0])], 0, ratio=100)
+    ids, positions, mask = tree_tensors([tree, short], 0, "cpu")
+    assert ids[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and positions[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 3]
+    seen = torch.ones(8, 8).tril().bool()  # what is not in the mask is causal
+    seen[-mask.shape[2] :] = mask[0, 0]
+    assert [row.nonzero().flatten().tolist() for row in seen[5:]] == [[0, 1, 5], [0, 1, 5, 6], [0, 1, 5, 7]]
+    assert torch.equal(seen[:5], torch.ones(5, 8).tril().bool())
+    assert tree_tensors([short], 0, "cpu")[2].shape == (1, 1, 1, 2)  # of a chain, the last token alone
+
+
 def test_requests_share_a_tree_where_that_is_cheaper():
     alike = [Scored([*range(50), i], [0]) for i in range(100, 104)]
     other = Scored([*range(200, 250)], [0])

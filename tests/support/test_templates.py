@@ -176,8 +176,9 @@ def test_a_text_that_spells_a_control_token_gets_its_characters(both, parts):
         assert tokenizer.decode(answer) == text.strip() + tokenizer.template.end
 
 
-def test_the_mask_by_hand(tmp_path):
-    tokenizer = data.load_tokenizer(with_template(tmp_path, unmarked(CHATML)), template="model")
+@pytest.mark.parametrize("form", [CHATML, unmarked(CHATML)], ids=["marked", "unmarked"])
+def test_the_mask_by_hand(tmp_path, form):
+    tokenizer = data.load_tokenizer(with_template(tmp_path, form), template="model")
     messages = conversation(None, [("One?", "Two."), ("Three?", "\n Four. ")])
     messages[1]["weight"] = 0
 
@@ -189,7 +190,17 @@ def test_the_mask_by_hand(tmp_path):
     assert text(messages[:2] + messages[3:]) == "Four. <|im_end|>"
     messages[1]["weight"] = 1
     assert text(messages) == "Two.<|im_end|>Four. <|im_end|>"
+    messages[3]["weight"] = 0
+    assert text(messages) == "Two.<|im_end|>"
     assert tokenizer.template.end == "<|im_end|>" and len(tokenizer.end_ids) == 2
+
+
+def test_an_answer_closed_by_two_control_tokens_is_supervised_to_the_second_and_ends_at_the_first(tmp_path):
+    two = unmarked(CHATML).replace("['content'] + '<|im_end|>'", "['content'] + '<|im_end|><|eot_id|>'")
+    tokenizer = data.load_tokenizer(with_template(tmp_path, two), template="model")
+    ids, response = data.encode(conversation(None, [("One?", "Two.")]), tokenizer, 1000)
+    assert tokenizer.decode(ids[response].tolist()) == "Two.<|im_end|><|eot_id|>"
+    assert tokenizer.template.end == "<|im_end|>"
 
 
 def test_a_token_across_the_boundary_belongs_to_the_prompt(tmp_path):
