@@ -277,6 +277,7 @@ def test_the_probe_draws_no_random_number_and_sees_adapters_without_dropout(tmp_
     model.eval()
     model(ids)
     expected = probe.scores(response)
+    assert not any(layer.training for layer in model.model.layers)  # as they were
     model.train()
     model(ids)
     state = torch.get_rng_state()

@@ -30,7 +30,7 @@ from paper.frozen import response_losses
 from sstoken import History
 from support import machine, runs, start
 from support.files import UserError
-from train import learning_rate, parse_arguments, plan_steps, sample_weights, train
+from train import SSToken, learning_rate, parse_arguments, plan_steps, sample_weights, train
 
 ROOT = train_module.__file__.removesuffix("train.py")
 
@@ -242,6 +242,17 @@ def test_attention_only_sets_gamma_to_zero_for_the_first_samples(llama, rows, mo
     assert gammas == [0.0] * 16 + [0.5] * 4  # batches of 8, 8 and 4 samples
 
 
+@pytest.mark.parametrize("gain, best", [("log", 1), ("probability", 0)])
+def test_tokens_are_ranked_by_the_gain_that_is_asked_for(llama, rows, gain, best):
+    model, _, args = prepare(llama, rows, "--gain", gain, "--gamma", "1", "--rho", "0.5")
+    selection, ids = SSToken(model, [2], args), torch.tensor([[5, 6, 7]])
+    selection.start(2, 0)
+    selection.look_back([0], ids, response := torch.tensor([[False, True, True]]))
+    selection.history_nll = torch.tensor([0.7, 12.0])
+    (mask,) = selection.choose([0], response, torch.tensor([0.1, 5.0]))  # 0.6 and 7 nats; 0.41 and 0.007
+    assert mask.nonzero().flatten().tolist() == [best]
+
+
 def test_dropout_is_on_in_training_and_off_for_held_out_rows(llama, rows):
     losses = []
     for dropout in ("0", "0.5"):
@@ -292,6 +303,7 @@ def test_base_weights_stay_as_they_are(llama, rows):
     train(model, examples, args, lambda line: None)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+    assert not model._forward_pre_hooks and not model.model.layers[-1]._forward_pre_hooks  # nor does the probe
 
 
 def test_the_order_follows_the_seed_and_changes_with_the_epoch(llama, rows):
@@ -358,6 +370,16 @@ def test_training_refreshes_the_history_as_often_as_asked(llama, rows, monkeypat
         factors = histories[0].factors
         refreshed.append("never" if factors is None else "last" if torch.equal(factors[0][1], current) else "before")
     assert refreshed == ["last", "before", "never"]  # of three steps
+
+
+def test_kept_losses_stand_for_the_base_model_and_for_no_other_history(llama, rows):
+    model, _, _ = prepare(llama, rows)
+    ids, response = torch.arange(2, 32)[None], torch.arange(30)[None] > 26
+    kept = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    base, *others = (History(model, kind, 0.9, 1, kept) for kind in ("base", "ema", "checkpoint"))
+    assert base.nll(ids, response, [1, 0]).tolist() == [3, 1, 2]
+    assert base.nll(ids, response, []).shape == (0,)  # a rank may have no sample
+    assert all(history.nll(ids, response, [1, 0]).min() > 3 for history in others)
 
 
 def test_history_checkpoint_is_the_adapter_of_the_last_refresh(llama, rows):
@@ -612,12 +634,12 @@ def test_a_mistake_ends_with_status_2_and_one_line(llama, rows, tmp_path, capsys
     assert not (tmp_path / "out").exists()  # so the corrected command can be run at once
 
 
-def test_a_sample_longer_than_the_models_context_is_refused(llama, tmp_path):
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_a_sample_longer_than_the_models_context_is_refused(llama, rows, tmp_path, flag):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x", "completion": "word " * 600}) + "\n")
+    argv = ["--model", str(llama), "--out", str(tmp_path / "out"), flag, str(tmp_path / "long.jsonl")]
     with pytest.raises(UserError, match="lower --max-length to 512"):
-        train_module.main(
-            ["--model", str(llama), "--data", str(tmp_path / "long.jsonl"), "--out", str(tmp_path / "out")]
-        )
+        train_module.main([*argv, *(["--data", str(rows)] if flag == "--eval-data" else [])])
     assert not (tmp_path / "out").exists()
 
 
