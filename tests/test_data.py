@@ -87,6 +87,12 @@ def test_openassistant_paths_that_end_unanswered():
     assert conversations([{"prompt": node("alone", "prompter")}, {"prompt": stub}])[0][0]["content"] == "q"
 
 
+def test_openassistants_root_that_is_deleted_gives_nothing_and_a_reply_is_checked_as_a_row_is():
+    assert conversations([{"prompt": TREE | {"deleted": True}}]) == []
+    with pytest.raises(UserError, match="a message has weight, which is not implemented"):
+        conversations([{"prompt": node("q", "prompter", node("a", "assistant") | {"weight": 0})}])
+
+
 def oasst(name, parent, **more):
     """A row of OpenAssistant's, a message each: questions have names in capitals."""
     role = "prompter" if name.isupper() else "assistant"
@@ -194,6 +200,15 @@ def test_the_pool_is_drawn_in_proportion_and_by_the_seed(monkeypatch):
     assert len({(t[0]["content"], t[1]["content"]) for t in drawn}) == 60
     assert drawn == load_conversations("pool", seed=1) != load_conversations("pool", seed=2)
     assert sum(data.POOL.values()) == 600 and len(load_conversations("pool", limit=5)) == 15
+    answers = [[turns[1]["content"] for turns in drawn if turns[0]["content"] == name] for name in "ac"]
+    assert answers[0] != answers[1][:10]  # each set is drawn from by itself
+    monkeypatch.setattr(data, "POOL_SIZE", 400)
+    assert len(load_conversations("pool")) == 400  # all 200 of b
+    monkeypatch.setattr(data, "POOL_SIZE", 402)
+    with pytest.raises(UserError, match="b has 200 conversations, the pool needs 201"):
+        load_conversations("pool")
+    with pytest.raises(UserError, match="the rows of pool are not rated"):
+        load_conversations("a,pool", top=3)
 
 
 # ------------------------------------------------------------------------------------------------------ encoding

@@ -643,6 +643,13 @@ def test_a_sample_longer_than_the_models_context_is_refused(llama, rows, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_self_evolving_needs_a_sample_for_each_of_its_parts(llama, rows, tmp_path):
+    argv = ["--model", str(llama), "--data", str(rows), "--method", "self-evolving", "--device", "cpu"]
+    with pytest.raises(UserError, match="cuts the data into 5 parts, there are 4 samples"):
+        train_module.main([*argv, "--limit", "4", "--out", str(tmp_path / "four")])
+    train_module.main([*argv, "--limit", "5", "--out", str(tmp_path / "five")])
+
+
 def test_an_error_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         start.run_script(lambda: 1 / 0)

@@ -107,3 +107,16 @@ def test_a_setting_that_would_change_what_is_written_is_refused_by_name(llama, t
     (tmp_path / "generation_config.json").write_text(json.dumps(sampling | {name: changes}))
     with pytest.raises(UserError, match=f"generation_config.json: {name} .* is not implemented; take it out"):
         generation_settings(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("wrong", [{"repetition_penalty": 0}, {"eos_token_id": True}, {"eos_token_id": [1, "2"]}])
+def test_a_setting_that_means_nothing_is_refused_with_the_file_that_holds_it(llama, tmp_path, name, wrong):
+    model, tokenizer = load_model(llama), load_tokenizer(llama)
+    model.folder = tmp_path
+    if name == "config.json":
+        model.config.raw.update(wrong)
+    else:
+        (tmp_path / name).write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=f"{tmp_path}/{name}: {next(iter(wrong))} is "):
+        generation_settings(model, tokenizer)

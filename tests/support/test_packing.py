@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
 import torch
 
-from support.packing import Scored, Tree, pack, plant, tree_tensors
+from support.files import UserError
+from support.packing import Scored, Tree, encode_pairs, pack, plant, tree_tensors
+from support.tokenizer import load_tokenizer
 
 
 def test_a_tree_by_hand():
@@ -33,6 +36,15 @@ def test_without_a_prefix_a_token_sees_its_own_request_up_to_itself():
     assert [row.nonzero().flatten().tolist() for row in seen[5:]] == [[0, 1, 5], [0, 1, 5, 6], [0, 1, 5, 7]]
     assert torch.equal(seen[:5], torch.ones(5, 8).tril().bool())
     assert tree_tensors([short], 0, "cpu")[2].shape == (1, 1, 1, 2)  # of a chain, the last token alone
+
+
+def test_a_continuation_may_have_as_many_tokens_as_the_model_reads(llama):
+    tokenizer, pairs = load_tokenizer(llama), [("A context", " and what goes on")]
+    ((inputs, targets),) = encode_pairs(tokenizer, pairs, 100)
+    ((cut, same),) = encode_pairs(tokenizer, pairs, len(targets))
+    assert same == targets and cut == inputs[-len(targets) :]
+    with pytest.raises(UserError, match=f"a continuation of {len(targets)} tokens cannot be scored"):
+        encode_pairs(tokenizer, pairs, len(targets) - 1)
 
 
 def test_requests_share_a_tree_where_that_is_cheaper():

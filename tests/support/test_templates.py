@@ -317,6 +317,18 @@ def test_a_template_has_the_variables_that_transformers_gives(tmp_path, named):
     assert ours.template.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
 
 
+def test_a_template_is_run_with_what_transformers_gives_it(tmp_path):
+    """Blocks on lines of their own, loop controls, JSON as it is, and what there is none of here: tools, documents."""
+    form = "{% for m in messages %}\n    {% if loop.index > 2 %}\n        {% break %}\n    {% endif %}\n"
+    form += "{{ m | tojson }}{{ eos_token }}\n{% endfor %}\n"
+    form += "{{ 'tools' if tools is not none }}{{ 'documents' if documents is not none }}"
+    folder = with_template(tmp_path, form)
+    messages = conversation(None, [("Un été?", "<Oui>"), ("Three?", "Four.")])
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    assert data.load_tokenizer(folder, template="model").template.render(messages) == expected
+    assert "été" in expected and "Three" not in expected and "tools" not in expected
+
+
 def test_a_row_of_8_000_turns_takes_no_square_of_them(tmp_path):
     tokenizer = data.load_tokenizer(with_template(tmp_path, unmarked(CHATML)), template="model")
     messages = conversation(None, [(f"What is {i}?", f"It is {i}.") for i in range(4000)])
