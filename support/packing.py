@@ -160,7 +160,7 @@ def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, 
     """
     longest = len(batch[0].ids)
     branches = [place for tree in batch for place, parent in enumerate(tree.parents) if parent != place - 1]
-    causal = 0 if prefix else min(longest - 1, *(len(tree.ids) for tree in batch), *branches)
+    causal = 0 if prefix else min([longest - 1, *branches])
     mask = np.zeros((len(batch), 1, longest - causal, prefix + longest), dtype=bool)
     mask[..., :prefix] = True
     own = mask[:, 0, :, prefix:]

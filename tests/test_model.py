@@ -1,18 +1,29 @@
 """The decoder's own promises: what it refuses, how it loads, the loss per token, generation. Parity is elsewhere."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import edit_json
 from memory import peak_allocated
 from test_sstoken import random_batch
 from transformers import AutoModelForCausalLM
 
 from model import load_model, response_nll, token_nll
 
-# ------------------------------------------------------------------------------------------------ configuration
-
-
 # ------------------------------------------------------------------------------------------------------ loading
+
+
+def test_the_dtype_is_what_is_asked_for_else_the_config_s_else_the_files(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "copy")  # of float32
+    for config, asked, expected in [
+        ("bfloat16", torch.float64, torch.float64),
+        ("bfloat16", None, torch.bfloat16),
+        (None, None, torch.float32),
+    ]:
+        edit_json(folder / "config.json", lambda raw, dtype=config: raw.update(dtype=dtype))
+        assert {p.dtype for p in load_model(folder, asked).parameters()} == {expected}
 
 
 # ------------------------------------------------------------------------------------------------------ forward
@@ -117,6 +128,3 @@ def test_response_nll_leaves_out_the_first_token_of_each_row_as_transformers_lab
     labels = ids.masked_fill(~response, -100)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)(ids, labels=labels).loss
     assert (without.mean() - theirs).abs() < 1e-4 and len(without) == response.sum() - 2
-
-
-# --------------------------------------------------------------------------------------------------- generation

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.files import UserError
-from support.packing import Scored, Tree, encode_pairs, pack, plant, tree_tensors
+from support.packing import Scored, Tree, encode_pairs, pack, plant, shared_prefix, tree_tensors
 from support.tokenizer import load_tokenizer
 
 
@@ -45,6 +45,11 @@ def test_a_continuation_may_have_as_many_tokens_as_the_model_reads(llama):
     assert same == targets and cut == inputs[-len(targets) :]
     with pytest.raises(UserError, match=f"a continuation of {len(targets)} tokens cannot be scored"):
         encode_pairs(tokenizer, pairs, len(targets) - 1)
+
+
+def test_what_is_scored_in_one_request_is_in_no_shared_prefix():
+    requests = [Scored([1, 2, 3, 4], [5]), Scored([1, 2, 3], [3, 4]), Scored([1, 2, 3, 6], [7])]
+    assert shared_prefix(requests) == [1] and shared_prefix(requests[::2]) == [1, 2, 3]
 
 
 def test_requests_share_a_tree_where_that_is_cheaper():
