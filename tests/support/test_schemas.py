@@ -155,8 +155,6 @@ REFUSED = {
     "a message has weight \\[1, 0\\]": {"messages": [QUESTION, assistant("A", weight=[1, 0])]},
     "a message has loss_scale 0.5": {"messages": [QUESTION, assistant("A", loss_scale=0.5)]},
     "a message has loss 1, trainable 0, which disagree": {"messages": [QUESTION, assistant("A", loss=1, trainable=0)]},
-    "a user's message has weight 1: only the assistant's": {"messages": [user("Q", weight=1), ANSWER]},
-    "a column for the system message beside": {"messages": [SYSTEM, QUESTION, ANSWER], "system": "T"},
     "a message has mask": {"messages": [QUESTION, assistant("A", mask=False)]},
     "a message has ignore_loss": {"messages": [QUESTION, assistant("A", ignore_loss=True)]},
     "a message has isTrained": {"messages": [QUESTION, assistant("A", isTrained=False)]},
