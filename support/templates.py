@@ -175,7 +175,7 @@ def variables(folder: Path) -> dict[str, str]:
     settings = tokenizer_settings(folder)
     extra = settings.get("extra_special_tokens")
     found = {name: token for name, token in settings.items() if name.endswith("_token")}
-    found = (extra if isinstance(extra, dict) else {}) | found
+    found |= extra if isinstance(extra, dict) else {}  # what both name is the latter's
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 

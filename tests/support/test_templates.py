@@ -299,7 +299,7 @@ def test_a_template_has_the_variables_that_transformers_gives(tmp_path, named):
 
     def name(config):
         config |= {"tokenizer_class": named, "image_token": "<img>", "add_bos_token": False, "model_max_length": 9}
-        config["extra_special_tokens"] = {"boi": "<boi>", "audio_token": "<audio>"}
+        config["extra_special_tokens"] = {"boi": "<boi>", "audio_token": "<audio>", "image_token": "<image>"}
         config["sep_token"] = {"__type": "AddedToken", "content": "<sep>", "lstrip": False, "rstrip": False}
         config["sep_token"] |= {"normalized": False, "single_word": False, "special": True}
         config.pop("unk_token", None)
