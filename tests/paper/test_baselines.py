@@ -260,6 +260,11 @@ def test_a_reference_with_another_tokenizer_is_refused(llama, rows, tmp_path):
     edit_json(other / "tokenizer.json", swap)
     with pytest.raises(UserError, match="has another tokenizer than"):
         main(llama, rows, tmp_path / "b", "--method", "rho1", "--reference", other)
+    for part, changed in {"normalizer": {"type": "Lowercase"}, "pre_tokenizer": None}.items():
+        folder = make_checkpoint(tmp_path / part, "llama", adds_bos=True)
+        edit_json(folder / "tokenizer.json", lambda tokenizer, new={part: changed}: tokenizer.update(new))
+        with pytest.raises(UserError, match="has another tokenizer than"):
+            main(llama, rows, tmp_path / "b", "--method", "rho1", "--reference", folder)
     no_bos = make_checkpoint(tmp_path / "no-bos", "llama", adds_bos=False)
     with pytest.raises(UserError, match="has another tokenizer than"):
         main(llama, rows, tmp_path / "b", "--method", "rho1", "--reference", no_bos)
@@ -285,6 +290,13 @@ def test_a_reference_that_is_missing_or_not_read_is_refused(message):
 
 
 # --------------------------------------------------------------------------------------------------- the loss cache
+
+
+def test_losses_of_the_base_model_are_kept_where_sstoken_reads_them_and_nowhere_else():
+    common = ["--model", "x", "--cache", "c"]
+    assert baselines.reads_kept_history(parse_arguments(common))
+    for flags in (["--gamma", "0"], ["--history", "ema"], ["--rho", "1"], ["--method", "full"]):
+        assert not baselines.reads_kept_history(parse_arguments([*common, *flags])), flags
 
 
 def nll_in(cache: Path) -> list[bytes]:

@@ -1,5 +1,6 @@
-"""The objectives by hand, what they ask for, and a step of the loop with each beside the same step written out."""
+"""The objectives by hand, a step of the loop with each beside the step written out, and which flag is for whom."""
 
+import json
 import math
 from pathlib import Path
 
@@ -23,7 +24,10 @@ BY_HAND = {  # method -> what it is given beside NLL, and the weights
     "dft": ({}, [0.5, 0.05, 0.2, 0.9]),
     "eaft": ({"top_entropy": torch.tensor([0.0, math.log(20), math.log(20) / 2, 1.0])}, [0, 1, 0.5, 1 / math.log(20)]),
     "stm": ({"history_nll": torch.tensor([0.0, 0.9, 0.92, 5.0])}, [1, 1, 0, 0]),  # ln 2.5 = 0.916
-    "profit": ({}, [0.75, 0, 0.75, 0.75]),  # three of four, so the mean over three is that over four
+    "profit": (  # three of four, so the mean over three is that over four
+        {"nll": -torch.tensor([0.5, 0.099, 0.101, 0.9]).log()},
+        [0.75, 0, 0.75, 0.75],
+    ),
     "rel-reversed": ({"history_nll": NLL + torch.tensor([1.0, -1.0, 2.0, 0.0]), "rho": 0.5}, [0, 1, 0, 1]),
     "low-loss": ({"rho": 0.5}, [1, 0, 0, 1]),
     "surprise": (
@@ -197,3 +201,122 @@ def test_eq_10_with_weights_is_the_mean_over_the_tokens_that_have_one():
     assert sstoken.selected_loss(nll, weights).item() == (0.5 + 1.0) / 2
     mask = torch.tensor([True, False, True])
     assert sstoken.selected_loss(nll, mask).item() == 2.5
+
+
+# ------------------------------------------------------------------------------------------- steps without any token
+
+
+def test_a_step_without_a_token_changes_nothing_and_the_log_says_so(llama, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    model, examples, args = prepare(llama, rows, "--method", "surprise", "--batch-size", "4", "--micro-batch-size", "2")
+    real, asked, kept, lines = OBJECTIVES["surprise"], [], [], []
+
+    def some_steps(nll, entropy, spread):  # the second and the third step find no token
+        asked.append(len(asked) // 4)
+        return real(nll, entropy, spread) & (asked[-1] not in (1, 2))
+
+    def log(line):
+        lines.append(line)
+        kept.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+
+    monkeypatch.setitem(OBJECTIVES, "surprise", some_steps)
+    train.train(model, examples, args, log)
+    assert [bool(line["selected_tokens"]) for line in lines] == [True, False, False, True, True]
+    assert (
+        [line["loss"] == 0 for line in lines]
+        == ["skipped" in line for line in lines]
+        == [False, True, True, False, False]
+    )
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])  # AdamW remembers the first step
+    assert not torch.equal(kept[2], kept[3])
+
+
+def test_a_run_whose_first_steps_have_no_token_goes_on(llama, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    argv = ["--model", str(llama), "--data", str(rows), "--method", "profit", "--device", "cpu", "--lora-rank", "4"]
+    argv += ["--batch-size", "4", "--checkpoint-every", "1"]  # random weights find no token likely
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    train.main([*argv, "--out", str(tmp_path / "stopped")])
+    checkpoints = sorted((tmp_path / "stopped").glob("checkpoint-*"))
+    checkpoints[-1].unlink()
+    train.main([*argv, "--out", str(tmp_path / "stopped"), "--resume"])
+    ends = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert ends[0] == ends[1]
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all(line["skipped"] for line in lines)
+
+
+def test_a_noisy_row_weighs_no_more_than_the_tokens_that_it_keeps():
+    good = torch.full((4,), 1.0)
+    noise = torch.full((4,), 9.0)
+    losses = [sstoken.selected_loss(nll, weigh("profit", {"nll": nll})) for nll in (good, noise)]
+    assert [loss.item() for loss in losses] == [1.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------- which flag is for whom
+
+VALUES = {
+    **{
+        "--rho": "0.5",
+        "--gamma": "0.5",
+        "--layer": "0",
+        "--gain": "log",
+        "--history": "base",
+    },  # some are the defaults:
+    **{"--ema-alpha": "0.9", "--history-every": "2", "--attention-only": "3", "--excess": "static"},  # given is given
+    **{"--reference": "x", "--reference-data": "x", "--reference-top": "3", "--rating-field": "x"},
+}
+SCORE = set("--gamma --layer --gain --history --ema-alpha --history-every --attention-only".split())
+REFERENCE = {"--reference", "--reference-data", "--reference-top", "--rating-field"}
+READ_BY = {
+    "sstoken": SCORE | {"--rho"},
+    "auto": set(),
+    "full": {"--reference-top", "--rating-field"},
+    "random": {"--rho"},
+    "rho1": {"--rho", "--excess"} | REFERENCE,
+    "tokencleaning": {"--rho"} | REFERENCE,
+    "self-evolving": {"--rho"},
+    "rel-reversed": {"--rho"},
+    "low-loss": {"--rho"},
+    **dict.fromkeys(("dft", "eaft", "stm", "profit", "surprise"), set()),
+}
+
+
+@pytest.mark.parametrize("method", READ_BY)
+def test_a_flag_that_a_method_does_not_read_is_refused_by_name(method):
+    assert READ_BY.keys() == {*baselines.METHODS, "auto"}
+    flags = ["--rho", "auto"] if method == "auto" else ["--method", method]
+    for flag, value in VALUES.items():
+        if (method, flag) == ("auto", "--rho"):
+            continue
+        needs = ["--reference", "y"] if {method} <= {"rho1", "tokencleaning"} and flag not in REFERENCE else []
+        needs += ["--reference-top", "2"] if flag == "--rating-field" and method in ("rho1", "tokencleaning") else []
+        needs += {"--ema-alpha": ["--history", "ema"], "--history-every": ["--history", "checkpoint"]}.get(flag, [])
+        argv = ["--model", "m", *flags, *(needs if flag in READ_BY[method] else [])]
+        for given in ([flag, value], [f"{flag}={value}"]):
+            if flag in READ_BY[method]:
+                train.parse_arguments([*argv, *given])
+            else:
+                name = "--rho auto" if method == "auto" else f"--method {method}"
+                with pytest.raises(UserError, match=f"{flag} has no effect with {name}; it is for --method"):
+                    train.parse_arguments([*argv, *given])
+    others = {action.option_strings[0] for action in train.make_parser()._actions} - VALUES.keys()
+    assert others & baselines.READS.keys() == set() and VALUES.keys() == baselines.READS.keys()
+
+
+def test_a_flag_of_another_history_and_auto_of_another_method_are_refused():
+    for flags, words in {
+        ("--ema-alpha", "0.5"): "--ema-alpha has no effect with --history base; it is for ema",
+        (
+            "--history-every",
+            "5",
+            "--history",
+            "ema",
+        ): "--history-every has no effect with --history ema; it is for checkpoint",
+        ("--rho", "auto", "--method", "full"): "--rho auto is for --method sstoken; full takes a share, or none",
+        ("--rho", "auto", "--method", "low-loss"): "--rho auto is for --method sstoken",
+        ("--rho", "1.5"): r"--rho is 1.5; it must be in \(0, 1\], or auto",
+        ("--rho", "most"): "--rho: invalid share value: 'most'",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            train.parse_arguments(["--model", "m", *flags])
