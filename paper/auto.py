@@ -18,6 +18,7 @@ from torch import Tensor
 import data
 
 FIRST = 32  # tokens of an answer that are compared; those behind follow from these, and add little but chance
+DAMPING = 3.0  # nats, see `paired`
 LEAST = 48  # answers; of fewer nothing is told
 ODDS = 20  # how much likelier two groups must be than one
 APART = 0.8  # standard deviations that the bar must lie from the mean of either group
@@ -69,18 +70,27 @@ def behind_other_prompts(examples: list[data.Example], seed: int) -> list[data.E
     return [found[key] for key in sorted(found)]
 
 
+def paired(difference: Tensor) -> Tensor:
+    """How much of the losses' difference (tokens,) goes one way: its sum, by what it would be if signs were chance.
+
+    That is the root of the sum of squares, as in a paired t. DAMPING nats are added to it: few tokens prove little.
+    """
+    return difference.sum() / (difference.square().sum() + DAMPING**2).sqrt()
+
+
 def gains(examples: list[data.Example], base: list[Tensor], elsewhere: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of N answers, by how many nats each is likelier behind its own prompt than behind two others, and chance: (N,).
+    """Of N answers, how much likelier each is behind its own prompt than behind two others, and chance: (N,) each.
 
     base: the losses of each sample's response tokens. elsewhere: those of `behind_other_prompts`.
     """
-    answers, at, own = find_answers(examples), [0] * len(examples), []
-    for sample, start, end in answers:
-        own.append(base[sample][at[sample] :][: min(FIRST, end - start)].sum())
+    answers, at, found = find_answers(examples), [0] * len(examples), []
+    n = len(answers)
+    for (sample, start, end), first, second in zip(answers, elsewhere[:n], elsewhere[n:], strict=True):
+        own = base[sample][at[sample] :][: min(FIRST, end - start)]
         at[sample] += end - start
-    first, second = torch.stack([nll.sum() for nll in elsewhere]).view(2, -1)
-    # of three alike, one differs from the mean of two with 3/4 of the variance with which two differ
-    return (first + second) / 2 - torch.stack(own), math.sqrt(3 / 4) * (first - second)
+        # of three alike, one differs from the mean of two with 3/4 of the variance with which two differ
+        found.append(torch.stack([paired((first + second) / 2 - own), paired(math.sqrt(3 / 4) * (first - second))]))
+    return tuple(torch.stack(found).T)
 
 
 def log_likelihood(x: Tensor, mean, deviation) -> Tensor:
@@ -127,7 +137,7 @@ class Belonging(NamedTuple):
 
 
 def own_prompt(gains: Tensor, chance: Tensor) -> Belonging:
-    """Which answers belong to their prompt, by their gains (N,) in nats; chance (N,): gains that mean nothing.
+    """Which answers belong to their prompt, by their gains (N,); chance (N,): gains that mean nothing.
 
     Two normal groups are fitted, the lower one of wrong answers. The bar between them lies as many deviations above the
     lower mean as below the upper one. Answers below it are dropped. All are kept where two groups are not ODDS times

@@ -71,16 +71,17 @@ def card(record: dict, name: str, defaults: dict) -> str:
     head |= {} if where else {"base_model": args["model"]}  # a name of the hub's, which knows no folder of ours
     head["tags"] = ["lora", "sstoken", "token-selection", f"method:{args['method']}"]
     rows = {"data": args["data"], "samples": record["samples"], "seed": args["seed"], "rho": args["rho"]}
-    rows |= {"gamma": args["gamma"], "rank, alpha": f"{args['lora_rank']}, {args['lora_alpha']}"}
+    rows["rank, alpha"] = f"{args['lora_rank']}, {args['lora_alpha']}"
     rows |= {"learning rate, epochs, batch": f"{args['lr']}, {args['epochs']}, {args['batch_size']}"}
     for when in ("before", "after"):
         if f"held_out_loss_{when}" in record:
             rows[f"held-out response loss {when}"] = f"{record[f'held_out_loss_{when}']:.4f} nats a token"
     if auto := record.get("auto"):
-        rows["answers dropped"] = f"{auto['dropped']} of {auto['answers']}" + (
-            f" ({auto['reason']})" if auto["reason"] else ""
-        )
+        reason = f": {auto['reason']}" if auto["reason"] else ""
+        rows["answers dropped"] = f"{auto['dropped']} of {auto['answers']}{reason}"
         rows["tokens dropped as surprise"] = f"{auto['surprise']:.1%}"
+    elif args["method"] == "sstoken":
+        rows["gamma"] = args["gamma"]
     rows["versions"] = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
     command = shlex.join(["python", "train.py", "--model", args["model"], *given_flags(args, defaults)])
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", MADE, ""]

@@ -352,8 +352,9 @@ def test_an_ema_of_a_bfloat16_model_moves_because_it_is_kept_in_float32(llama, r
 def test_no_history_is_kept_that_no_score_reads(llama, rows, monkeypatch):
     kinds, real = [], History
     monkeypatch.setattr(train_module, "History", lambda model, kind, *a: kinds.append(kind) or real(model, kind, *a))
-    for flags in (["--gamma", "0"], ["--method", "full"], ["--rho", "1"], []):
-        model, examples, args = prepare(llama, rows, "--history", "ema", "--max-steps", "1", *flags)
+    ema = ["--history", "ema"]
+    for flags in (["--gamma", "0", *ema], ["--method", "full"], ["--rho", "1", *ema], ema):
+        model, examples, args = prepare(llama, rows, "--max-steps", "1", *flags)
         train(model, examples, args, lambda line: None)
     assert kinds == ["base", "base", "ema"]  # and none at all in full training
 

@@ -174,8 +174,9 @@ def test_gains_by_hand():
     base = [torch.cat([torch.full((40,), 0.5), torch.tensor([1.0, 2.0])])]
     elsewhere = [torch.full((32,), 1.0), torch.tensor([4.0, 4.0]), torch.full((32,), 2.0), torch.tensor([1.0, 1.0])]
     found, chance = auto.gains(samples, base, elsewhere)
-    assert found.tolist() == [(32 + 64) / 2 - 16, (8 + 2) / 2 - 3]
-    assert chance.tolist() == pytest.approx([-32 * 0.75**0.5, 6 * 0.75**0.5])
+    # 32 tokens of 1.5 - 0.5; two of 2.5 - 1 and 2.5 - 2. By chance 32 of 1 - 2, and two of 4 - 1
+    assert found.tolist() == pytest.approx([32 / math.sqrt(32 + 9), 2 / math.sqrt(2.25 + 0.25 + 9)])
+    assert chance.tolist() == pytest.approx([-32 * math.sqrt(0.75 / (24 + 9)), 6 * math.sqrt(0.75 / (0.75 * 18 + 9))])
     tokens = auto.Belonging(torch.tensor([False, True])).tokens(samples)
     assert tokens[0].tolist() == [False] * 40 + [True] * 2
     assert auto.belong(samples, base, []).reason == "more than a third of them have the same prompt"

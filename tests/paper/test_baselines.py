@@ -21,7 +21,7 @@ import lora
 import sstoken
 import train as train_module
 from model import load_model
-from paper import frozen, self_evolving
+from paper import baselines, frozen, self_evolving
 from paper.baselines import select_at_random, select_in_each_sample, select_in_the_pool
 from paper.frozen import response_losses
 from support import files, losses
@@ -273,10 +273,17 @@ def test_a_reference_with_another_tokenizer_is_refused(llama, rows, tmp_path):
 
 MISTAKES = {
     "rho1 needs --reference": ["--method", "rho1"],
-    "sstoken has no reference model": ["--reference", "x"],
-    "full has no reference model": ["--method", "full", "--reference-data", "x"],
+    "--reference has no effect with --method sstoken": ["--reference", "x"],
+    "--reference-data has no effect with --method full": ["--method", "full", "--reference-data", "x"],
     "does not go with --reference-data": ["--method", "rho1", "--reference", "x", "--reference-data", "x"],
-    "--excess current is for": ["--method", "tokencleaning", "--reference", "x", "--excess", "current"],
+    "--excess has no effect with --method tokencleaning": [
+        "--method",
+        "tokencleaning",
+        "--reference",
+        "x",
+        "--excess",
+        "current",
+    ],
     "--loss-mean sample would undo": ["--method", "self-evolving", "--loss-mean", "sample"],
     "--reference-top": ["--method", "full", "--reference-top", "0"],
     "--max-steps 4 leaves some": ["--method", "self-evolving", "--max-steps", "4"],

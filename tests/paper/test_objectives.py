@@ -15,6 +15,7 @@ from model import token_nll
 from paper import baselines
 from paper.frozen import Frozen, response_losses
 from paper.objectives import OBJECTIVES, asks, weigh
+from support.files import UserError
 from support.kernels import Watch, entropy, spread, top_entropy
 
 DEMO = Path(__file__).parents[2] / "demo"

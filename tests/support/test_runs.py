@@ -26,14 +26,14 @@ from support.files import UserError, check_writable, read_log, write_whole
 
 ROOT = Path(__file__).parents[2]
 # with the state that is easiest to lose: dropout (0.1) draws random numbers, and the history is an average
-SETTINGS = (
-    "--batch-size 8 --lora-rank 4 --dtype float32 --lr 0.01 --max-length 128 --history ema --ema-alpha 0.9".split()
-)
+SETTINGS = "--batch-size 8 --lora-rank 4 --dtype float32 --lr 0.01 --max-length 128".split()
+AVERAGE = "--history ema --ema-alpha 0.9".split()  # where no other history or method is asked for
 LONG = ["--epochs", "40", "--checkpoint-every", "3"]  # 120 steps
 
 
 def command(model, rows, out, *more) -> list[str]:
-    flags = ["--model", model, "--data", rows, "--out", out, *SETTINGS, *more]
+    history = [] if {"--method", "--history"} & set(more) else AVERAGE
+    flags = ["--model", model, "--data", rows, "--out", out, *SETTINGS, *history, *more]
     return [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
 
 
@@ -183,7 +183,7 @@ DIFFERENCES = {
     "--lr was 0.01, now it is 0.02": ["--lr", "0.02"],
     "--rho was 0.6, now it is 0.5": ["--rho", "0.5"],
     "--epochs was 1, now it is 2": ["--epochs", "2"],
-    "--history was ema, now it is base": ["--history", "base"],
+    "--history was ema, now it is checkpoint": ["--history", "checkpoint"],
     "--seed was 42, now it is 7": ["--seed", "7"],
     "--gradient-checkpointing was False, now it is True": ["--gradient-checkpointing"],
 }
