@@ -449,10 +449,10 @@ def compare_kernels(setting: Setting, report: Report, works: dict):
 
 def waiting(setting: Setting, report: Report):
     """Steps in which any wait for the GPU but the one read of the log is an error; and how long the GPU idles."""
-    real = runs.StepRecord.line
+    real = runs.StepRecord.read
     mode = torch.cuda.set_sync_debug_mode if setting.device.type == "cuda" else lambda mode: None
 
-    def line(record, *given):
+    def read(record, *given):
         mode("default")
         try:
             return real(record, *given)
@@ -463,7 +463,7 @@ def waiting(setting: Setting, report: Report):
     for method in ("full", "sstoken"):
         model = lora.add_lora(setting.large())
         args = setting.arguments("--method", method, "--batch-size", 16, "--micro-batch-size", 8)
-        runs.StepRecord.line = line
+        runs.StepRecord.read = read
         try:
             mode("error")
             train.train(model, samples, args, lambda line: None)
@@ -474,7 +474,7 @@ def waiting(setting: Setting, report: Report):
             said = f"{ours[-1] if ours else '?'}: {str(reason).splitlines()[0][:200]}"
         finally:
             mode("default")
-            runs.StepRecord.line = real
+            runs.StepRecord.read = real
         report(f"--method {method}: a step waits", said)
     for micro in (4, 16):
         model = lora.add_lora(setting.large())
