@@ -13,6 +13,7 @@ import random
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
@@ -20,6 +21,7 @@ import data
 FIRST = 32  # tokens of an answer that are compared; those behind follow from these, and add little but chance
 DAMPING = 3.0  # nats, see `paired`
 LEAST = 48  # answers; of fewer nothing is told
+DRIFT = 0.3  # deviations by which the mean gain of wrong answers may lie off 0
 ODDS = 20  # how much likelier two groups must be than one
 APART = 0.8  # standard deviations that the bar must lie from the mean of either group
 
@@ -36,10 +38,7 @@ def find_answers(examples: list[data.Example]) -> list[Answer]:
     """The answers of all samples, in order."""
     found = []
     for sample, (_, response) in enumerate(examples):
-        edges = response.byte().diff(
-            prepend=torch.zeros(1, dtype=torch.uint8), append=torch.zeros(1, dtype=torch.uint8)
-        )
-        places = edges.nonzero().squeeze(1).tolist()
+        places = F.pad(response.byte(), (1, 1)).diff().nonzero().squeeze(1).tolist()
         found += [Answer(sample, *place) for place in zip(places[::2], places[1::2], strict=True)]
     return found
 
@@ -101,8 +100,8 @@ def log_likelihood(x: Tensor, mean, deviation) -> Tensor:
 def two_groups(x: Tensor, chance: Tensor, start: float) -> tuple[float, float, float, float, float]:
     """The likeliest two normal groups of gains (N,), of which the lower one scatters as `chance` (N,) does.
 
-    By expectation and maximization, from a cut at the quantile `start`. Where the lower group's mean lies, at 0 give or
-    take 0.3 of its deviations, is a prior. Returns the log-likelihood, and mean and deviation of either group.
+    By expectation and maximization, from a cut at the quantile `start`. That the lower group's mean lies at 0, give or
+    take DRIFT of its deviations, is a prior. Returns the log-likelihood, and mean and deviation of either group.
     """
     upper = 0.01 + 0.98 * (x > x.quantile(start))
     alone = log_likelihood(chance, 0.0, chance.square().mean().sqrt()).sum()
@@ -110,14 +109,14 @@ def two_groups(x: Tensor, chance: Tensor, start: float) -> tuple[float, float, f
         lower = 1 - upper
         high = (upper * x).sum() / upper.sum()
         spread = ((upper * (x - high).square()).sum() / upper.sum()).sqrt().clamp(min=x.std() / 5)
-        low = (lower * x).sum() / (lower.sum() + 0.3**-2)
-        squares = (lower * (x - low).square()).sum() + chance.square().sum() + (low / 0.3).square()
+        low = (lower * x).sum() / (lower.sum() + DRIFT**-2)
+        squares = (lower * (x - low).square()).sum() + chance.square().sum() + (low / DRIFT).square()
         chance_spread = (squares / (lower.sum() + len(chance))).sqrt()
         share = (upper.sum() + 1) / (len(x) + 2)
         in_upper = share.log() + log_likelihood(x, high, spread)
         both = torch.logaddexp(in_upper, (1 - share).log() + log_likelihood(x, low, chance_spread))
         upper = (in_upper - both).exp()
-    prior = (low / chance_spread / 0.3).square() / 2
+    prior = (low / chance_spread / DRIFT).square() / 2
     found = both.sum() - prior + log_likelihood(chance, 0.0, chance_spread).sum() - alone
     return tuple(value.item() for value in (found, low, chance_spread, high, spread))
 
@@ -142,7 +141,7 @@ def own_prompt(gains: Tensor, chance: Tensor) -> Belonging:
     Two normal groups are fitted, the lower one of wrong answers. The bar between them lies as many deviations above the
     lower mean as below the upper one. Answers below it are dropped. All are kept where two groups are not ODDS times
     as likely as one, or where the bar does not lie APART deviations from both: a filter that cannot tell costs clean
-    answers. results/README.md has how often it is right.
+    answers. results/objectives/answers.md has how often it is right.
     """
     everything, x, chance = torch.ones_like(gains, dtype=torch.bool), gains.double(), chance.double()
     if len(x) < LEAST:

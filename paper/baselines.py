@@ -277,8 +277,10 @@ def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, f
     found = auto.belong(examples, base, elsewhere)
     own = found.tokens(examples)
     steps = fit(examples, Frozen(base, own=own), args, folder)
+    if not ranks.first_rank():
+        return seconds + taken, {}
     belonging = sum(int(own[i].sum()) for batch in steps for samples in batch for i in samples)
-    surprise = 1 - sum(line["selected_tokens"] for line in read_log(folder)) / belonging
+    surprise = 1 - sum(line["selected_tokens"] for line in read_log(folder)) / max(belonging, 1)
     n, dropped = len(found.mask), int((~found.mask).sum())
     kept = f"{n - dropped:,} of {n:,} answers belong to their prompt, {dropped:,} do not"
     kept = f"all {n:,} answers are kept: {found.reason}" if found.reason else kept
