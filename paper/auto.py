@@ -23,7 +23,7 @@ DAMPING = 3.0  # nats, see `paired`
 LEAST = 48  # answers; of fewer nothing is told
 DRIFT = 0.3  # deviations by which the mean gain of wrong answers may lie off 0
 ODDS = 20  # how much likelier two groups must be than one
-APART = 0.8  # standard deviations that the bar must lie from the mean of either group
+APART = 1.0  # standard deviations that the bar must lie from the mean of either group
 
 
 class Answer(NamedTuple):

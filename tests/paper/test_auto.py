@@ -72,8 +72,8 @@ def likeliest(gains: np.ndarray, chance: np.ndarray) -> tuple[float, float, floa
 def test_two_groups_are_those_that_scipy_finds(case):
     gains, chance, _ = simulated(*case, seed=3)
     evidence, apart, bar = likeliest(gains.numpy(), chance.numpy())
-    assert abs(evidence - math.log(20)) > 0.1 and abs(apart - 0.8) > 0.01  # no case on the edge
-    expected = gains >= bar if evidence > math.log(20) and apart >= 0.8 else torch.ones_like(gains) > 0
+    assert abs(evidence - math.log(20)) > 0.1 and abs(apart - 1) > 0.01  # no case on the edge
+    expected = gains >= bar if evidence > math.log(20) and apart >= 1 else torch.ones_like(gains) > 0
     found = auto.own_prompt(gains, chance)
     assert torch.equal(found.mask, expected) and bool(found.reason) == bool(expected.all())
 

@@ -344,11 +344,15 @@ def test_a_sweep_has_its_figure_and_only_the_rows_asked_for(llama, rows, benchma
 
 
 def test_auto_and_an_objective_have_their_rows_and_share_no_cell(llama, rows, benchmarks, tmp_path, in_this_process):
-    reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "sstoken,auto,dft"))
+    given = command(llama, rows, benchmarks, tmp_path, "--seeds", "1", "--methods", "sstoken,auto,dft")
+    shared = ["--history", "ema", "--gain=probability", "--warmup-ratio", "0.1"]  # two of them for sstoken alone
+    reproduce.main([*given, *shared])
     record = json.loads((tmp_path / "table1.json").read_text())
     assert list(record["rows"]) == ["SSTOKEN", "AUTO", "DFT"] and (tmp_path / "figure2.png").exists()
     runs = [json.loads(path.read_text())["arguments"] for path in sorted(tmp_path.glob("*-seed42/run.json"))]
     assert [(run["method"], run["rho"]) for run in runs] == [("dft", 0.6), ("sstoken", 0.6), ("sstoken", "auto")]
+    assert [(run["history"], run["gain"]) for run in runs] == [("base", "log"), ("ema", "probability"), ("base", "log")]
+    assert all(run["warmup_ratio"] == 0.1 for run in runs)
     assert all(0 <= row["mean"][-1] <= 100 and sum(row["seconds"][0].values()) > 0 for row in record["rows"].values())
 
 
