@@ -111,7 +111,7 @@ def _to_disk(path: Path):
 def write_json(path: Path, value):
     """Write `value` as JSON, whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
 LINE = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")  # numbers, in each of a log
@@ -136,4 +136,4 @@ def read_log(folder: Path) -> list[dict]:
 def write_lines(path: Path, values: list[dict]):
     """Write a log anew, whole or not at all."""
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))

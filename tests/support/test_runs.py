@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from model import load_model
-from support import runs
+from support import files, runs
 from support.files import UserError, check_writable, read_log, write_whole
 
 ROOT = Path(__file__).parents[2]
@@ -757,3 +757,10 @@ def test_ranks_on_devices_of_different_numbers_resume_their_run(llama, rows, tmp
         found.append(adapter(tmp_path / "run"))
         (tmp_path / "run" / "adapter_model.safetensors").unlink()
     assert found[0] == found[1]
+
+
+def test_half_of_a_surrogate_pair_is_written_as_json_spells_it(tmp_path):
+    value = {"text": "half \ud83d of one", "é": 1}  # as a file of rows may hold it, in a column that is passed on
+    files.write_lines(tmp_path / "lines", [value])
+    files.write_json(tmp_path / "value", value)
+    assert json.loads((tmp_path / "lines").read_bytes()) == json.loads((tmp_path / "value").read_bytes()) == value
