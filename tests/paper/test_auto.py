@@ -54,7 +54,7 @@ def likeliest(gains: np.ndarray, chance: np.ndarray) -> tuple[float, float, floa
     least += math.log(share) + math.log(1 - share)  # the prior on the share does not count as evidence
     alone = norm.logpdf(chance, 0, np.sqrt((chance**2).mean())).sum()
     evidence = -least - alone - norm.logpdf(gains, gains.mean(), gains.std()).sum()
-    s0, s1 = math.exp(x[1]), math.exp(x[3])
+    s0, s1 = math.exp(x[1]), max(math.exp(x[3]), gains.std(ddof=1) / 5)
     apart = (x[2] - x[0]) / (s0 + s1)
     return evidence, apart, x[0] + apart * s0
 
@@ -76,6 +76,18 @@ def test_two_groups_are_those_that_scipy_finds(case):
     expected = gains >= bar if evidence > math.log(20) and apart >= 1 else torch.ones_like(gains) > 0
     found = auto.own_prompt(gains, chance)
     assert torch.equal(found.mask, expected) and bool(found.reason) == bool(expected.all())
+
+
+@pytest.mark.parametrize("case", [(60, 0.4, (20, 5), 5, -2), (50, 0.5, (30, 1), 6, 3), (300, 0.2, (20, 6), 4, 0)])
+def test_the_likeliest_two_groups_are_scipy_s(case):
+    """In the second the right ones lie closer than a fifth of all, which is the least that is taken."""
+    gains, chance, _ = simulated(*case, seed=5)
+    evidence, apart, bar = likeliest(gains.numpy(), chance.numpy())
+    found, low, low_spread, high, high_spread = max(auto.two_groups(gains, chance, q) for q in (0.15, 0.5, 0.8))
+    one = norm.logpdf(gains, gains.mean(), gains.std(correction=0)).sum()
+    assert found - one == pytest.approx(evidence, abs=1e-2)
+    assert (high - low) / (low_spread + high_spread) == pytest.approx(apart, rel=1e-2)
+    assert low + apart * low_spread == pytest.approx(bar, rel=1e-2)
 
 
 @pytest.mark.parametrize("n", [48, 200])
