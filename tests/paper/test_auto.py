@@ -99,7 +99,7 @@ def test_clean_answers_are_kept_however_weak_their_gains(n, right, chance):
     assert np.mean(kept) >= 0.95
 
 
-@pytest.mark.parametrize("wrong", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("wrong", [0.05, 0.1, 0.5, 0.8])
 @pytest.mark.parametrize("n, right, chance, low", [(48, (20, 4), 4, 0), (100, (20, 5), 4, -4), (400, (15, 4), 4, 1)])
 def test_wrong_answers_go_and_right_ones_stay_where_their_gains_lie_apart(n, right, chance, low, wrong):
     gone, kept = [], []
