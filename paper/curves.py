@@ -35,20 +35,18 @@ def read_run(folder: Path) -> dict:
     if not lines:
         instead = f"; inside it there are {', '.join(map(str, sorted(inner)))}" if inner else ""
         raise UserError(f"{folder} has no log.jsonl, or no step in it yet{instead}")
-    record = read_record(folder)
-    held_out = {0: record.get("held_out_loss_before")}
-    held_out |= {line["step"]: line.get("held_out_loss") for line in lines}
-    if (after := record.get("held_out_loss_after")) is not None:
-        held_out[lines[-1]["step"]] = after
-    every = math.ceil(len(lines) / MOST)
+    record, last, every = read_record(folder), lines[-1]["step"], math.ceil(len(lines) / MOST)
+    held_out = [(0, record.get("held_out_loss_before"))]
+    held_out += [(line["step"], line.get("held_out_loss")) for line in lines]
+    held_out += [(last, record.get("held_out_loss_after"))]
     blocks = [lines[start : start + every] for start in range(0, len(lines), every)]
     return {
         "name": folder.resolve().name,
         "folder": str(folder),
-        "steps": lines[-1]["step"],
+        "steps": last,
         "every": every,
         "points": {key: [value(block) for block in blocks] for key, value in CURVES.items()},
-        "held_out": [[step, loss] for step, loss in held_out.items() if is_number(loss)],
+        "held_out": [*{step: [step, loss] for step, loss in held_out if is_number(loss)}.values()],
         "states": {},
     }
 
@@ -57,8 +55,8 @@ def total(block: list[dict], key: str) -> float:
     return sum(line[key] for line in block)
 
 
-def ratio(above: float, below: float) -> float | None:
-    return above / below if below > 0 else None
+def ratio(block: list[dict], above: str, below: str) -> float | None:
+    return total(block, above) / total(block, below) if total(block, below) > 0 else None
 
 
 # What is drawn of a few lines of a log that stand beside each other
@@ -66,8 +64,8 @@ CURVES = {
     "step": lambda block: block[-1]["step"],
     "loss": lambda block: total(block, "loss") / len(block),
     "lr": lambda block: block[-1]["lr"],
-    "share": lambda block: ratio(total(block, "selected_tokens"), total(block, "response_tokens")),
-    "speed": lambda block: ratio(total(block, "tokens"), total(block, "seconds")),
+    "share": lambda block: ratio(block, "selected_tokens", "response_tokens"),
+    "speed": lambda block: ratio(block, "tokens", "seconds"),
 }
 
 
@@ -87,13 +85,11 @@ def find_states(adapters: list[str], model: Transformer) -> list[State]:
     """
     states = [State("base model")]
     for adapter, name in zip(adapters, command.short_names(adapters), strict=True):
-        run, parts = Path(adapter), snapshots_in(Path(adapter))
-        going = parts and not (run / "adapter_config.json").exists()
+        run = Path(adapter)
+        going = snapshots_in(run) and not (run / "adapter_config.json").exists()
         run = run if going else find_adapter(adapter)
-        for step, part in snapshots_in(run).items():
-            states.append(State(f"{name}, step {step}", part, run, step))
-        if not going:
-            states.append(State(name, run, run, len(read_log(run))))
+        states += [State(f"{name}, step {step}", part, run, step) for step, part in snapshots_in(run).items()]
+        states += [] if going else [State(name, run, run, len(read_log(run)))]
     for state in states[1:]:
         read_adapter(state.adapter, lora.decoder_linears(model))
     return states
@@ -112,15 +108,20 @@ def with_states(logs: list[dict], states: list[State]) -> list[dict]:
             shown[folder] = given.get(folder) or read_run(state.run)
         if folder in shown:
             shown[folder]["states"][state.step] = number
-    shown |= {folder: run for folder, run in given.items() if folder not in shown}
-    for run in shown.values():
-        if run["states"]:
-            run["states"][0] = 0
-    names = [run["name"] for run in shown.values()]
-    return [run | {"name": run["folder"] if names.count(run["name"]) > 1 else run["name"]} for run in shown.values()]
+    found = [*(shown | given).values()]
+    names = [run["name"] for run in found]
+    for run in found:
+        run["states"] |= {0: 0} if run["states"] else {}
+        run["name"] = run["folder"] if names.count(run["name"]) > 1 else run["name"]
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- without JavaScript
+
+# The columns of a table: what each is called, and how its numbers are written
+COLUMNS = {"step": "", "loss": ".4f", "held-out loss": ".4f"}
+COLUMNS |= {"learning rate": ".2e", "share selected": ".1%", "tokens/s": ",.0f"}
+OF_TOKENS = ("REL, nats: median (10 % to 90 %)", "AttnScore: median (10 % to 90 %)")
 
 
 def static_tables(samples: list, head: dict) -> str:
@@ -129,31 +130,23 @@ def static_tables(samples: list, head: dict) -> str:
 
 
 def table(run: dict, samples: list, head: dict) -> str:
-    points, held_out = run["points"], dict(run["held_out"])
-    steps = points["step"]
+    steps, *curves = (run["points"][name] for name in ("step", "loss", "lr", "share", "speed"))
+    held_out, curves = dict(run["held_out"]), dict(zip(steps, zip(*curves, strict=True), strict=True))
     kept = {steps[round(i * (len(steps) - 1) / ROWS)] for i in range(ROWS + 1)} | run["states"].keys() | held_out.keys()
-    columns = ["step", "loss", "held-out loss", "learning rate", "share selected", "tokens/s"]
-    columns += ["REL, nats: median (10 % to 90 %)", "AttnScore: median (10 % to 90 %)"] if run["states"] else []
-    rows = []
+    columns = [*COLUMNS, *(OF_TOKENS if run["states"] else ())]
+    rows = ["".join(f'<th scope="col">{name}</th>' for name in columns)]
     for step in sorted(kept):
-        i = points["step"].index(step) if step in points["step"] else None
-        curve = {key: values[i] if i is not None else None for key, values in points.items()}
-        row = [str(step), number(curve["loss"], "{:.4f}"), number(held_out.get(step), "{:.4f}")]
-        row += [number(curve["lr"], "{:.2e}"), number(curve["share"], "{:.1%}"), number(curve["speed"], "{:,.0f}")]
+        loss, *others = curves.get(step, [None] * 4)
+        values = zip((step, loss, held_out.get(step), *others), COLUMNS.values(), strict=True)
+        row = ["" if value is None else format(value, form) for value, form in values]
         if (state := run["states"].get(step)) is not None:
             row.append(spread([sample.history - sample.losses[state] for sample in samples], head["nats"]))  # Eq. 3
             row.append(spread([sample.attention[state, 0] for sample in samples], head["share"]))  # Eq. 7
         row += [""] * (len(columns) - len(row))
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    names = "".join(f'<th scope="col">{name}</th>' for name in columns)
+        rows.append("".join(f"<td>{cell}</td>" for cell in row))
     about = html.escape(run["name"]) + (f"; loss and speed are means of {run['every']} steps" * (run["every"] > 1))
-    return (
-        f'<div class="scroll"><table><caption>{about}</caption><tr>{names}</tr>\n' + "\n".join(rows) + "</table></div>"
-    )
-
-
-def number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    text = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="scroll"><table><caption>{about}</caption>{text}</table></div>'
 
 
 def spread(values: list[Tensor], unit: int) -> str:

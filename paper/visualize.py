@@ -163,16 +163,15 @@ def choose(sample: Sample, state: int, layer: int, gamma: float, rho: float) -> 
 
 def highlighted(sample: Sample, selected: Tensor, by_attention: Tensor) -> Iterator[tuple[str, str]]:
     """The sample's text in stretches (text, kind): prompt, plain, blue or orange."""
-    place = 0
+    tokens = zip(selected.tolist(), by_attention.tolist(), strict=True)
     for part in sample.parts:
         if isinstance(part, str):
             yield part, "prompt"
             continue
         kinds = []
-        for _, tokens in part:
-            chosen, orange = selected[place : place + tokens], by_attention[place : place + tokens]
-            kinds.append(("orange" if orange[chosen].all() else "blue") if chosen.any() else "plain")
-            place += tokens
+        for _, size in part:
+            orange = [of_attention for chosen, of_attention in itertools.islice(tokens, size) if chosen]
+            kinds.append(("orange" if all(orange) else "blue") if orange else "plain")
         for kind, group in itertools.groupby(zip(part, kinds, strict=True), key=lambda pair: pair[1]):
             yield "".join(text for (text, _), _ in group), kind
 
@@ -199,12 +198,9 @@ def content(samples: list[Sample], head: dict) -> str:
     rows = []
     for sample in samples:
         row = {"parts": [flat(part) for part in sample.parts]}
-        row |= {"losses": pack(sample.losses), "attention": pack(sample.attention)}  # the first are the base model's
-        if sample.reference is not None:
-            row["reference"] = pack(sample.reference)
-        if sample.surprise is not None:
-            row |= {"topEntropy": pack(sample.top_entropy, 1), "surprise": pack(sample.surprise, 1)}
-            row["own"] = pack(sample.own, 1)
+        held = {"losses": sample.losses, "attention": sample.attention, "reference": sample.reference}
+        one = {"topEntropy": sample.top_entropy, "surprise": sample.surprise, "own": sample.own}  # in one byte
+        row |= {name: pack(x, 1 + (name in held)) for name, x in (held | one).items() if x is not None}
         if sample.noise is not None:
             row["noise"] = sample.noise.nonzero().flatten().tolist()
         rows.append(row)
@@ -351,7 +347,6 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
         lora.load_adapter(model, args.reference)
     elif args.reference:
         model = load_model(args.reference, getattr(torch, args.dtype), device)
-        checkpoint.check_fits(model, args.reference, examples)
     reference = response_losses(model, examples) if args.reference else []
     reference = [in_steps(nll, NATS) for nll in reference] or [None] * len(examples)
 
@@ -388,10 +383,8 @@ def main(argv: list[str] | None = None):
     page = build_page(samples, head)
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)
-    print(
-        f"wrote {path}: {len(samples)} samples, {tokens:,} response tokens; {len(shown)} runs, {steps:,} steps; "
-        f"{len(page.encode()) / 1e6:.1f} MB"
-    )
+    held = f"{len(samples)} samples, {tokens:,} response tokens; {len(shown)} runs, {steps:,} steps"
+    print(f"wrote {path}: {held}; {len(page.encode()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
