@@ -265,12 +265,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
     if not args.asked:
         raise UserError(f"--tasks {args.tasks} holds none of the table's columns as a whole")
-    known = ["base", "full", *LABELS, *EXTRA]
-    args.methods = args.methods.split(",") if args.methods else ["base", "full", *LABELS]
+    known = ["base", "full", *LABELS]
+    args.methods = args.methods.split(",") if args.methods else known
     if args.benchmarks and not Path(args.benchmarks).is_dir():
         raise UserError(f"--benchmarks {args.benchmarks} is no folder")
-    if unknown := sorted(set(args.methods) - set(known)):
-        raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join(known)}")
+    if unknown := sorted(set(args.methods) - {*known, *EXTRA}):
+        raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join([*known, *EXTRA])}")
     pool = args.data == RELEASED_POOL and not args.limit
     given = args.reference_data or args.reference_limit or args.reference_top or args.reference_by
     if args.table in (1, 5) and set(args.methods) & set(WITH_REFERENCE) and not (given or pool):
@@ -283,16 +283,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Flags of train.py that a cell gets from its row, its seed or the command
-OURS = {
-    *("--method", "--rho", "--gamma", "--layer", "--loss-mean", "--seed", "--cache", "--out", "--resume"),
-    *("--model", "--data", "--limit", "--max-steps", "--reference", "--reference-data", "--reference-top"),
-    *("--rating-field", "--revision", "--dtype", "--device", "--overwrite"),
-}
+OURS = """
+--method --rho --gamma --layer --loss-mean --seed --cache --out --resume --model --data --limit --max-steps --overwrite
+--reference --reference-data --reference-top --rating-field --revision --dtype --device
+""".split()
 # What may differ between one command and the next on the same folder: it adds cells, or says how to run them.
-FREE = {
-    *("table", "methods", "seeds", "tasks", "asked", "eval_limit", "benchmarks", "launcher", "out", "rho", "machine"),
-    "debug",
-}
+FREE = "table methods seeds tasks asked eval_limit benchmarks launcher out rho machine debug".split()
 
 
 def main(argv: list[str] | None = None):

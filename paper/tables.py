@@ -22,21 +22,17 @@ PAPER = Path(__file__).with_name("paper.json")
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """Student's t: the value that a share `probability` of the distribution lies below, for 95 % intervals 0.975.
 
-    Its density integrated by the trapezoid rule over t = tan(x), where it falls to zero at a finite place.
+    Its density, but for a factor, is summed by the trapezoid rule over t = tan(x), where it ends at a finite place.
     """
-    x = np.linspace(0, np.pi / 2, 200_001)[:-1]
-    t = np.tan(x)
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom)) * (1 + t**2)
-    below = 0.5 + np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (x[1] - x[0])
-    return float(np.interp(probability, below, t))
+    t = np.tan(np.linspace(0, np.pi / 2, 200_001))
+    density = np.exp(-(freedom + 1) / 2 * np.log1p(t**2 / freedom)) * (1 + t**2)
+    above = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return float(np.interp(2 * probability - 1, above / above[-1], t))
 
 
 def interval(values: list[float]) -> float | None:
     """Half the width of the mean's 95 % interval over seeds; None for a single one."""
-    if len(values) < 2:
-        return None
-    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 class Line(NamedTuple):
@@ -103,8 +99,7 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
     if args.table == 1:
         plot_time(lines, out / "figure2.png")
     elif args.table in (3, 4):
-        name, letter = {3: ("gamma", "a"), 4: ("rho", "b")}[args.table]
-        plot_sweep(lines, name, out / f"figure3{letter}.png")
+        plot_sweep(lines, *{3: ("gamma", out / "figure3a.png"), 4: ("rho", out / "figure3b.png")}[args.table])
     base, paper = paper_lines(args.table, args.model, names)
     names.append("AVG" if len(names) == len(TABLE) else f"AVG of {len(names)}")
     variants = [line for line in lines if line.label.startswith("TOKENCLEANING,")]
@@ -118,9 +113,8 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
     write_whole(out / f"table{args.table}.md", lambda path: path.write_text(text, encoding="utf-8"))
     record = {"arguments": vars(args), "versions": machine.versions(), "columns": names, "rows": {}}
     for line in lines:
-        means, halves = zip(*line.means(), strict=True)
-        record["rows"][line.label] = {"seeds": line.seeds, "scores": line.scores, "seconds": line.seconds}
-        record["rows"][line.label] |= {"mean": means, "interval": halves}
+        ours = dict(zip(("mean", "interval"), zip(*line.means(), strict=True), strict=True))
+        record["rows"][line.label] = {key: value for key, value in line._asdict().items() if key != "label"} | ours
     write_json(out / f"table{args.table}.json", record | {"paper": {base: paper}})
 
 
@@ -130,12 +124,10 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
 def find_pyplot():
     """matplotlib's pyplot; UserError where matplotlib, which nothing else needs, is not installed."""
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         raise UserError("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # files, no window
-    from matplotlib import pyplot
-
+    pyplot.switch_backend("Agg")  # files, no window
     return pyplot
 
 
@@ -168,16 +160,12 @@ def plot_time(lines: list[Line], path: Path):
 
 def plot_sweep(lines: list[Line], name: str, path: Path):
     """Figure 3: the average score over gamma (a) or rho (b), full training as a dashed line or as rho = 1."""
-    points, ends = {}, {"BASE": 0.0, "FULL": 1.0} if name == "rho" else {}
+    ends, points = {"BASE": "(rho 0)", "FULL": "(rho 1)"}, []
     for line in lines:
-        if found := re.search(rf"\({name} ([\d.]+)\)", line.label):
-            points[float(found[1])] = line.means()[-1]
-        elif line.label in ends:
-            points[ends[line.label]] = line.means()[-1]
-    x = sorted(points)
+        if found := re.search(rf"\({name} ([\d.]+)\)", ends.get(line.label, line.label)):
+            points.append([float(found[1]), *line.means()[-1]])
     with figure(path, (5, 3.5), name) as axes:
-        halves = [points[value][1] or 0.0 for value in x]
-        axes.errorbar(x, [points[value][0] for value in x], halves, marker="o", capsize=3, label="SSTOKEN")
-        for line in lines:
-            if name == "gamma" and line.label == "FULL":
-                axes.axhline(line.means()[-1][0], color="gray", linestyle="--", linewidth=1, label="FULL")
+        x, scores, halves = np.array(sorted(points), dtype=float).reshape(-1, 3).T  # no interval: nan
+        axes.errorbar(x, scores, halves, marker="o", capsize=3, label="SSTOKEN")
+        for score in (line.means()[-1][0] for line in lines if name == "gamma" and line.label == "FULL"):
+            axes.axhline(score, color="gray", linestyle="--", linewidth=1, label="FULL")
