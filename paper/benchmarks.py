@@ -32,16 +32,17 @@ Task = dict
 DATA = read_json(Path(__file__).with_name("benchmarks.json"))
 MMLU_SUBJECTS, AGIEVAL_SETS = DATA["mmlu"], DATA["agieval"]
 
+
+def questions(file: str, hub: tuple[str, str | None] | None, rows: str | Callable) -> Task:
+    """What a task asks about. rows: a split, to take every row of it as it is, or what makes them."""
+    return {"hub": hub, "file": file, "rows": (lambda load, tokenizer: load(rows)) if isinstance(rows, str) else rows}
+
+
 # ------------------------------------------------------------------------------------------------ several choices
 
 
-def split(name: str) -> Callable:
-    """Ask every row of one split, as it is."""
-    return lambda load, tokenizer: load(name)
-
-
-def multiple_choice(file, hub, rows, context, choices, gold, metrics=("acc", "acc_norm")) -> Task:
-    """A task whose answer is the likeliest continuation: context(row), choices(row), gold(row) -> indices."""
+def multiple_choice(context, choices, gold, metrics=("acc", "acc_norm")) -> Task:
+    """Asks for the likeliest continuation: context(row), choices(row), gold(row) -> the right ones' indices."""
 
     def requests(row):
         return [(context(row), " " + choice) for choice in choices(row)]
@@ -50,18 +51,7 @@ def multiple_choice(file, hub, rows, context, choices, gold, metrics=("acc", "ac
         scores = accuracy(answers, choices(row), gold(row))
         return {metric: scores[metric] for metric in metrics}
 
-    return {"hub": hub, "file": file, "rows": rows, "requests": requests, "metrics": grade}
-
-
-def arc(name: str, configuration: str) -> Task:
-    return multiple_choice(
-        name,
-        ("allenai/ai2_arc", configuration),
-        split("test"),
-        context=lambda row: f"Question: {row['question']}\nAnswer:",
-        choices=lambda row: row["choices"]["text"],
-        gold=lambda row: [row["choices"]["label"].index(row["answerKey"])],
-    )
+    return {"requests": requests, "metrics": grade}
 
 
 def hellaswag_text(text: str) -> str:
@@ -101,10 +91,7 @@ def mmlu(subject: str) -> Task:
         prefix += "".join(f"{question(row)} {'ABCD'[row['answer']]}\n\n" for row in examples)
         return [row | {"prefix": prefix} for row in load("test")]
 
-    return multiple_choice(
-        f"mmlu/{subject}",
-        ("cais/mmlu", subject),
-        rows,
+    return questions(f"mmlu/{subject}", ("cais/mmlu", subject), rows) | multiple_choice(
         context=lambda row: row["prefix"] + question(row),
         choices=lambda row: list("ABCD"),
         gold=lambda row: [row["answer"]],
@@ -113,13 +100,10 @@ def mmlu(subject: str) -> Task:
 
 
 def agieval(name: str) -> Task:
-    file, hub, rows = f"agieval/{name}", (f"hails/agieval-{name}", None), split("test")
+    asked = questions(f"agieval/{name}", (f"hails/agieval-{name}", None), "test")
     if name not in ("gaokao-mathcloze", "math"):
-        return multiple_choice(file, hub, rows, *map(itemgetter, ("query", "choices", "gold")))
-    return {
-        "hub": hub,
-        "file": file,
-        "rows": rows,
+        return asked | multiple_choice(*map(itemgetter, ("query", "choices", "gold")))
+    return asked | {
         "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
         "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
     }
@@ -157,8 +141,8 @@ def tydiqa(code: str) -> Task:
     def metrics(row, answers):
         return overlap(answers[0].strip(), row["answers"]["text"], lambda text: tydiqa_words(text, code))
 
-    hub = ("google-research-datasets/tydiqa", "secondary_task")
-    return {"hub": hub, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
+    asked = questions("tydiqa", ("google-research-datasets/tydiqa", "secondary_task"), rows)
+    return asked | {"requests": requests, "metrics": metrics}
 
 
 def release_example(rows: list[Row], language: str) -> Row:
@@ -225,43 +209,40 @@ def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- all of them
 
 TASKS: dict[str, Task] = {
-    "triviaqa": {
-        "hub": ("mandarjoshi/trivia_qa", "rc.nocontext"),
-        "file": "triviaqa",
-        "rows": split("validation"),
+    "triviaqa": questions("triviaqa", ("mandarjoshi/trivia_qa", "rc.nocontext"), "validation")
+    | {
         "requests": lambda row: [(f"Question: {row['question']}?\nAnswer:", {"until": ["\n", ".", ","]})],
         "metrics": lambda row, answers: {"exact_match": one_of(answers[0].strip(), row["answer"]["aliases"])},
     },
-    "truthfulqa_mc2": {
-        "hub": ("truthfulqa/truthful_qa", "multiple_choice"),
-        "file": "truthfulqa_mc2",
-        "rows": split("validation"),
+    "truthfulqa_mc2": questions("truthfulqa_mc2", ("truthfulqa/truthful_qa", "multiple_choice"), "validation")
+    | {
         "requests": truthfulqa_requests,
         "metrics": lambda row, answers: {"acc": true_share(answers, row["mc2_targets"]["labels"])},
     },
     **{f"mmlu_{subject}": mmlu(subject) for subject in MMLU_SUBJECTS},
-    "arc_challenge": arc("arc_challenge", "ARC-Challenge"),
-    "arc_easy": arc("arc_easy", "ARC-Easy"),
+    **{
+        name: questions(name, ("allenai/ai2_arc", configuration), "test")
+        | multiple_choice(
+            context=lambda row: f"Question: {row['question']}\nAnswer:",
+            choices=lambda row: row["choices"]["text"],
+            gold=lambda row: [row["choices"]["label"].index(row["answerKey"])],
+        )
+        for name, configuration in {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}.items()
+    },
     **{f"tydiqa_goldp_{code}": tydiqa(code) for code in TYDIQA},
-    "winogrande": {
-        "hub": ("allenai/winogrande", "winogrande_xl"),
-        "file": "winogrande",
-        "rows": split("validation"),
+    "winogrande": questions("winogrande", ("allenai/winogrande", "winogrande_xl"), "validation")
+    | {
         "requests": winogrande_requests,
         "metrics": lambda row, answers: {"acc": accuracy(answers, ["-", "-"], [int(row["answer"]) - 1])["acc"]},
     },
-    "hellaswag": multiple_choice(
-        "hellaswag",
-        ("Rowan/hellaswag", None),
-        split("validation"),
+    "hellaswag": questions("hellaswag", ("Rowan/hellaswag", None), "validation")
+    | multiple_choice(
         context=lambda row: hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
         choices=lambda row: [hellaswag_text(ending) for ending in row["endings"]],
         gold=lambda row: [int(row["label"])],
     ),
-    "logiqa": multiple_choice(
-        "logiqa",
-        ("EleutherAI/logiqa", "logiqa"),
-        split("test"),
+    "logiqa": questions("logiqa", ("EleutherAI/logiqa", "logiqa"), "test")
+    | multiple_choice(
         context=lambda row: (
             f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{lettered(row['options'])}Answer:"
         ),
@@ -270,10 +251,8 @@ TASKS: dict[str, Task] = {
     ),
     **{f"agieval_{name.replace('-', '_')}": agieval(name) for name in AGIEVAL_SETS},
     **{f"tydiqa_release_{code}": tydiqa_release(code) for code in TYDIQA},
-    "instructions": {
-        "hub": None,
-        "file": "instructions",
-        "rows": instructions_rows,
+    "instructions": questions("instructions", None, instructions_rows)
+    | {
         "requests": lambda row: [(row["prompt"], {"until": []} | ({"whole": True} if "whole" in row else {}))],
         "metrics": instructions_metrics,
     },
@@ -317,14 +296,12 @@ def add_groups(results: dict[str, dict]):
         for metric in metrics:
             errors = [part[metric + "_stderr"] for part in parts]
             score[metric] = sum(part[metric] * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
-            if None in errors:
-                error = None
-            elif weighted:
+            score[metric + "_stderr"] = None
+            if weighted and None not in errors:
                 total = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / (sum(sizes) - len(sizes))
-                error = math.sqrt(total / sum(sizes))
-            else:
-                error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
-            score[metric + "_stderr"] = error
+                score[metric + "_stderr"] = math.sqrt(total / sum(sizes))
+            elif None not in errors:
+                score[metric + "_stderr"] = math.sqrt(sum(e**2 for e in errors)) / len(errors)
         results[group] = score | {"n": sum(sizes)}
 
 
@@ -352,14 +329,11 @@ forget_rows = _load.cache_clear  # so that a command which is run again in one p
 
 def task_names(asked: str) -> list[str]:
     """The tasks that a comma-separated list of tasks and groups means; all: the ten benchmarks of Table 1."""
-    names = []
-    for name in asked.split(","):
-        name = name.strip()
-        for part in [task for _, task, _ in TABLE] if name == "all" else [name]:
+    names, table = [], [task for _, task, _ in TABLE]
+    for name in map(str.strip, asked.split(",")):
+        for part in table if name == "all" else [name]:
             if part not in TASKS and part not in GROUPS:
-                known = ["all", *(task for _, task, _ in TABLE), *(GROUPS.keys() - {t for _, t, _ in TABLE}), OWN[1]]
-                raise UserError(
-                    f"--tasks {part!r} is not one of {', '.join(known)}, or one of their parts, such as mmlu_anatomy"
-                )
+                known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN[1]])
+                raise UserError(f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
             names += GROUPS[part][0] if part in GROUPS else [part]
     return list(dict.fromkeys(names))

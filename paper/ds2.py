@@ -82,8 +82,7 @@ def embed(model: Transformer, examples: list[data.Example]) -> Tensor:
         ids, _ = data.collate([examples[i] for i in samples], device)
         for i, hidden in zip(samples, model(ids).float(), strict=False):  # a pass without samples has one row
             found[i] = hidden[: len(examples[i].ids)].mean(dim=0).cpu()
-    found = {i: embedding for part in ranks.gather(found) for i, embedding in part.items()}
-    return torch.stack([found[i] for i in range(len(examples))])
+    return torch.stack(evaluate.gather(found))
 
 
 def read_embeddings(path: Path, n: int) -> Tensor:

@@ -139,17 +139,12 @@ def braced_fractions(text: str) -> str:
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
 
-def of_a_word(character: str) -> bool:
-    """Whether a character belongs to a word or a number, of a script that has spaces between them."""
-    return unicodedata.category(character)[0] in "LNM" and not SPACELESS.match(character)
-
-
 def go_on(left: str, right: str) -> bool:
     """Whether a word or a number goes on from one text to the next: from "7" to "2", from "3." to "5"."""
-    if left and right and of_a_word(left[-1]) and of_a_word(right[0]):
-        return True
+    edge = left[-1:] + right[:1]
+    word = all(unicodedata.category(c)[0] in "LNM" and not SPACELESS.match(c) for c in edge)
     number = re.search(r"\d[.,]$", left) and re.match(r"\d", right)
-    return bool(number or re.search(r"\d$", left) and re.match(r"[.,]\d", right))
+    return bool(len(edge) == 2 and word or number or re.search(r"\d$", left) and re.match(r"[.,]\d", right))
 
 
 def stands_in(answer: str, text: str) -> bool:
@@ -158,13 +153,11 @@ def stands_in(answer: str, text: str) -> bool:
     "7" is no part of "72", nor "3.5" of "3.50", nor "5" of "-5", and a list, such as "1, 2", does not stand in a longer
     one. Between characters of scripts without spaces, such as Chinese, any place counts.
     """
-    place = text.find(answer)
-    while place >= 0:
-        before, after = text[:place], text[place + len(answer) :]
+    for found in re.finditer(f"(?={re.escape(answer)})", text):  # also where one begins within another
+        before, after = text[: found.start()], text[found.start() + len(answer) :]
         signed = re.search(r"(?<![\w)])[-\u2212]$", before) and re.match(r"\d", answer)
         signed = signed or re.search(r"\w$", before) and re.match(r"[-\u2212]\d", answer)
         longer = "," in answer and (re.match(r",\s?[\w-]+([.,;:!?]|$)", after) or re.search(r",\s?$", before))
         if not (signed or longer or go_on(before, answer) or go_on(answer, after)):
             return True
-        place = text.find(answer, place + 1)
     return False
