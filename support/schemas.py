@@ -215,28 +215,23 @@ def tree_conversations(root: dict) -> list[list[Message]]:
     Of assistant replies the one ranked best (lowest; unranked last) is followed, of user replies each. Deleted messages
     are left out, and so are a last question that nobody answered, and a path that is the head of another.
     """
-    places = {}  # (the place before it, role, text): its place, one for two that say the same
-    waiting = [] if flag(root.get("deleted")) else [(root, None)]
+    paths = {}  # (role, text) of every message down to one: the same without that one; two that say the same are one
+    waiting = [] if flag(root.get("deleted")) else [(root, ())]
     while waiting:
         node, before = waiting.pop()
         if key := refused(node, REFUSED_COLUMNS, TREE_READS):
             raise UserError(f"a message has {key}, which is not implemented")
         said = message(node["role"], node["text"])
-        place = places.setdefault((before, *said.values()), len(places))
+        path = (*before, tuple(said.values()))
+        paths[path] = before
         replies = [reply for reply in node.get("replies") or () if not flag(reply.get("deleted"))]
         if said["role"] == "user" and replies:  # so they are the assistant's
             replies = [min(replies, key=lambda reply: math.inf if absent(reply.get("rank")) else float(reply["rank"]))]
-        waiting += [(reply, place) for reply in reversed(replies)]
-    lines, answered = list(places), {before for before, _, _ in places}
-    kept = {place for place, (_, role, _) in enumerate(lines) if role != "user" or place in answered}
-    paths, heads = [], {lines[place][0] for place in kept}
-    for place in sorted(kept - heads):
-        path = []
-        while place is not None:
-            place, role, text = lines[place]
-            path.append({"role": role, "content": text})
-        paths.append(path[::-1])
-    return paths
+        waiting += [(reply, path) for reply in reversed(replies)]
+    answered = set(paths.values())
+    kept = {path: before for path, before in paths.items() if path[-1][0] != "user" or path in answered}
+    heads = set(kept.values())
+    return [[message(*said) for said in path] for path in kept if path not in heads]
 
 
 def conversations(rows: list[dict], source: str = "data", account: Account | None = None) -> list[list[Message]]:
