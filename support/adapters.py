@@ -8,7 +8,7 @@ import pyarrow.compute
 from torch import nn
 
 from support.checkpoint import check, find_folder, is_off, open_safetensors, stored_in, write_tensors
-from support.files import UserError, is_count, is_number, read_json
+from support.files import UserError, is_count, is_number, read_json, told
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "run.json"]
 PREFIX = "base_model.model."
@@ -94,11 +94,9 @@ def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) 
         if isinstance(given, list):
             ends = tuple(f".{name}" for name in given)
             return {name for name in among if f".{name}".endswith(ends)}
-        try:
+        with told(f"{folder}: {given[:60]!r} is no pattern that can be matched here"):
             re.compile(given)  # peft's language; RE2, which knows most of it, needs no longer for any pattern
             found = pyarrow.compute.match_substring_regex(pyarrow.array(among, "string"), f"^(?:{given})$")
-        except (re.error, RecursionError, OverflowError, pyarrow.ArrowInvalid) as reason:
-            raise UserError(f"{folder}: {given[:60]!r} is no pattern that can be matched here: {reason}") from None
         return {name for name, matched in zip(among, found.to_pylist(), strict=True) if matched}
 
     targets, excluded, only = names("target_modules"), names("exclude_modules") or [], config.get("layers_to_transform")

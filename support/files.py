@@ -16,6 +16,18 @@ class UserError(ValueError):
     """A mistake in what the user gave (a file, a row, a flag, a tensor); its message says what and where."""
 
 
+@contextlib.contextmanager
+def told(what: str):
+    """A context in which whatever a library or the system raises becomes a UserError: `what` and its reason."""
+    try:
+        yield
+    except BaseException as reason:  # as where tokenizers' Rust code panics
+        caught = isinstance(reason, Exception) or type(reason).__name__ == "PanicException"
+        if isinstance(reason, UserError) or not caught:
+            raise
+        raise UserError(f"{what}: {reason}") from None
+
+
 def readable(path: Path, most: int = 2**28) -> Path:
     """`path`, if it is a regular file of at most `most` bytes; else OSError, of which a reader makes a UserError."""
     check_regular(path)

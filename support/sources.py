@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow.parquet
 
 from support.checkpoint import find_folder
-from support.files import UserError, read_json, readable
+from support.files import UserError, read_json, readable, told
 
 KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # behind the kind: rows.jsonl.gz
@@ -103,7 +103,7 @@ def kind_of(path: Path | str) -> str | None:
 def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
     """The rows of a file of one of KINDS, one by one. A UserError names the file and, where it can, the line."""
     kind, account = kind_of(path), account or Account()
-    try:
+    with told(f"{path} cannot be read"):  # by a reader's error, the system's, or that of a date that nobody has
         readable(path, sys.maxsize)
         if kind in ("parquet", "arrow"):
             for batch in _batches(path, kind):
@@ -113,10 +113,6 @@ def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
             read = _csv_rows if kind == "csv" else _json_rows
             with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
                 yield from read(file, path, account)
-    except UserError:
-        raise
-    except Exception as reason:  # a reader's own, the system's, or that of a date or time zone that nobody has
-        raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def _batches(path: Path, kind: str) -> Iterable[pyarrow.RecordBatch]:
@@ -315,11 +311,8 @@ def find_files(source: str, account: Account) -> list[Path]:
     if kind_of(path):
         if rest:
             raise UserError(f"{source}: {name} is one file, it has no split {split}")
-        try:
-            readable(path, sys.maxsize)
-        except (OSError, ValueError) as reason:
-            raise UserError(f"{name} cannot be read: {reason}") from None
-        return [path]
+        with told(f"{name} cannot be read"):
+            return [readable(path, sys.maxsize)]
     if name.count("/") == 2 and not name.startswith(("/", ".")):
         of, part = name.rsplit("/", 1)
         raise UserError(f"{name} is no file; a configuration of {of} is {of}:{part}:train")

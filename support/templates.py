@@ -17,7 +17,7 @@ import jinja2.sandbox
 
 from support.adapters import find_adapter
 from support.checkpoint import tokenizer_settings
-from support.files import UserError, read_json, readable
+from support.files import UserError, read_json, readable, told
 
 # Characters that stand in no text: within a control token that a text only spells, around what a template generates
 GUARD, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -62,11 +62,6 @@ def compile_template(text: str) -> jinja2.Template:
     sandbox.filters["tojson"] = lambda it, ensure_ascii=False, **how: json.dumps(it, ensure_ascii=ensure_ascii, **how)
     sandbox.filters["generated"] = lambda written: OPEN + written + CLOSE
     return sandbox.from_string(text)
-
-
-def guarded(token: str) -> str:
-    """A control token as a text that is not it, for the template as for the tokenizer."""
-    return token[0] + GUARD + token[1:]
 
 
 @contextlib.contextmanager
@@ -187,10 +182,8 @@ def find_template(folder: Path) -> str:
     if isinstance(text, list):  # several, each with its name
         text = next((it.get("template") for it in text if isinstance(it, dict) and it.get("name") == "default"), None)
     if file.exists():
-        try:
+        with told(f"{file} cannot be read"):
             text = readable(file).read_text(encoding="utf-8")
-        except (OSError, ValueError) as reason:
-            raise UserError(f"{file} cannot be read: {reason}") from None
     if not isinstance(text, str):
         raise UserError(f"{folder} has no chat template: leave --template out, for that of Appendix A.1")
     return text

@@ -12,24 +12,12 @@ from jinja2.nodes import Call, Compare, Const
 from tokenizers import AddedToken
 
 from support.checkpoint import TOKENIZER_FILES, check, find_checkpoint, special_token, tokenizer_settings
-from support.files import UserError, read_json
-from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template, guarded, running, variables
+from support.files import UserError, read_json, told
+from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template, running, variables
 
 SAID = re.compile(f"{GUARD}?(.)", re.DOTALL)  # a character that a row says, without what keeps it from being control
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-
-
-@contextmanager
-def told(what: str):
-    """A context in which whatever the tokenizers library raises becomes a UserError: `what` and its reason."""
-    try:
-        yield
-    except BaseException as reason:  # as where its Rust code panics
-        caught = isinstance(reason, Exception) or type(reason).__name__ == "PanicException"
-        if isinstance(reason, UserError) or not caught:
-            raise
-        raise UserError(f"{what}: {reason}") from None
 
 
 @contextmanager
@@ -87,8 +75,8 @@ class Tokenizer:
         self.unsteady = {token.content for token in odd}
 
     def guard(self, text: str) -> str:
-        """What a row says, for a template: each control token that it spells is kept from being one."""
-        return self.spelled.sub(lambda found: guarded(found[0]), text.replace(GUARD, GUARD * 2))
+        """What a row says, for a template: a GUARD within each control token that it spells keeps it from being one."""
+        return self.spelled.sub(lambda found: found[0][0] + GUARD + found[0][1:], text.replace(GUARD, GUARD * 2))
 
     def read(self, text: str) -> list[tuple[int, int, int]]:
         """`places` of what a template wrote, control tokens too, as transformers reads it: whole.
