@@ -1,8 +1,4 @@
-"""How a run went: the curves of its log, and what the tokens' two signals were at its snapshots.
-
-The second view of the explorer (visualize.py). All of it comes from a run's folder, while it trains or after; the
-distributions, from the samples that the page holds.
-"""
+"""How a run went, the explorer's second view: the curves of its log, and the tokens' two signals at its snapshots."""
 
 import html
 import math
@@ -98,8 +94,7 @@ def find_states(adapters: list[str], model: Transformer) -> list[State]:
 def with_states(logs: list[dict], states: list[State]) -> list[dict]:
     """The runs of the page: those of `logs`, and those of its models that have a log.
 
-    Each with "states", {step: the number of the model after it}. Of two runs with one name, each is called by its
-    folder.
+    Each with "states", {step: the number of the model after it}. Of two with one name, each is called by its folder.
     """
     given, shown = {run["folder"]: run for run in logs}, {}
     for number, state in enumerate(states):

@@ -274,10 +274,7 @@ def long_tail(embeddings: Tensor) -> Tensor:
 
 
 def select(curated: Tensor, distance: Tensor, top: int) -> Tensor:
-    """The `top` samples by curated rating, and among equals by long-tail score, the highest first: (top,) indices.
-
-    So every rating that fits is there whole, and the one that does not is filled with what lies farthest out.
-    """
+    """The `top` samples by curated rating, and among equals by long-tail score, the highest first: (top,) indices."""
     by_distance = distance.sort(descending=True, stable=True).indices
     return by_distance[curated[by_distance].sort(descending=True, stable=True).indices][:top]
 
@@ -295,10 +292,8 @@ def parse_arguments(argv: list[str] | None = None):
     add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows as train.py reads them, a conversation each")
     add("--limit", type=int, bound="at least 1", metavar="N", help="take the first N rows of each source")
     add("--max-length", type=int, bound="at least 2", default=1024, help="cut samples to this many tokens")
-    add("--out", required=True, metavar="FILE", help="JSON lines, the best first: messages, rating, curated, "
-        "long_tail, selected, and in the column row the whole row as it was")
-    add("--cache", metavar="DIR", help=f"where ratings and embeddings are kept, {PART} samples at a time, so that a "
-        "run that was stopped goes on; default: OUT.kept")
+    add("--out", required=True, metavar="FILE", help="JSON lines, the best first, each with its row as it was")
+    add("--cache", metavar="DIR", help="where ratings and embeddings are kept, to go on from; default: OUT.kept")
     add = parser.group("selection")
     add("--top", type=int, bound="at least 1", default=10_000, metavar="K", help="how many samples to select")
     add("--rating-field", metavar="COLUMN", help="take the ratings, 0, 1, 2, 3, 4 or 5, from this column instead")

@@ -1,8 +1,4 @@
-"""How an answer is graded: a choice by its likelihood, what is written by the right answers.
-
-What lm-evaluation-harness 0.4.13 and SQuAD have is theirs to the letter; last, for rows of one's own, whether an answer
-stands in a text.
-"""
+"""How an answer is graded: by lm-evaluation-harness 0.4.13 and SQuAD, to the letter; last, in rows of one's own."""
 
 import re
 import string

@@ -3,9 +3,8 @@
     python -m paper.reproduce --table 1 --model meta-llama/Llama-3.2-3B --out results/llama [-- flags of train.py]
 
 A cell is one method with one seed: a run of train.py in a folder of its own under --out, with evaluate.py's results
-beside it. A cell that is complete is not run again, so the same command goes on where it was stopped, and tables that
-share a cell share its run. All cells share every setting but what their row's name says. tables.py writes what came of
-them.
+beside it. A cell that is complete is not run again: the same command goes on where it was stopped, and tables share
+their cells, which share every setting but what their row's name says. tables.py writes what came of them.
 """
 
 import argparse
@@ -223,12 +222,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
         help="1: methods, with Figure 2. 2: the attention's layer. 3: gamma, with Figure 3a. 4: rho, with Figure 3b. "
         "5: methods x rho")
-    add("--methods", metavar="ROW[,ROW...]", help="only these rows, by their methods (base, full, sstoken, ...). "
-        f"Table 1 also has, where they are named: {', '.join(EXTRA)}")
+    add("--methods", metavar="ROW[,ROW...]", help=f"only these rows; table 1 also has {', '.join(EXTRA)}")
     add("--seeds", type=int, bound="above 0", default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
     add("--rho", type=float, bound="in (0, 1]",
-        help="share of tokens where a table does not vary it; default: 0.8 for Qwen-2.5-14B, 0.6 for others, as in "
-        "Sec. 4.2")
+        help="share of tokens where a table does not vary it; default (Sec. 4.2): 0.8 for Qwen-2.5-14B, else 0.6")
     add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
     add = parser.group("training")
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
@@ -242,16 +239,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reference-top", type=int, bound="above 0", metavar="K",
         help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
-    add("--reference-by", choices=("ds2",), help="have the model rate the rows first, and take DS2's --reference-top "
-        "(10000) of them")
+    add("--reference-by", choices=("ds2",), help="have the model rate the rows first, and take DS2's (10000) best")
     add = parser.group("evaluation (Appendix A.2)")
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
     add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows; default: the hub's data sets")
     add("--eval-limit", type=float, bound="above 0", metavar="N",
         help="the first N rows of each task; below 1: this share of them")
     add = parser.group("machine")
-    add("--launcher", metavar="COMMAND", help="what starts train.py and evaluate.py instead of Python, such as "
-        "'torchrun --nproc_per_node 8'")
+    add("--launcher", metavar="COMMAND", help="instead of Python, such as 'torchrun --nproc_per_node 8'")
     # fmt: on
     command.add_flags(parser)
     args = parser.parse_args(argv)

@@ -3,11 +3,8 @@
     python -m paper.visualize --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
     python -m paper.visualize --run DIR [--run DIR ...]
 
-The page holds, for every response token, the losses of the base model and of each adapter, its attention score at the
-chosen layers and, with a reference, that model's loss. The reader moves gamma and rho, and the page selects as
-sstoken.py does: from the same values, rounded as they are stored, in the same order of operations. It needs no network
-and no server. `--text` prints the same highlighting on the terminal instead. Its second view are the runs' curves
-(curves.py), which `--run` shows alone.
+The reader moves gamma and rho, and the page selects as sstoken.py does: from the same values, rounded as they are
+stored, in the same order of operations. Its second view are the runs' curves (curves.py), which `--run` shows alone.
 """
 
 import argparse
@@ -284,12 +281,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.group("models")
     add("--run", action="append", default=[], metavar="DIR",
-        help="a run's folder whose curves are to be shown, while it trains or after; needs no --model. May be given "
-        "again; those of every --adapter are shown anyway")
+        help="a run's folder whose curves are shown beside those of every --adapter, while it trains or after")
     add("--model", help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--adapter", action="append", default=[], metavar="NAME|DIR",
-        help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page. May be given again")
+        help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page")
     add("--reference", metavar="NAME|DIR",
         help="a reference model, as train.py's, for excess loss (Eq. 2): an adapter, or a whole model")
     add("--layers", default="deep",
