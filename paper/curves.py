@@ -111,8 +111,6 @@ def with_states(logs: list[dict], states: list[State]) -> list[dict]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------- without JavaScript
-
 # The columns of a table: what each is called, and how its numbers are written
 COLUMNS = {"step": "", "loss": ".4f", "held-out loss": ".4f"}
 COLUMNS |= {"learning rate": ".2e", "share selected": ".1%", "tokens/s": ",.0f"}

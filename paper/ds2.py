@@ -292,7 +292,8 @@ def parse_arguments(argv: list[str] | None = None):
     add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows as train.py reads them, a conversation each")
     add("--limit", type=int, bound="at least 1", metavar="N", help="take the first N rows of each source")
     add("--max-length", type=int, bound="at least 2", default=1024, help="cut samples to this many tokens")
-    add("--out", required=True, metavar="FILE", help="JSON lines, the best first, each with its row as it was")
+    add("--out", required=True, metavar="FILE", help="JSON lines, the best first: messages, rating, curated, "
+        "long_tail, selected, and in the column row the whole row as it was")
     add("--cache", metavar="DIR", help="where ratings and embeddings are kept, to go on from; default: OUT.kept")
     add = parser.group("selection")
     add("--top", type=int, bound="at least 1", default=10_000, metavar="K", help="how many samples to select")

@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-# ------------------------------------------------------------------------------------------------ several choices
-
 
 def accuracy(answers: list, choices: list[str], gold: list[int]) -> dict[str, float]:
     """Is the likeliest choice in `gold`, the right ones (acc)? And the likeliest per character (acc_norm)?"""
@@ -24,9 +22,6 @@ def true_share(answers: list, labels: list[int]) -> float:
     log_p = np.array([log_p for log_p, _ in answers])
     probability = np.exp(log_p - log_p.max())  # so that not all of them are too small to be told from zero
     return float((probability / probability.sum())[np.array(labels) == 1].sum())
-
-
-# --------------------------------------------------------------------------------------------------- written answers
 
 
 def one_of(answer: str, right: list[str]) -> float:
@@ -61,9 +56,6 @@ def tydiqa_words(text: str, code: str) -> str:
 def squad_words(text: str) -> str:
     """What SQuAD compares of an answer."""
     return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text.lower() if c not in string.punctuation))
-
-
-# -------------------------------------------------------------------------------------------- AGIEval's mathematics
 
 
 def same_number(text: str, gold: str) -> bool:
@@ -128,8 +120,6 @@ def braced_fractions(text: str) -> str:
         head += "\\frac" + fraction
     return head
 
-
-# -------------------------------------------------------------------------------------------------- your own rows
 
 # Scripts that are written without spaces, or whose words carry endings: kana, Han, Hangul, Thai, Lao, Burmese, Khmer
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")

@@ -16,8 +16,6 @@ from support.files import UserError, read_json, write_json, write_whole
 
 PAPER = Path(__file__).with_name("paper.json")
 
-# ------------------------------------------------------------------------------------------------ over the seeds
-
 
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """Student's t: the value that a share `probability` of the distribution lies below, for 95 % intervals 0.975.
@@ -32,7 +30,9 @@ def t_quantile(freedom: int, probability: float = 0.975) -> float:
 
 def interval(values: list[float]) -> float | None:
     """Half the width of the mean's 95 % interval over seeds; None for a single one."""
-    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 class Line(NamedTuple):
@@ -46,9 +46,6 @@ class Line(NamedTuple):
     def means(self) -> list[tuple[float, float | None]]:
         """For each column the mean over seeds and half the width of its interval."""
         return [(mean(values), interval(values)) for values in zip(*self.scores, strict=True)]
-
-
-# ---------------------------------------------------------------------------------------------- the paper's numbers
 
 
 def plain_name(model: str) -> str:
@@ -70,9 +67,6 @@ def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[s
         asked = [values[given["columns"].index(column)] for column in columns]
         found[label] = [*asked, average if len(asked) == len(values) else mean(asked)]
     return base, found
-
-
-# ------------------------------------------------------------------------------------------------------------ text
 
 
 def markdown(lines: list[Line], columns: list[str], paper: dict[str, list[float]], heading: str) -> str:
@@ -113,12 +107,10 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
     write_whole(out / f"table{args.table}.md", lambda path: path.write_text(text, encoding="utf-8"))
     record = {"arguments": vars(args), "versions": machine.versions(), "columns": names, "rows": {}}
     for line in lines:
-        ours = dict(zip(("mean", "interval"), zip(*line.means(), strict=True), strict=True))
-        record["rows"][line.label] = {key: value for key, value in line._asdict().items() if key != "label"} | ours
+        means, halves = zip(*line.means(), strict=True)
+        record["rows"][line.label] = {"seeds": line.seeds, "scores": line.scores, "seconds": line.seconds}
+        record["rows"][line.label] |= {"mean": means, "interval": halves}
     write_json(out / f"table{args.table}.json", record | {"paper": {base: paper}})
-
-
-# --------------------------------------------------------------------------------------------------------- figures
 
 
 def find_pyplot():
