@@ -234,10 +234,9 @@ def generation_settings(model: nn.Module, tokenizer) -> dict:
         if (value := settings.get(key)) not in (None, False, "", [], {}, *neutral):
             raise UserError(f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding")
     penalty = settings.get("repetition_penalty")
-    penalty = 1.0 if penalty is None else penalty
-    if not is_number(penalty) or penalty <= 0:
+    if penalty is not None and not (is_number(penalty) and penalty > 0):
         raise UserError(f"{where}: repetition_penalty is {penalty!r}, not a number above 0")
-    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty}
+    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty or 1.0}
 
 
 def named_ends(settings: dict, where) -> list[int]:

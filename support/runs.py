@@ -1,8 +1,4 @@
-"""What a run keeps: its folder, its checkpoints, and how it goes on after a stop.
-
-The folder holds an adapter in peft's format, run.json (every argument, versions, seed), log.jsonl (a line an optimizer
-step), the last two checkpoints and, where asked for, merged/ (a whole model) and snapshots of the adapter, step-.../.
-"""
+"""What a run keeps, FILES, checkpoints and snapshots in a folder, and how it goes on after a stop."""
 
 import contextlib
 import functools

@@ -1,7 +1,4 @@
-"""A checkpoint's own chat template (--template model): a conversation as its ids, and which of them are supervised.
-
-It is a program in Jinja, and runs in jinja2's sandbox, as in transformers. That of Appendix A.1 is data.encode's.
-"""
+"""A checkpoint's own chat template (--template model), a program in Jinja: a conversation as ids, which supervised."""
 
 import bisect
 import contextlib
@@ -18,6 +15,7 @@ import jinja2.sandbox
 from support.adapters import find_adapter
 from support.checkpoint import tokenizer_settings
 from support.files import UserError, read_json, readable, told
+from support.runs import read_record
 
 # Characters that stand in no text: within a control token that a text only spells, around what a template generates
 GUARD, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -138,10 +136,8 @@ class ChatTemplate:
                 continue
             before, after = self._bounds(turns, number)
             if not (after.startswith(before) and text.startswith(after)):
-                raise UserError(
-                    f"{self.of} writes what was said before otherwise once more is said, or an answer otherwise "
-                    "than it asks for one: its prefixes do not grow, so no mask can be read from them"
-                )
+                why = "its prefixes do not grow as more is said, so no mask can be read from them"
+                raise UserError(f"{self.of} writes what stands before an answer in several ways: {why}")
             start, end = len(before), len(after)
             if message.get("weight", 1) != 0:
                 last = max((found.end() for found in self.tokenizer.spelled.finditer(text, start, end)), default=end)
@@ -194,9 +190,8 @@ def trained_in(adapters: list[str]) -> str:
     found = {}
     for adapter in adapters:
         folder = Path(adapter) if (Path(adapter) / "run.json").exists() else find_adapter(adapter)
-        records = [place / "run.json" for place in (folder, folder.parent)]  # a snapshot lies in its run
-        held = next((read_json(record) for record in records if record.exists()), {}).get("arguments")
-        found[adapter] = held.get("template", "paper") if isinstance(held, dict) else "paper"
+        record = read_record(folder) or read_record(folder.parent)  # a snapshot lies in its run
+        found[adapter] = record.get("arguments", {}).get("template", "paper")
     if len(set(found.values())) > 1:
         which = ", ".join(f"{adapter} in the {template}'s" for adapter, template in found.items())
         raise UserError(f"--adapter: these were trained in different templates: {which}; take them one by one")
