@@ -34,8 +34,7 @@ CLASS_TOKENS = {
     "Qwen2Tokenizer": dict.fromkeys(["unk_token", "eos_token", "pad_token"], "<|endoftext|>"),
     "GPT2Tokenizer": dict.fromkeys(["unk_token", "bos_token", "eos_token"], "<|endoftext|>"),
 }
-# Keys of config.json. Those that are read below; those of which one value is implemented; and those that change no
-# logits of these families, whatever they say: what it was made with, its tokens, training, labels, how text is drawn.
+# Keys of config.json: those read below, those of which one value is implemented, and FREE_KEYS, which change no logits
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")

@@ -33,8 +33,8 @@ class SharedPrefix:
 class Row:
     """The `number`-th prompt and what is written after it, in `ids`; `guess`: what may come next.
 
-    That is what came next where the last tokens stood before ("prompt lookup decoding", Saxena 2023). The model checks
-    a guess in one step; what it would not have written is dropped, so the result does not depend on it.
+    That is what came next where the last tokens stood before ("prompt lookup decoding", Saxena 2023). Of a guess only
+    what the model would have written is kept.
     """
 
     def __init__(self, number: int, prompt: list[int]):
@@ -151,8 +151,7 @@ def generate(
     stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
     batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
     all that they may become (at least one prompt in either case). ended: is told each prompt that is done.
-    repetition_penalty: divides the logits above zero, and multiplies those below, of the tokens that stand in a row
-    already (Keskar et al., 2019).
+    repetition_penalty: of the tokens that stand in a row already (Keskar et al., 2019).
     """
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
@@ -208,8 +207,7 @@ def generate(
     return produced
 
 
-# Settings that would change what greedy decoding writes -> the values that do not, beside those that are off. Others
-# are for sampling, which lm-eval switches off, for speed, or for what is returned.
+# Settings that would change what greedy decoding writes -> the values that do not, beside those that are off
 ONE = "num_beams num_beam_groups num_return_sequences encoder_repetition_penalty guidance_scale"
 OFF = """
 no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens max_new_tokens max_time stop_strings

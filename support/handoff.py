@@ -31,10 +31,7 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
-    """Write to `folder` the tokenizer's files of `source`, with the run's template in place of any that they hold.
-
-    Where a whole model lies there, what generates from it is told of the run's end of an answer.
-    """
+    """Write to `folder` the tokenizer's files of `source`, with the run's template; a model there is told its ends."""
     # a template stands in both places that are read, by older and by newer programs
     template = tokenizer.template.text if tokenizer.template else chat_template(tokenizer)
     settings = {key: value for key, value in tokenizer_settings(source).items() if value is not None}

@@ -93,8 +93,7 @@ class _ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v, causal: q (B, H, L, d), k and v (B, H_kv, L, d) -> (B, H, L, d), on a CPU.
 
     For short sequences twice as fast there as the fused kernel. A block of queries at a time meets the keys up to its
-    own end: half of the L^2 scores are never computed. Scores and softmax are float32 as in the fused kernel, which
-    computes them again in its backward pass; here they are kept, in q's dtype.
+    own end. Scores and softmax are float32; for the backward pass they are kept, in q's dtype.
     """
 
     @staticmethod

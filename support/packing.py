@@ -23,8 +23,7 @@ def pass_cost(device: torch.device) -> int:
 def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None) -> list[int]:
     """Where to cut `lengths`, the longest first, into groups of at most `most`, and of so many padded `tokens`.
 
-    A group costs its size times its longest length, which is what a padded batch computes, and `pass_cost` more. The
-    cuts are the cheapest: the best way to cut the first n lengths is the best for some shorter head, and one group.
+    A group costs its size times its longest length, and `pass_cost` more. The cuts are the cheapest, head by head.
     """
     best = [(0, 0)]  # of the cheapest way to cut the first n lengths: what it costs, and where its last group starts
     for end in range(1, len(lengths) + 1):
@@ -69,8 +68,7 @@ def encode_contexts(tokenizer, requests: list[tuple[str, dict]], vocab_size: int
 def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int, vocab_size=None) -> list[Scored]:
     """(context, continuation) in tokens, cut on the left to what the model reads.
 
-    Spaces at the end of a context belong to the continuation. Both are encoded together and split where the context,
-    encoded alone, ends: so a token across the boundary falls to the side where its position puts it.
+    Spaces at a context's end belong to the continuation. The pair is split where the context, encoded alone, ends.
     """
     pairs = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
     texts = [text for context, rest in pairs for text in (context, context + rest)]
@@ -122,8 +120,7 @@ class Tree:
 def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
     """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
 
-    A request joins the tree before it where that costs less than a tree of its own. A tree of n tokens costs
-    n * (ratio + n) comparisons of two tokens: each is compared with all, and its way through the weights costs `ratio`.
+    A request joins the tree before it where that is cheaper. n tokens cost n * (ratio + n) comparisons of two tokens.
     """
 
     def price(n):

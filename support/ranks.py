@@ -77,9 +77,8 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
 def shard(model: nn.Module, probed: nn.Module, device: torch.device):
     """Cut the frozen weights of `model`, on the meta device, into one part a rank (FSDP2), and read this rank's part.
 
-    A layer's weights are gathered when it computes and dropped after; adapters stay whole, and are to be drawn after
-    this. What is used outside its module's forward pass stays until the backward pass comes by: the `probed` layer for
-    the attention score, embedding and head (the root's) for the loss.
+    A layer's weights are there while it computes. Adapters stay whole, and are to be drawn after this. What is used
+    outside its module's forward pass stays until the backward pass: the `probed` layer, the embedding, the head.
     """
     from torch.distributed.fsdp import fully_shard
 

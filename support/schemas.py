@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from support.checkpoint import check
 from support.files import UserError
 from support.sources import Account, visible
 
@@ -108,10 +109,8 @@ def text_of(role: str, content) -> str:
             if key := refused(part, REFUSED_KEYS, {"type", "text"}):
                 raise UserError(f"a part of the {role}'s content has {key}, which is not implemented")
         return "".join(text_of(role, part.get("text")) for part in content)
-    if not isinstance(content, str):
-        raise UserError(f"the {role}'s content is {type(content).__name__}, not text")
-    if visible(content) != content:
-        raise UserError(f"the {role}'s content holds half of a surrogate pair, which is no character")
+    check(isinstance(content, str), f"the {role}'s content is {type(content).__name__}, not text")
+    check(visible(content) == content, f"the {role}'s content holds half of a surrogate pair, which is no character")
     return content
 
 
@@ -125,8 +124,7 @@ def message(role, content) -> Message:
 
 def turn(given: dict, account: Account) -> Message:
     """A message from an object of a list; KEYS names its role and its content, MARKS whether it is supervised."""
-    if not isinstance(given, dict):
-        raise UserError(f"a message is {type(given).__name__}, not an object with a role and a content")
+    check(isinstance(given, dict), f"a message is {type(given).__name__}, not an object with a role and a content")
     marks = {key: flag(mark) for key, mark in given.items() if plain(key) in MARKS and not absent(mark)}
     keys = first_there(KEYS, given) or KEYS[0]
     if key := refused(given, REFUSED_KEYS, {*keys, *marks}):
@@ -134,10 +132,8 @@ def turn(given: dict, account: Account) -> Message:
     found = message(*map(given.get, keys))
     said = ", ".join(f"{key} {given[key]!r:.60}" for key in marks)
     supervised = {mark == MARKS[plain(key)] for key, mark in marks.items()}
-    if None in marks.values():
-        raise UserError(f"a message has {said}: it is supervised or not, 1 or 0")
-    if len(supervised) > 1:
-        raise UserError(f"a message has {said}, which disagree")
+    check(None not in marks.values(), f"a message has {said}: it is supervised or not, 1 or 0")
+    check(len(supervised) <= 1, f"a message has {said}, which disagree")
     if found["role"] != "assistant" and True in supervised:
         raise UserError(f"a {found['role']}'s message has {said}: only the assistant's are supervised")
     if found["role"] == "assistant" and False in supervised:
@@ -161,14 +157,12 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
         for name, role in zip(schema, SPEAKERS, strict=True)
     )
     extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema]]
-    if len(extras) > 1:
-        raise UserError("both input and context: one of them is the text that follows the instruction")
+    check(len(extras) <= 1, "both input and context: one of them is the text that follows the instruction")
     for name in extras:
         question[-1]["content"] += "\n" + text_of("user", row[name])
     wrong = "history is no list of [question, answer]"  # LLaMA-Factory's: earlier turns, supervised as any other
     earlier = [] if absent(row.get("history")) else listed(row["history"], wrong)
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
-        raise UserError(wrong)
+    check(all(isinstance(pair, list) and len(pair) == 2 for pair in earlier), wrong)
     said = [message(role, text) for pair in earlier for role, text in zip(SPEAKERS, pair, strict=True)]
     # what is a prompt is not supervised
     return said + [given | {"weight": 0} if given["role"] == "assistant" else given for given in question] + answer
@@ -176,8 +170,7 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
 
 def find_schema(row: dict) -> tuple[str, ...]:
     """The columns that tell which schema a row is of; UserError with its columns if it is of none."""
-    if not isinstance(row, dict):
-        raise UserError(f"a {type(row).__name__}, not an object with columns")
+    check(isinstance(row, dict), f"a {type(row).__name__}, not an object with columns")
     if isinstance(row.get("prompt"), dict) and row.get("completion") is None:
         return TREE
     if schema := first_there((NODE, *SCHEMAS), row):
@@ -237,9 +230,8 @@ def tree_conversations(root: dict) -> list[list[Message]]:
 def conversations(rows: list[dict], source: str = "data", account: Account | None = None) -> list[list[Message]]:
     """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
 
-    Schemas: messages; prompt/completion; Alpaca; Dolly; ShareGPT; OpenAssistant (whole trees, or a message a row).
-    Raises UserError with source, row (from 1) and columns where one fits none of them, or another than those before
-    it; an account that skips bad rows counts them instead.
+    Raises UserError with source, row (from 1) and columns where one fits no schema of SCHEMAS or OpenAssistant's, or
+    another than those before it; an account that skips bad rows counts them instead.
     """
     account, found, first, schema = account or Account(), [], None, ()
     numbers, replies = {}, defaultdict(list)  # of OpenAssistant's messages by their ids; the roots reply to None

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from support.checkpoint import find_folder
+from support.checkpoint import check, find_folder
 from support.files import UserError, read_json, readable, told
 
 KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
@@ -289,8 +289,7 @@ def source_names(sources: str) -> list[str]:
         size = next((n for n in range(len(rest), 1, -1) if os.path.exists(",".join(rest[:n]).strip())), 1)
         found.append(",".join(rest[:size]).strip())
         rest = rest[size:]
-    if not any(found):
-        raise UserError(f"--data names no source: {sources!r}")
+    check(any(found), f"--data names no source: {sources!r}")
     return [name for name in found if name]
 
 
@@ -309,8 +308,7 @@ def find_files(source: str, account: Account) -> list[Path]:
     if os.path.isfile(name) and not kind_of(path):
         raise UserError(f"{source} is no .{', .'.join(KINDS)} file, as it is or packed ({', '.join(OPENERS)})")
     if kind_of(path):
-        if rest:
-            raise UserError(f"{source}: {name} is one file, it has no split {split}")
+        check(not rest, f"{source}: {name} is one file, it has no split {split}")
         with told(f"{name} cannot be read"):
             return [readable(path, sys.maxsize)]
     if name.count("/") == 2 and not name.startswith(("/", ".")):
@@ -342,8 +340,7 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
                     ratings[source, number] = value
             if (source, number) not in ratings:
                 account.refuse(f"{source}, row {number}", f"column {field} holds {rating!r:.60}, not a rating")
-    if len(ratings) < top:
-        raise UserError(f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
+    check(len(ratings) >= top, f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
     best = set(sorted(ratings, key=ratings.get, reverse=True)[:top])
     return {name: [row for i, row in enumerate(found, 1) if (name, i) in best] for name, found in rows.items()}
 

@@ -13,7 +13,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from support.adapters import find_adapter
-from support.checkpoint import tokenizer_settings
+from support.checkpoint import check, tokenizer_settings
 from support.files import UserError, read_json, readable, told
 from support.runs import read_record
 
@@ -83,8 +83,7 @@ class ChatTemplate:
             self.compiled = compile_template(text)
         self.variables = variables(folder)
         ends = tokenizer.spelled.findall(self.render(PROBE).rpartition(PROBE[-1]["content"])[2])
-        if not ends:
-            raise UserError(f"{self.of} puts no control token behind an answer: a model would not learn to end it")
+        check(ends, f"{self.of} puts no control token behind an answer: a model would not learn to end it")
         self.end = ends[0]
 
     def render(self, messages: list[dict], ask: bool = False) -> str:
@@ -123,9 +122,8 @@ class ChatTemplate:
         """A conversation's ids, and whether each is supervised: what transformers' apply_chat_template gives.
 
         Supervised is what the template marks as generated, and where it marks nothing each answer, from where a prompt
-        for it ends to the last control token behind it; but no message of weight 0, and never the first token, which
-        nothing predicts. A token that straddles the boundary belongs to the prompt, and so does white space that an
-        answer begins with.
+        for it ends to the last control token behind it; but no message of weight 0, and never the first token. A token
+        across the boundary belongs to the prompt, and so does white space that an answer begins with.
         """
         turns = self._turns(messages)
         text, marks = self._write(turns)
@@ -180,8 +178,7 @@ def find_template(folder: Path) -> str:
     if file.exists():
         with told(f"{file} cannot be read"):
             text = readable(file).read_text(encoding="utf-8")
-    if not isinstance(text, str):
-        raise UserError(f"{folder} has no chat template: leave --template out, for that of Appendix A.1")
+    check(isinstance(text, str), f"{folder} has no chat template: leave --template out, for that of Appendix A.1")
     return text
 
 
