@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def reuse_memory():
-    """Have glibc keep the memory that large tensors leave, instead of pages that the kernel must clear; else nothing."""
+    """Have glibc keep the memory that large tensors leave: the kernel would clear each page anew. Else does nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages from 2 MiB on; torch reads it at its first tensor
     # torch and oneDNN each keep what they prepared for the last 1,024 shapes, hundreds of MiB; a layer has few dozen
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
