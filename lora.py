@@ -8,15 +8,15 @@ import argparse
 import math
 import random
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Transformer
+from model import Transformer, response_nll
+from sstoken import ema_update
 from support import ranks
-from support.adapters import PREFIX, find_adapter, read_adapter, write_adapter
+from support.adapters import find_adapter, read_adapter, write_factors
 from support.checkpoint import save_model
 from support.files import UserError
 from support.kernels import dropout
@@ -83,11 +83,6 @@ def decoder_linears(model: Transformer) -> dict[str, nn.Linear]:
     return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
-def replace_layer(model: nn.Module, name: str, layer: nn.Linear):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 def add_lora(model: Transformer, rank=64, alpha=16, dropout=0.1, targets=TARGETS) -> Transformer:
     """Freeze `model` and adapt, in place, every Linear whose name is one of `targets` or ends in one (Appendix A.3).
 
@@ -105,7 +100,7 @@ def add_lora(model: Transformer, rank=64, alpha=16, dropout=0.1, targets=TARGETS
     model.requires_grad_(False)
     for name, linear in linears.items():
         if any(f".{name}".endswith(f".{target}") for target in targets):
-            replace_layer(model, name, LoRALinear(linear, rank, alpha, dropout))
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout))
     return model
 
 
@@ -114,7 +109,7 @@ def remove_lora(model: Transformer) -> Transformer:
     for name, layer in lora_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
-        replace_layer(model, name, linear.train(layer.training))
+        model.set_submodule(name, linear.train(layer.training))
     return model
 
 
@@ -173,30 +168,51 @@ def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
         torch.manual_seed(seed + ranks.rank())  # the same adapters on all ranks, dropout of its own on each
 
 
+class History:
+    """theta_his of Eq. 3: the base model, an average of past models (Eq. 4), or the model of some steps ago.
+
+    All three share the frozen base weights and differ in what is added to them: nothing, one averaged matrix a
+    layer, or an old adapter. Since theta^t = W + (alpha / rank) B A with W fixed, averaging the products B A averages
+    the merged weights exactly. At step 0 each of them is the base model.
+    """
+
+    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, kept: list[Tensor] | None = None):
+        """kept: the base model's losses, a tensor a sample, if they are known already."""
+        self.model, self.kind, self.ema_alpha, self.every = model, kind, ema_alpha, every
+        self.kept = kept if kind == "base" else None
+        self.factors = None  # nothing: the base model
+        if kind == "ema":
+            self.factors = [(torch.zeros_like(layer.product()),) for layer in lora_layers(self.model).values()]
+
+    @torch.no_grad()
+    def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = ()) -> Tensor:
+        """L_his: input_ids, response (B, L) -> (response.sum(),), as response_nll. samples: whose losses are kept."""
+        if self.kept:
+            kept = torch.cat([torch.zeros(0), *(self.kept[i] for i in samples)])
+            return kept.to(input_ids.device, non_blocking=True)
+        with replaced(self.model, self.factors):
+            return response_nll(self.model, input_ids, response)
+
+    def update(self, step: int):
+        """Alg. 1, line 11, after the optimizer's step number `step` (from 1)."""
+        if self.kind == "ema":
+            for (average,), layer in zip(self.factors, lora_layers(self.model).values(), strict=True):
+                ema_update([average], [layer.product()], self.ema_alpha)
+        elif self.kind == "checkpoint" and step % self.every == 0:
+            layers = lora_layers(self.model).values()
+            self.factors = [(layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for layer in layers]
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
 def save_adapter(model: Transformer, folder):
     """Write the adapters (float32) to `folder` in peft's format; peft's PeftModel loads them."""
-    layers, tensors = lora_layers(model), {}
-    first, leaves = next(iter(layers.values())), sorted({name.rpartition(".")[2] for name in layers})
-    whole = all(name in layers for name in decoder_linears(model) if name.rpartition(".")[2] in leaves)
-    for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name_or_path,
-        "revision": model.revision,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": leaves if whole else sorted(layers),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    write_adapter(Path(folder), tensors, config)
+    layers = lora_layers(model)
+    first, factors = next(iter(layers.values())), {name: (x.lora_A, x.lora_B) for name, x in layers.items()}
+    settings = {"r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
+    settings |= {"base_model_name_or_path": model.name_or_path, "revision": model.revision}
+    write_factors(folder, factors, decoder_linears(model), settings)
 
 
 def load_adapter(model: Transformer, folder) -> Transformer:

@@ -88,7 +88,7 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query causal self-attention. `queries` and `keys` stand alone because the probe of Eq. 7 calls them."""
+    """Grouped-query causal self-attention."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -105,14 +105,9 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:  # (B, L, n * d) -> (B, L, n, d)
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def queries(self, x: Tensor, rope) -> Tensor:  # (B, L, D) -> (B, H, L, d)
-        return apply_rope(self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), rope)
-
-    def keys(self, x: Tensor, rope) -> Tensor:  # (B, L, D) -> (B, H_kv, L, d)
-        return apply_rope(self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2), rope)
-
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache=None) -> Tensor:  # (B, L, D) -> (B, L, D)
-        q, k = self.queries(x, rope), self.keys(x, rope)
+        q = apply_rope(self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), rope)  # (B, H, L, d)
+        k = apply_rope(self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2), rope)  # (B, H_kv, L, d)
         v = self.heads(self.v_proj(x)).transpose(1, 2)  # (B, H_kv, L, d)
         out = (attention if cache is None else cache.attend)(q, k, v, mask)  # (B, H, L, d)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -1,7 +1,8 @@
 """ssToken: self-modulated and semantic-aware token selection. Every equation of the paper is one function here.
 
 All functions take one sample's response tokens as 1-D tensors of length L_resp, unless they say otherwise. Losses
-are per-token negative log-likelihoods in nats; everything that ranks tokens is float32.
+are per-token negative log-likelihoods in nats; everything that ranks tokens is float32. This file needs torch alone:
+copy it into a trainer of your own (demo/with_transformers.py shows how).
 """
 
 import functools
@@ -10,11 +11,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
-from torch import Tensor
-
-import lora
-from model import Transformer, response_nll, rope_table
-from support.files import UserError
+from torch import Tensor, nn
 
 # --------------------------------------------------------------------------------- losses and loss differences
 
@@ -34,15 +31,6 @@ def retrospective_excess_loss(nll: Tensor, history_nll: Tensor) -> Tensor:
     return history_nll - nll
 
 
-def probability_gain(nll: Tensor, history_nll: Tensor) -> Tensor:
-    """An extension, not in the paper, in REL's place: P_theta - P_his, the gain in probability, not in its logarithm.
-
-    Of a token that both models find impossible REL can be large: 1e-6 to 1e-3 is 6.9 nats, as much as any learnable
-    token has to gain. In probability it is nothing.
-    """
-    return torch.exp(-nll) - torch.exp(-history_nll)
-
-
 @torch.no_grad()
 def ema_update(history: Iterable[Tensor], current: Iterable[Tensor], alpha: float):
     """Exponential moving average of the history model, Eq. 4: history <- alpha * history + (1 - alpha) * current.
@@ -53,144 +41,140 @@ def ema_update(history: Iterable[Tensor], current: Iterable[Tensor], alpha: floa
         old.mul_(alpha).add_(new, alpha=1 - alpha)
 
 
-# How much a token has gained over the history model: Eq. 3, or the extension in its place
-GAINS = {"log": retrospective_excess_loss, "probability": probability_gain}
-
-
-class History:
-    """theta_his of Eq. 3: the base model, an average of past models (Eq. 4), or the model of some steps ago.
-
-    All three share the frozen base weights and differ in what is added to them: nothing, one averaged matrix a
-    layer, or an old adapter. Since theta^t = W + (alpha / rank) B A with W fixed, averaging the products B A averages
-    the merged weights exactly. At step 0 each of them is the base model.
-    """
-
-    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, kept: list[Tensor] | None = None):
-        """kept: the base model's losses, a tensor a sample, if they are known already."""
-        self.model, self.kind, self.ema_alpha, self.every = model, kind, ema_alpha, every
-        self.kept = kept if kind == "base" else None
-        self.factors = None  # nothing: the base model
-        if kind == "ema":
-            self.factors = [(torch.zeros_like(layer.product()),) for layer in self._layers()]
-
-    def _layers(self):
-        return lora.lora_layers(self.model).values()
-
-    @torch.no_grad()
-    def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = ()) -> Tensor:
-        """L_his of the response tokens of a batch: input_ids, response (B, L) -> (response.sum(),), as response_nll.
-
-        samples: the rows' numbers, by which kept losses are found.
-        """
-        if self.kept:
-            kept = torch.cat([torch.zeros(0), *(self.kept[i] for i in samples)])
-            return kept.to(input_ids.device, non_blocking=True)
-        with lora.replaced(self.model, self.factors):
-            return response_nll(self.model, input_ids, response)
-
-    def update(self, step: int):
-        """Alg. 1, line 11, after the optimizer's step number `step` (from 1)."""
-        if self.kind == "ema":
-            for (average,), layer in zip(self.factors, self._layers(), strict=True):
-                ema_update([average], [layer.product()], self.ema_alpha)
-        elif self.kind == "checkpoint" and step % self.every == 0:
-            self.factors = [(layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for layer in self._layers()]
-
-
 # ---------------------------------------------------------------------------------------------- attention score
 
 # Queries at a time: the softmax of 24 heads over 2048 keys then takes 6 or 50 MB
 QUERY_CHUNK = {"cpu": 32, "cuda": 256}
 
 
-def _attention_to_prompt(q: Tensor, k: Tensor, positions: Tensor, prompt: Tensor) -> Tensor:
-    """Eqs. 5-7 for some queries: q (H, n, d) of the tokens at `positions` (n,), k (H_kv, L, d) float32 -> (n,)."""
+def _attention_to_prompt(q, k, positions, prompt, scale=None, cap=None, window=None) -> Tensor:
+    """Eqs. 5 and 6 for some queries: q (H, n, d) of tokens at `positions` (n,), k (H_kv, L, d) float32 -> (H, n)."""
     groups = len(q) // len(k)  # query heads that share one key head
     q = q.float().unflatten(0, (len(k), groups)).flatten(1, 2)  # (H_kv, groups * n, d)
     logits = (q @ k.transpose(1, 2)).unflatten(1, (groups, -1))  # (H_kv, groups, n, L)
-    logits *= q.shape[-1] ** -0.5
-    causal = torch.arange(k.shape[1], device=k.device) <= positions.unsqueeze(1)  # (n, L), the mask M_i
-    attention = logits.masked_fill_(~causal, -torch.inf).softmax(dim=-1)
-    # Eq. 5 takes the prompt's columns, Eq. 6 sums them, Eq. 7 averages over the heads. A sum of float32 may pass 1.
-    return (attention @ prompt.float()).mean(dim=(0, 1)).clamp(max=1)
+    logits *= scale or q.shape[-1] ** -0.5
+    if cap:
+        logits = cap * (logits / cap).tanh()
+    behind = positions.unsqueeze(1) - torch.arange(k.shape[1], device=k.device)  # (n, L)
+    visible = (behind >= 0) & (behind < (window or k.shape[1]))  # the mask M_i
+    attention = logits.masked_fill_(~visible, -torch.inf).softmax(dim=-1)
+    return (attention @ prompt.float()).flatten(0, 1)  # Eq. 5 takes the prompt's columns, Eq. 6 sums them
 
 
-def attention_score(q, k: Tensor, response: Tensor) -> Tensor:
+def attention_score(q, k: Tensor, response: Tensor, **settings) -> Tensor:
     """AttnScore, Eqs. 5-7: the attention that each response token pays to the prompt, averaged over the heads.
 
     q (H, L_seq, d), k (H_kv, L_seq, d), both after rope; response (L_seq,) bool -> (L_resp,) float32 in [0, 1].
     The prompt of a token is every earlier token that is not supervised, so a later turn of a conversation counts
     the user's turns, not its own earlier answers. The explicit softmax is computed for response queries only, some at
-    a time. q may be a function, positions (n,) -> (H, n, d), so that it need not exist as a whole.
+    a time. q may be a function, positions (n,) -> (H, n, d), so that it need not exist as a whole. settings, of models
+    that are no Llama: scale (default d ** -0.5) and soft cap of the logits, window (how many tokens a token sees).
     """
     queries = q if callable(q) else lambda positions: q[:, positions]
-    prompt, k = (~response).to(k.device, non_blocking=True), k.float()
-    chunks = query_chunks(response.nonzero().squeeze(1), k.device)
-    return torch.cat([_attention_to_prompt(queries(chunk), k, chunk, prompt) for chunk in chunks])
-
-
-def query_chunks(positions: Tensor, device, times: int = 1) -> tuple[Tensor, ...]:
-    """Positions (n,), perhaps on the host, in chunks on `device`, of `times` the size that QUERY_CHUNK gives."""
-    size = times * QUERY_CHUNK.get(torch.device(device).type, QUERY_CHUNK["cpu"])
-    return positions.to(device, non_blocking=True).split(size)
+    prompt, k, scores = (~response).to(k.device, non_blocking=True), k.float(), []
+    positions, size = response.nonzero().squeeze(1), QUERY_CHUNK.get(k.device.type, QUERY_CHUNK["cpu"])
+    for chunk in positions.to(k.device, non_blocking=True).split(size):
+        heads = _attention_to_prompt(queries(chunk), k, chunk, prompt, **settings)
+        scores.append(heads.mean(dim=0).clamp(max=1))  # Eq. 7; a sum of float32 may pass 1
+    return torch.cat(scores)
 
 
 class AttentionProbe:
     """Eq. 7 beside flash attention: store what enters one decoder layer, recompute its attention from that (Sec. 3.3).
 
-    A forward pre-hook keeps the hidden states that enter decoder layer `layer` (negative counts from the end). After a
-    forward pass of a batch, `scores` runs that layer's norm and its q and k projections again and computes the
-    explicit softmax for the response queries alone. Each forward pass of the model arms the hook once, so the rerun
-    of a layer by gradient checkpointing does not fire it. `remove` takes the hooks out.
+    A forward pre-hook keeps the hidden states and the rotary tables that enter decoder layer `layer` (negative counts
+    from the end), of our Transformer or of transformers' models, peft's too. After a forward pass of a batch, `scores`
+    runs that layer's norm and its q and k projections again and computes the explicit softmax for the response queries
+    alone. Each forward pass of the model arms the hook once, so the rerun of a layer by gradient checkpointing does
+    not fire it. `remove` takes the hooks out.
+
+    Raises ValueError for a layer that does not exist or attends in another way: the model reads eight tokens to see it.
     """
 
-    def __init__(self, model, layer: int = -1):
-        layers = model.model.layers
+    def __init__(self, model: nn.Module, layer: int = -1):
+        layers = next((m.layers for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), ())
         if not -len(layers) <= layer < len(layers):
-            raise UserError(f"layer {layer} does not exist: layers are 0 to {len(layers) - 1}, or -1 for the last")
-        self.layer, self.config = layers[layer], model.config
-        self.hidden, self.armed = None, False
-        self.hooks = [model.register_forward_pre_hook(self._arm), self.layer.register_forward_pre_hook(self._keep)]
+            raise ValueError(f"layer {layer} does not exist: layers are 0 to {len(layers) - 1}, or -1 for the last")
+        self.layer, self.hidden, self.armed = layers[layer], None, False
+        self.attention = attention = getattr(self.layer, "self_attn", None)
+        window = getattr(getattr(attention, "config", None), "sliding_window", None)
+        scale, cap = (getattr(attention, name, None) for name in ("scaling", "attn_logit_softcapping"))
+        self.settings = {"scale": scale, "cap": cap, "window": getattr(attention, "sliding_window", window)}
+        keep = self.layer.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self.hooks = [model.register_forward_pre_hook(self._arm), keep]
+        if not next(model.parameters()).is_meta:
+            self._compare(model)
 
     def _arm(self, module, args):
         self.armed = True
 
-    def _keep(self, module, args):
+    def _keep(self, module, args, named):
         if self.armed:
-            self.hidden, self.armed = args[0].detach(), False
+            self.hidden, self.armed = (args[0] if args else named["hidden_states"]).detach(), False
+            self.rope = named["position_embeddings"] if "position_embeddings" in named else args[1]
 
     def remove(self):
         for hook in self.hooks:
             hook.remove()
 
     @torch.no_grad()
-    def scores(self, response: Tensor) -> Tensor:
+    def _compare(self, model: nn.Module):
+        """The layer attends to values of 1 for the prompt, else 0: what enters o_proj is Eq. 6, head by head."""
+        tokens = torch.arange(8, device=next(model.parameters()).device)
+        prompt, found, training = tokens % 2 == 0, [], model.training
+        try:
+            with (
+                self.attention.v_proj.register_forward_hook(lambda _, args, v: prompt.to(v).unsqueeze(1).expand_as(v)),
+                self.attention.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0][0])),
+            ):
+                model.eval()(tokens.unsqueeze(0))
+            q, k = (self._project(name, 0, 0, tokens) for name in "qk")
+            heads = _attention_to_prompt(q, k.float(), tokens, prompt, **self.settings)
+            off = (found[0].unflatten(1, (len(q), -1)).mean(dim=2).T - heads).abs().max()
+            if off > 0.01:  # bfloat16 rounds by 0.003
+                raise ValueError(f"{off:.2f} off")
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            self.remove()
+            raise ValueError(f"the attention of {type(self.layer).__name__} is not a Llama's: {error}") from error
+        finally:
+            model.train(training)
+
+    @torch.no_grad()
+    def scores(self, response: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """AttnScore of the batch that went through the model last: response (B, L) bool -> (B, L) float32, zero off it.
 
-        Adapters are on, as in the forward pass; dropout is off, and no random number is drawn. Rows are padded on
-        the right. Queries and keys are projected in chunks too, so memory grows with L, never with L * L. With
-        `response` on the host, nothing waits for a GPU.
+        attention_mask (B, L): 0 for padding, on either side; without it, on the right. Adapters are on, as in the
+        forward pass; dropout is off, and no random number is drawn. Queries and keys are projected in chunks too, so
+        memory grows with L, never with L * L. With `response` on the host and no mask, nothing waits for a GPU.
         """
-        device, attention = self.hidden.device, self.layer.self_attn
-        out = torch.zeros(response.shape, device=device)
-        training = self.layer.training
+        out, training = torch.zeros(response.shape, device=self.hidden.device), self.layer.training
+        size = 8 * QUERY_CHUNK.get(out.device.type, QUERY_CHUNK["cpu"])  # a projection's rows are shorter than logits
         self.layer.eval()
-        for hidden, supervised, row in zip(self.hidden, response, out, strict=True):
+        for row, supervised in enumerate(response):
             positions = supervised.nonzero().squeeze(1)
             if len(positions) == 0:
                 continue
+            start = 0 if attention_mask is None else int(attention_mask[row].int().argmax())
             length = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
-            queries = functools.partial(self._project, attention.queries, hidden)
-            keys = query_chunks(torch.arange(length), device, times=8)
-            k = torch.cat([self._project(attention.keys, hidden, chunk) for chunk in keys], dim=1)
-            row[positions.to(device, non_blocking=True)] = attention_score(queries, k, supervised[:length])
+            queries, keys = (functools.partial(self._project, name, row, start) for name in "qk")
+            tokens = torch.arange(length - start, device=out.device)
+            k = torch.cat([keys(chunk) for chunk in tokens.split(size)], dim=1)
+            found = attention_score(queries, k, supervised[start:length], **self.settings)
+            out[row, positions.to(out.device, non_blocking=True)] = found
         self.layer.train(training)
         return out
 
-    def _project(self, projection, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The layer's norm, then `projection` (its queries or keys), of some tokens: hidden (L, D) -> (heads, n, d)."""
-        x = self.layer.input_layernorm(hidden[positions]).unsqueeze(0)
-        return projection(x, rope_table(self.config, positions, x.dtype))[0]
+    def _project(self, name: str, row: int, start: int, positions: Tensor) -> Tensor:
+        """Norm, projection, norm of heads and rope of a row's tokens from `start` on: (n,) -> (heads, n, d)."""
+        positions = start + positions
+        x = self.layer.input_layernorm(self.hidden[row, positions]).unsqueeze(0)
+        x = getattr(self.attention, f"{name}_proj")(x).unflatten(-1, (-1, self.attention.head_dim))
+        x = getattr(self.attention, f"{name}_norm", nn.Identity())(x)[0].transpose(0, 1)
+        cos, sin = (table.reshape(-1, *table.shape[-2:]) for table in self.rope)  # (1 or B, L, what is rotated of d)
+        cos, sin = cos[row % len(cos), positions], sin[row % len(sin), positions]
+        x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((x * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
 
 
 # -------------------------------------------------------------------------------------- score, selection, loss
@@ -215,10 +199,10 @@ def share_of(rho: float, n: int) -> int:
 def select(score: Tensor, rho: float) -> Tensor:
     """Top-rho selection I_rho, Eq. 11: bool, true for exactly ceil(rho * L_resp) tokens with the highest scores.
 
-    That is at least one; ties go to the lowest index. Raises UserError for a rho outside (0, 1].
+    That is at least one; ties go to the lowest index. Raises ValueError for a rho outside (0, 1].
     """
     if not 0 < rho <= 1:
-        raise UserError(f"rho is {rho}, but a share of tokens lies in (0, 1]")
+        raise ValueError(f"rho is {rho}, but a share of tokens lies in (0, 1]")
     best_first = torch.sort(score, descending=True, stable=True).indices
     selected = torch.zeros_like(score, dtype=torch.bool)
     return selected.index_fill_(0, best_first[: share_of(rho, len(score))], True)  # nothing waits for a GPU

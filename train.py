@@ -27,7 +27,8 @@ from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE
 from paper.frozen import Frozen, response_losses
-from sstoken import GAINS, AttentionProbe, History, normalize, score, select, selected_loss, sft_loss, share_of
+from paper.objectives import GAINS
+from sstoken import AttentionProbe, normalize, score, select, selected_loss, sft_loss, share_of
 from support import command, handoff, machine, ranks, runs, sources, templates
 from support.checkpoint import check_fits
 from support.files import UserError, check_writable
@@ -89,7 +90,7 @@ class SSToken:
         self.counts = [share_of(args.rho, size) for size in sizes]
         self.probe = AttentionProbe(model, args.layer)
         kind = args.history if args.rho < 1 and args.gamma > 0 else "base"  # nothing is kept that no score reads
-        self.history = History(model, kind, args.ema_alpha, args.history_every, kept)  # Alg. 1, line 2
+        self.history = lora.History(model, kind, args.ema_alpha, args.history_every, kept)  # Alg. 1, line 2
 
     def start(self, step: int, seen: int):
         """Before step `step`, when `seen` samples have been trained on: which of the two signals it reads."""
@@ -293,7 +294,9 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
         baselines.check_reference_model(model, args.reference, examples)
     if args.cache:
         check_writable(Path(args.cache) / "losses")
-    AttentionProbe(model, args.layer).remove()  # a layer that does not exist is refused before anything is written
+    count = model.config.num_hidden_layers
+    if not -count <= args.layer < count:
+        raise UserError(f"--layer {args.layer} does not exist: layers are 0 to {count - 1}, or -1 for the last")
     model.gradient_checkpointing = args.gradient_checkpointing
     lora.new_adapters(model, args)
     if args.shard:

@@ -24,6 +24,19 @@ from sstoken import retrospective_excess_loss, select
 from support.kernels import TOP
 
 
+def probability_gain(nll: Tensor, history_nll: Tensor) -> Tensor:
+    """An extension, not in the paper, in REL's place: P_theta - P_his, the gain in probability, not in its logarithm.
+
+    Of a token that both models find impossible REL can be large: 1e-6 to 1e-3 is 6.9 nats, as much as any learnable
+    token has to gain. In probability it is nothing.
+    """
+    return torch.exp(-nll) - torch.exp(-history_nll)
+
+
+# How much a token has gained over the history model: Eq. 3, or the extension in its place
+GAINS = {"log": retrospective_excess_loss, "probability": probability_gain}
+
+
 def dft(nll: Tensor) -> Tensor:
     """Dynamic fine-tuning (arXiv 2508.05629): the weight is p, so the gradient is that of p instead of log p."""
     return torch.exp(-nll)

@@ -38,6 +38,16 @@ def find_adapter(name_or_path) -> Path:
 write_adapter = functools.partial(write_tensors, prefix="adapter_")  # (folder, tensors, config)
 
 
+def write_factors(folder, factors: dict[str, tuple], linears: dict[str, nn.Linear], settings: dict):
+    """Write an adapter, {layer: (A, B)}, as peft does. linears: as `read_adapter`'s; settings: what else is known."""
+    leaves = sorted({name.rpartition(".")[2] for name in factors})
+    whole = all(name in factors for name in linears if name.rpartition(".")[2] in leaves)
+    fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    parts = [(f"{name}.lora_{part}", x) for name, pair in factors.items() for part, x in zip("AB", pair, strict=True)]
+    tensors = {f"{PREFIX}{name}.weight": tensor.detach().contiguous() for name, tensor in parts}
+    write_adapter(Path(folder), tensors, fixed | settings | {"target_modules": leaves if whole else sorted(factors)})
+
+
 def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, float, float, dict[str, tuple]]:
     """An adapter's rank, alpha, dropout, and {layer: (A, B)}, from a folder that we or peft wrote.
 

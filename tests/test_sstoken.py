@@ -13,14 +13,14 @@ from memory import peak_allocated
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lora import add_lora, lora_layers
-from model import rope_table
+from model import apply_rope, rope_table
+from paper.objectives import probability_gain
 from sstoken import (
     AttentionProbe,
     attention_score,
     ema_update,
     excess_loss,
     normalize,
-    probability_gain,
     retrospective_excess_loss,
     score,
     select,
@@ -28,7 +28,6 @@ from sstoken import (
     sft_loss,
     share_of,
 )
-from support.files import UserError
 
 
 def random_losses(n=50, seed=0):
@@ -174,7 +173,7 @@ def test_eq_11_ties_go_to_the_lowest_index_and_one_token_is_always_selected():
     assert select(torch.zeros(4000), 0.6).tolist() == [True] * 2400 + [False] * 1600
     assert select(torch.tensor([0.1, 0.9]), 0.001).tolist() == [False, True]
     for rho in (0, -0.1, 1.1):
-        with pytest.raises(UserError, match="rho"):
+        with pytest.raises(ValueError, match="rho"):
             select(torch.zeros(3), rho)
 
 
@@ -310,7 +309,7 @@ def test_the_probe_is_not_fired_by_a_recomputed_layer(tmp_path):
 def test_a_layer_that_does_not_exist_is_refused(tmp_path):
     model = make_model(tmp_path, "llama")
     for layer in (3, -4):
-        with pytest.raises(UserError, match=f"layer {layer}"):
+        with pytest.raises(ValueError, match=f"layer {layer}"):
             AttentionProbe(model, layer)
 
 
@@ -324,6 +323,7 @@ def test_the_probes_memory_stays_under_64_mb_for_2048_tokens_of_24_heads(tmp_pat
     response[:, 100:] = True
     probe = AttentionProbe(model)
     probe.hidden = torch.randn(1, 2048, 3072, dtype=dtype)  # what it keeps of a pass
+    probe.rope = rope_table(model.config, torch.arange(2048), dtype)
     kept = probe.hidden.numel() * probe.hidden.element_size()
     assert kept + peak_allocated(lambda: probe.scores(response)) < 64 * 2**20
     q, k = torch.randn(24, 2048, 128, dtype=dtype), torch.randn(8, 2048, 128, dtype=dtype)
@@ -357,7 +357,9 @@ def test_the_probe_s_scores_are_eqs_5_to_7_of_the_layer_s_own_queries_and_keys(t
         for row, length in enumerate((90, 61)):
             x = layer.input_layernorm(probe.hidden[row : row + 1, :length])
             rope = rope_table(model.config, torch.arange(length), x.dtype)
-            q, k = layer.self_attn.queries(x, rope)[0], layer.self_attn.keys(x, rope)[0]
+            parts = layer.self_attn
+            q, k = parts.q_norm(parts.heads(parts.q_proj(x))), parts.k_norm(parts.heads(parts.k_proj(x)))
+            q, k = (apply_rope(heads.transpose(1, 2), rope)[0] for heads in (q, k))
             expected = attention_score(q, k, response[row, :length])
             assert torch.allclose(scores[row][response[row]], expected, atol=1e-6)
             assert expected.min() > 0 and expected.max() < 0.999  # neither nothing nor all is prompt

@@ -23,11 +23,11 @@ import data
 import lora
 import sstoken
 import train as train_module
-from lora import add_lora, lora_layers, save_adapter
+from lora import History, add_lora, lora_layers, save_adapter
 from model import load_model, response_nll
+from paper import objectives
 from paper.baselines import select_at_random
 from paper.frozen import response_losses
-from sstoken import History
 from support import machine, runs, start
 from support.files import UserError
 from train import SSToken, learning_rate, parse_arguments, plan_steps, sample_weights, train
@@ -147,9 +147,9 @@ def test_at_the_first_step_rel_is_exactly_zero(checkpoint, rows, monkeypatch, dt
     model, examples, args = prepare(
         checkpoint, rows, "--dtype", dtype, "--lora-dropout", "0.1", "--max-steps", "1", active=False
     )
-    seen, real = [], sstoken.GAINS["log"]
+    seen, real = [], objectives.GAINS["log"]
     spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
-    monkeypatch.setitem(sstoken.GAINS, "log", spy)
+    monkeypatch.setitem(objectives.GAINS, "log", spy)
     train(model, examples, args, lambda line: None)
     assert seen and all(rel.eq(0).all() for rel in seen)
 
@@ -318,8 +318,8 @@ def test_history_ema_is_eq_4_on_the_merged_weights(checkpoint, rows, monkeypatch
         checkpoint, rows, "--history", "ema", "--ema-alpha", "0.7", "--lr", "0.01", active=False
     )
     merged = lambda: {n: (x.weight + 4 * x.product()).double() for n, x in lora_layers(model).items()}
-    expected, histories, real = merged(), [], sstoken.History
-    monkeypatch.setattr(train_module, "History", lambda *a: histories.append(real(*a)) or histories[0])
+    expected, histories, real = merged(), [], History
+    monkeypatch.setattr(lora, "History", lambda *a: histories.append(real(*a)) or histories[0])
     seen = []
 
     def log(line):  # called after each optimizer step: line 11 once more, on whole weights in float64
@@ -351,7 +351,7 @@ def test_an_ema_of_a_bfloat16_model_moves_because_it_is_kept_in_float32(llama, r
 
 def test_no_history_is_kept_that_no_score_reads(llama, rows, monkeypatch):
     kinds, real = [], History
-    monkeypatch.setattr(train_module, "History", lambda model, kind, *a: kinds.append(kind) or real(model, kind, *a))
+    monkeypatch.setattr(lora, "History", lambda model, kind, *a: kinds.append(kind) or real(model, kind, *a))
     ema = ["--history", "ema"]
     for flags in (["--gamma", "0", *ema], ["--method", "full"], ["--rho", "1", *ema], ema):
         model, examples, args = prepare(llama, rows, "--max-steps", "1", *flags)
@@ -363,10 +363,10 @@ def test_training_refreshes_the_history_as_often_as_asked(llama, rows, monkeypat
     refreshed = []
     for every in ("1", "2", "5"):
         histories, real = [], History
-        monkeypatch.setattr(train_module, "History", lambda *a, h=histories, r=real: h.append(r(*a)) or h[0])
+        monkeypatch.setattr(lora, "History", lambda *a, h=histories, r=real: h.append(r(*a)) or h[0])
         model, examples, args = prepare(llama, rows, "--history", "checkpoint", "--history-every", every)
         train(model, examples, args, lambda line: None)
-        monkeypatch.setattr(train_module, "History", real)
+        monkeypatch.setattr(lora, "History", real)
         current = next(iter(lora_layers(model).values())).lora_B
         factors = histories[0].factors
         refreshed.append("never" if factors is None else "last" if torch.equal(factors[0][1], current) else "before")

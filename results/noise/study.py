@@ -47,8 +47,8 @@ import train
 from model import load_model
 from paper import auto, baselines, visualize
 from paper.frozen import Frozen, response_losses
-from paper.objectives import OBJECTIVES, asks
-from sstoken import excess_loss, normalize, probability_gain, retrospective_excess_loss, score, select
+from paper.objectives import OBJECTIVES, asks, probability_gain
+from sstoken import excess_loss, normalize, retrospective_excess_loss, score, select
 from support import command, machine
 from support.files import UserError, read_json, write_json, write_whole
 

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import data
 import lora
-import sstoken
 import train as train_module
 from model import load_model
-from paper import baselines, frozen, self_evolving
+from paper import baselines, frozen, objectives, self_evolving
 from paper.baselines import select_at_random, select_in_each_sample, select_in_the_pool
 from paper.frozen import response_losses
 from support import files, losses
@@ -349,9 +348,9 @@ def test_frozen_losses_are_those_of_each_sample_alone(checkpoint, rows):
 
 
 def test_a_run_that_reads_its_history_is_the_one_that_computes_it(llama, rows, tmp_path, monkeypatch):
-    seen, real = [], sstoken.GAINS["log"]
+    seen, real = [], objectives.GAINS["log"]
     spy = lambda nll, history: seen.append(real(nll, history)) or seen[-1]
-    monkeypatch.setitem(sstoken.GAINS, "log", spy)
+    monkeypatch.setitem(objectives.GAINS, "log", spy)
     flags = ["--epochs", "3", "--batch-size", "10", "--gamma", "0.8"]
     logs, rels = [], []
     for name, more in {"a": [], "b": ["--cache", tmp_path / "cache"]}.items():
