@@ -47,8 +47,8 @@ def load_conversations(
 ) -> list[list[Message]]:
     """The conversations of comma-separated sources, one source after the other; `limit` holds for each source.
 
-    The source `pool` draws POOL_SIZE conversations from the five sets of POOL, seeded, each in proportion to its size.
-    With `top`, only the rows that are rated best are taken, `top` of all sources together, in the order they stand in.
+    The source `pool` draws POOL_SIZE conversations from the sets of POOL, seeded, each in proportion to its size.
+    With `top`, only the rows rated best are taken, `top` of all sources together, in the order they stand in.
     """
     found, names, account = [], source_names(sources), account or Account()
     if top:
@@ -139,7 +139,7 @@ def load_examples(
     rating_field: str = "score",
     account: Account | None = None,
 ) -> tuple[list[Example], int]:
-    """Every sample of `sources` that keeps a response token within `max_length`, and how many did not.
+    """Every sample of `sources` with a response token within `max_length`, and how many have none.
 
     The arguments from `limit` on are `load_conversations`'; the account also counts samples that were cut.
     """
@@ -172,8 +172,8 @@ def plan_batches(
 
     With `pass_tokens`, a micro-batch of several samples has no more tokens than that, padding counted.
 
-    The order is drawn from `seed` (an int or a str). Which samples form a global batch does not depend on their
-    lengths, so neither does the optimization; inside it similar lengths share a micro-batch, to save padding.
+    The order is drawn from `seed` (an int or a str), whatever the lengths, so these do not change the optimization;
+    inside a global batch similar lengths share a micro-batch, to save padding.
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     for start in range(0, len(order), batch_size):
@@ -186,8 +186,7 @@ def plan_batches(
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
     """Samples as one batch, padded on the right: ids (B, L) int64 on `device`, and response (B, L) bool on the host.
 
-    What is supervised is known before the device computes, so nobody waits for it. Of no samples: one unsupervised
-    token.
+    What is supervised is known before the device computes: nobody waits for it. Of no samples: one unsupervised token.
     """
     if not examples:
         examples = [Example(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))]

@@ -185,7 +185,7 @@ def answer(
     batch_tokens: int,
     progress: Callable[[str, int], None] = lambda name, row: None,
 ) -> dict[str, list[list]]:
-    """The answers to each row's requests, of whichever kind they are: {task: [[answer, ...] of a row, ...]}.
+    """The answers to each row's requests, of whichever kind: {task: [[answer, ...] of a row, ...]}.
 
     What is to be written is written together, whichever task asks; choices come task by task, since a task's questions
     begin alike. progress is told the task and the row of each answer.

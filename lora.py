@@ -1,7 +1,6 @@
 """LoRA, the only part that is trained: y = W x + b + (alpha / rank) B A dropout(x), with W frozen (Hu et al., 2022).
 
 `LoRALinear` is a Linear whose weight keeps its name, so a model with adapters is still the checkpoint it came from.
-Adapters are saved and read in peft's file format.
 """
 
 import argparse
@@ -25,7 +24,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Linear):
-    """A frozen Linear with a trainable low-rank update: y = W x + b + (alpha / rank) B A dropout(x).
+    """A frozen Linear with a trainable update of low rank.
 
     weight (out, in) and bias are the base's own tensors, in its dtype. lora_A (rank, in) and lora_B (out, rank) are
     float32 whatever that dtype is, and are cast to the input's where they are used.
@@ -78,7 +77,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def decoder_linears(model: Transformer) -> dict[str, nn.Linear]:
-    """Every layer that can be adapted, under its dotted name: all but the head, whose weight token_nll takes itself."""
+    """Every layer that can be adapted, by its dotted name: all but the head, whose weight token_nll takes."""
     modules = model.model.named_modules(prefix="model")
     return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
@@ -117,7 +116,7 @@ def remove_lora(model: Transformer) -> Transformer:
 def replaced(model: nn.Module, factors: list[tuple[Tensor, ...]] | None):
     """Within the block, adapted layer i multiplies by `factors[i]` in turn: another (A, B), or one (out, in) matrix.
 
-    None stands for the base model: no update at all. There is no dropout before a stand-in. Blocks do not nest.
+    None is the base model: no update at all. There is no dropout before a stand-in. Blocks do not nest.
     """
     layers = list(lora_layers(model).values())
     try:
@@ -138,9 +137,8 @@ def disabled(model: nn.Module):
 def merge(model: Transformer, folder=None, dtype: torch.dtype | None = None) -> Transformer:
     """Fold each update into its weight, in place: W + (alpha / rank) B A, added in float32, then rounded to `dtype`.
 
-    Default: W's. The adapters are gone afterwards, and `model.merge_error` is what rounding has lost of the update, the
-    norm of that over the update's. With `folder`, the result is also written as a checkpoint of its own, which
-    transformers, vLLM and lm-eval load.
+    Default: W's. The adapters are gone then, and `model.merge_error` is what rounding has lost of the update, norm
+    over norm. With `folder`, it is also written as a checkpoint, which transformers, vLLM and lm-eval load.
     """
     lost, whole = 0.0, 1e-30
     for layer in lora_layers(model).values():
@@ -165,7 +163,7 @@ def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
     if not lora_layers(model):
         add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     if ranks.rank():
-        torch.manual_seed(seed + ranks.rank())  # the same adapters on all ranks, dropout of its own on each
+        torch.manual_seed(seed + ranks.rank())  # one adapter, but each rank has its own dropout
 
 
 class History:
@@ -186,7 +184,7 @@ class History:
 
     @torch.no_grad()
     def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = ()) -> Tensor:
-        """L_his: input_ids, response (B, L) -> (response.sum(),), as response_nll. samples: whose losses are kept."""
+        """L_his, as response_nll: input_ids, response (B, L) -> (response.sum(),). samples: numbers in `kept`."""
         if self.kept:
             kept = torch.cat([torch.zeros(0), *(self.kept[i] for i in samples)])
             return kept.to(input_ids.device, non_blocking=True)
@@ -207,16 +205,17 @@ class History:
 
 
 def save_adapter(model: Transformer, folder):
-    """Write the adapters (float32) to `folder` in peft's format; peft's PeftModel loads them."""
+    """Write the adapters (float32) to `folder` in peft's format; peft loads them."""
     layers = lora_layers(model)
-    first, factors = next(iter(layers.values())), {name: (x.lora_A, x.lora_B) for name, x in layers.items()}
+    first = next(iter(layers.values()))
+    factors = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
     settings = {"r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
     settings |= {"base_model_name_or_path": model.name_or_path, "revision": model.revision}
     write_factors(folder, factors, decoder_linears(model), settings)
 
 
 def load_adapter(model: Transformer, folder) -> Transformer:
-    """Add an adapter, ours or peft's, a folder or on the hub, to `model` in place; what it had before is taken out.
+    """Add an adapter, ours or peft's, a folder or on the hub, to `model` in place of those that it had.
 
     Raises UserError, by name, for a missing or leftover tensor, a shape that does not fit this base model, and any
     peft feature that would change the result and is not implemented.

@@ -1,8 +1,8 @@
 """A Llama / Qwen decoder: configuration, blocks, the loss of each token.
 
-Read from top to bottom: what a checkpoint says (`Config`), what it computes (`Transformer`), how its weights get in
-(`load_model`), and what is asked of it (`token_nll`). Parameter names are the checkpoint's own, so no tensor is renamed
-on its way in or out. What support/ does for it: files (checkpoint.py), and fast forms of a few formulas (kernels.py).
+From top to bottom: what a checkpoint says (`Config`), what it computes (`Transformer`), how its weights get in
+(`load_model`), and what is asked of it (`token_nll`). Parameter names are the checkpoint's own, so none is renamed on
+its way in or out. What support/ does for it: files (checkpoint.py), fast forms of a few formulas (kernels.py).
 
 Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d head_dim, V vocabulary.
 """
@@ -21,7 +21,7 @@ from support.kernels import attention, chunked_nll, logits_at_once, rms_norm, sw
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says of the architecture, whichever of transformers' two dialects it is written in."""
+    """What config.json says of the architecture, in either of transformers' two dialects."""
 
     vocab_size: int
     hidden_size: int
@@ -46,7 +46,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight, the mean in float32 whatever the dtype of x."""
+    """Root-mean-square norm: x / sqrt(mean(x^2) + eps) * weight, the mean in float32 whatever x is in."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -102,14 +102,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def heads(self, x: Tensor) -> Tensor:  # (B, L, n * d) -> (B, L, n, d)
-        return x.unflatten(-1, (-1, self.head_dim))
-
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, cache=None) -> Tensor:  # (B, L, D) -> (B, L, D)
-        q = apply_rope(self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), rope)  # (B, H, L, d)
-        k = apply_rope(self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2), rope)  # (B, H_kv, L, d)
-        v = self.heads(self.v_proj(x)).transpose(1, 2)  # (B, H_kv, L, d)
-        out = (attention if cache is None else cache.attend)(q, k, v, mask)  # (B, H, L, d)
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # (B, L, n, d)
+        q = apply_rope(self.q_norm(q).transpose(1, 2), rope)  # (B, H, L, d)
+        k = apply_rope(self.k_norm(k).transpose(1, 2), rope)  # (B, H_kv, L, d)
+        attend = attention if cache is None else cache.attend
+        out = attend(q, k, v.transpose(1, 2), mask)  # (B, H, L, d)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -143,7 +142,7 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that leaves the meta device alone: initializing there would import a compiler, for 1.3 s."""
+    """nn.Embedding, not initialized on the meta device: that would import a compiler, for 1.3 s."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -151,9 +150,9 @@ class Embedding(nn.Embedding):
 
 
 class Transformer(nn.Module):
-    """The decoder up to its last hidden state; `lm_head` turns hidden states into logits where logits are wanted.
+    """The decoder up to its last hidden state; `lm_head` turns those into logits where logits are wanted.
 
-    `config`, `folder` (where the checkpoint lies), `name_or_path` and `revision` (what the user asked for) are kept for
+    `config`, `folder` (where the checkpoint lies), `name_or_path` and `revision` (what was asked for) are kept for
     saving. With `gradient_checkpointing`, a layer keeps only its input for the backward pass and runs again in it: the
     same numbers, dropout included, for less memory and one more forward pass.
     """
@@ -180,9 +179,9 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, positions=None, mask=None, cache=None) -> Tensor:
         """Hidden states after the final norm, (B, L) token ids -> (B, L, D).
 
-        Without further arguments attention is causal from position 0 on, for sequences padded on the right.
+        By default attention is causal from position 0 on, for sequences padded on the right.
         positions: (L,) or (B, L), where the tokens stand; mask: as `attention` takes it; cache: for each layer, an
-        object whose `attend` computes attention in place of `attention`, from what it keeps of earlier calls.
+        object whose `attend` stands for `attention`, with what it keeps of earlier calls.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -209,8 +208,8 @@ def load_model(
 ) -> Transformer:
     """A checkpoint in Hugging Face layout, from a local folder or the hub, in eval mode.
 
-    dtype: what the weights become (default: what the config says, else what the embedding is stored in). Peak memory
-    is the model and one block of a tensor. On the device "meta" no weight is read: `files.read_weights` does it later.
+    dtype: what the weights become (default: the config's, else the embedding's). Peak memory is the model and one
+    block of a tensor. On the device "meta" no weight is read: `files.read_weights` does it later.
     Raises UserError, by name, for what is missing, left over or unknown.
     """
     folder = files.find_checkpoint(name_or_path, revision)

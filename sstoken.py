@@ -1,8 +1,7 @@
 """ssToken: self-modulated and semantic-aware token selection. Every equation of the paper is one function here.
 
 All functions take one sample's response tokens as 1-D tensors of length L_resp, unless they say otherwise. Losses
-are per-token negative log-likelihoods in nats; everything that ranks tokens is float32. This file needs torch alone:
-copy it into a trainer of your own (demo/with_transformers.py shows how).
+are per-token negative log-likelihoods in nats; everything that ranks tokens is float32. The file needs torch alone.
 """
 
 import functools
@@ -48,7 +47,7 @@ QUERY_CHUNK = {"cpu": 32, "cuda": 256}
 
 
 def _attention_to_prompt(q, k, positions, prompt, scale=None, cap=None, window=None) -> Tensor:
-    """Eqs. 5 and 6 for some queries: q (H, n, d) of tokens at `positions` (n,), k (H_kv, L, d) float32 -> (H, n)."""
+    """Eqs. 5 and 6: q (H, n, d) of tokens at `positions` (n,), k (H_kv, L, d) float32 -> (H, n)."""
     groups = len(q) // len(k)  # query heads that share one key head
     q = q.float().unflatten(0, (len(k), groups)).flatten(1, 2)  # (H_kv, groups * n, d)
     logits = (q @ k.transpose(1, 2)).unflatten(1, (groups, -1))  # (H_kv, groups, n, L)
@@ -66,9 +65,9 @@ def attention_score(q, k: Tensor, response: Tensor, **settings) -> Tensor:
 
     q (H, L_seq, d), k (H_kv, L_seq, d), both after rope; response (L_seq,) bool -> (L_resp,) float32 in [0, 1].
     The prompt of a token is every earlier token that is not supervised, so a later turn of a conversation counts
-    the user's turns, not its own earlier answers. The explicit softmax is computed for response queries only, some at
-    a time. q may be a function, positions (n,) -> (H, n, d), so that it need not exist as a whole. settings, of models
-    that are no Llama: scale (default d ** -0.5) and soft cap of the logits, window (how many tokens a token sees).
+    the user's turns, not its own earlier answers. The softmax is computed for response queries only, some at a time.
+    q may be a function, positions (n,) -> (H, n, d), so that it need not exist as a whole.
+    settings: scale of the logits (default d ** -0.5), their soft cap, window (how many tokens a token sees).
     """
     queries = q if callable(q) else lambda positions: q[:, positions]
     prompt, k, scores = (~response).to(k.device, non_blocking=True), k.float(), []
@@ -82,24 +81,25 @@ def attention_score(q, k: Tensor, response: Tensor, **settings) -> Tensor:
 class AttentionProbe:
     """Eq. 7 beside flash attention: store what enters one decoder layer, recompute its attention from that (Sec. 3.3).
 
-    A forward pre-hook keeps the hidden states and the rotary tables that enter decoder layer `layer` (negative counts
-    from the end), of our Transformer or of transformers' models, peft's too. After a forward pass of a batch, `scores`
-    runs that layer's norm and its q and k projections again and computes the explicit softmax for the response queries
-    alone. Each forward pass of the model arms the hook once, so the rerun of a layer by gradient checkpointing does
-    not fire it. `remove` takes the hooks out.
-
-    Raises ValueError for a layer that does not exist or attends in another way: the model reads eight tokens to see it.
+    A pre-hook keeps the hidden states and rotary tables that enter decoder layer `layer` (negative counts from the
+    end), of our Transformer or of transformers' models. After a pass of a batch, `scores` runs that layer's norm and
+    its q and k projections again and computes the explicit softmax for the response queries alone. Each pass of the
+    model arms the hook once, so a layer that gradient checkpointing reruns does not fire it. `remove` takes it out.
+    ValueError where there is no such layer, or it attends in another way: the model reads eight tokens to see that.
     """
 
     def __init__(self, model: nn.Module, layer: int = -1):
-        layers = next((m.layers for m in model.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), ())
+        layers = next((module.layers for module in model.modules() if hasattr(module, "layers")), [model])
         if not -len(layers) <= layer < len(layers):
-            raise ValueError(f"layer {layer} does not exist: layers are 0 to {len(layers) - 1}, or -1 for the last")
+            raise ValueError(f"layer {layer} does not exist: layers are 0 to {len(layers) - 1}")
         self.layer, self.hidden, self.armed = layers[layer], None, False
         self.attention = attention = getattr(self.layer, "self_attn", None)
         window = getattr(getattr(attention, "config", None), "sliding_window", None)
-        scale, cap = (getattr(attention, name, None) for name in ("scaling", "attn_logit_softcapping"))
-        self.settings = {"scale": scale, "cap": cap, "window": getattr(attention, "sliding_window", window)}
+        self.settings = {
+            "scale": getattr(attention, "scaling", None),
+            "cap": getattr(attention, "attn_logit_softcapping", None),
+            "window": getattr(attention, "sliding_window", window),
+        }
         keep = self.layer.register_forward_pre_hook(self._keep, with_kwargs=True)
         self.hooks = [model.register_forward_pre_hook(self._arm), keep]
         if not next(model.parameters()).is_meta:
@@ -124,7 +124,7 @@ class AttentionProbe:
         prompt, found, training = tokens % 2 == 0, [], model.training
         try:
             with (
-                self.attention.v_proj.register_forward_hook(lambda _, args, v: prompt.to(v).unsqueeze(1).expand_as(v)),
+                self.attention.v_proj.register_forward_hook(lambda _, args, v: prompt.to(v)[:, None].expand_as(v)),
                 self.attention.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0][0])),
             ):
                 model.eval()(tokens.unsqueeze(0))
@@ -143,23 +143,24 @@ class AttentionProbe:
     def scores(self, response: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """AttnScore of the batch that went through the model last: response (B, L) bool -> (B, L) float32, zero off it.
 
-        attention_mask (B, L): 0 for padding, on either side; without it, on the right. Adapters are on, as in the
-        forward pass; dropout is off, and no random number is drawn. Queries and keys are projected in chunks too, so
-        memory grows with L, never with L * L. With `response` on the host and no mask, nothing waits for a GPU.
+        attention_mask (B, L): 0 for padding, on either side; without it, rows are padded on the right. Adapters are on,
+        dropout is off, no random number is drawn. Queries and keys are projected in chunks: memory grows with L, never
+        with L * L. With `response` on the host and no mask, nothing waits for a GPU.
         """
-        out, training = torch.zeros(response.shape, device=self.hidden.device), self.layer.training
-        size = 8 * QUERY_CHUNK.get(out.device.type, QUERY_CHUNK["cpu"])  # a projection's rows are shorter than logits
+        out = torch.zeros(response.shape, device=self.hidden.device)
+        training = self.layer.training
+        size = 8 * QUERY_CHUNK.get(out.device.type, QUERY_CHUNK["cpu"])
         self.layer.eval()
         for row, supervised in enumerate(response):
             positions = supervised.nonzero().squeeze(1)
             if len(positions) == 0:
                 continue
             start = 0 if attention_mask is None else int(attention_mask[row].int().argmax())
-            length = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
+            end = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
             queries, keys = (functools.partial(self._project, name, row, start) for name in "qk")
-            tokens = torch.arange(length - start, device=out.device)
+            tokens = torch.arange(end - start, device=out.device)
             k = torch.cat([keys(chunk) for chunk in tokens.split(size)], dim=1)
-            found = attention_score(queries, k, supervised[start:length], **self.settings)
+            found = attention_score(queries, k, supervised[start:end], **self.settings)
             out[row, positions.to(out.device, non_blocking=True)] = found
         self.layer.train(training)
         return out
@@ -170,7 +171,7 @@ class AttentionProbe:
         x = self.layer.input_layernorm(self.hidden[row, positions]).unsqueeze(0)
         x = getattr(self.attention, f"{name}_proj")(x).unflatten(-1, (-1, self.attention.head_dim))
         x = getattr(self.attention, f"{name}_norm", nn.Identity())(x)[0].transpose(0, 1)
-        cos, sin = (table.reshape(-1, *table.shape[-2:]) for table in self.rope)  # (1 or B, L, what is rotated of d)
+        cos, sin = (table.reshape(-1, *table.shape[-2:]) for table in self.rope)  # (1 or B, L, d or less)
         cos, sin = cos[row % len(cos), positions], sin[row % len(sin), positions]
         x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
         first, second = x.chunk(2, dim=-1)

@@ -2,9 +2,8 @@
 
     python train.py --model meta-llama/Llama-3.2-3B
 
-`train` is the algorithm, with its line numbers in the comments; `SSToken` above it is its lines 5 to 9, what one step
-selects. The methods that the paper compares with take its place: paper/baselines.py. Below are the command line, and a
-run from its start to its end.
+`train` is the algorithm, with its line numbers in the comments; `SSToken` above it is lines 5 to 9: what is selected.
+The methods that the paper compares with take its place: paper/baselines.py. Below: the command line, and a whole run.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) ->
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, tokens: int):
-    """The optimizer's step; none where no token was selected, since AdamW would still move by what it remembers."""
+    """The optimizer's step; none where no token was selected: AdamW would still move by what it remembers."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     if tokens:
@@ -64,7 +63,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, tokens: int):
 
 
 def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
-    """Every optimizer step of the run as a list of micro-batches of sample indices: the epochs, cut at --max-steps."""
+    """Every optimizer step as a list of micro-batches of sample indices: the epochs, cut at --max-steps."""
     shape = (args.batch_size, args.micro_batch_size)
     seeds = [f"{args.seed} {epoch}" for epoch in range(args.epochs)]
     plans = [data.plan_batches(lengths, *shape, seed, pass_cost(device), args.pass_tokens) for seed in seeds]
@@ -77,7 +76,7 @@ def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.devic
 class SSToken:
     """ssToken's selection: which response tokens of a micro-batch are trained on. Alg. 1, lines 2, 5 to 9 and 11.
 
-    sizes: the number of response tokens of each sample. kept: the base model's losses, where they are known already.
+    sizes: each sample's number of response tokens. kept: the base model's losses, where they are known.
     """
 
     watch = None  # no more is asked of a predicted distribution than its loss
@@ -89,13 +88,14 @@ class SSToken:
         # Known before which tokens they will be, and with it each sample's weight in the loss
         self.counts = [share_of(args.rho, size) for size in sizes]
         self.probe = AttentionProbe(model, args.layer)
-        kind = args.history if args.rho < 1 and args.gamma > 0 else "base"  # nothing is kept that no score reads
+        # Nothing is kept that no score reads
+        kind = args.history if args.rho < 1 and args.gamma > 0 else "base"
         self.history = lora.History(model, kind, args.ema_alpha, args.history_every, kept)  # Alg. 1, line 2
 
     def start(self, step: int, seen: int):
         """Before step `step`, when `seen` samples have been trained on: which of the two signals it reads."""
         self.gamma = self.args.gamma if seen >= self.args.attention_only else 0.0
-        known = step == 1 and self.history.kept  # the model is its own history: REL is zero, not what rounding makes
+        known = step == 1 and self.history.kept  # then REL is zero, not what rounding makes
         self.reads_rel = self.args.rho < 1 and self.gamma > 0 and not known
         self.reads_attention = self.args.rho < 1 and self.gamma < 1
 
@@ -105,7 +105,8 @@ class SSToken:
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
         """A bool tensor (L_resp,) a sample, after the current model's pass: nll (response.sum(),) is L_theta."""
-        rel, attention = torch.zeros_like(nll), torch.zeros_like(nll)  # without a weight in the score, left at zero
+        rel = torch.zeros_like(nll)  # without a weight in the score, left at zero
+        attention = torch.zeros_like(nll)
         if self.reads_rel:
             rel = GAINS[self.args.gain](nll, self.history_nll)  # Alg. 1, line 5
         if self.reads_attention:
@@ -183,7 +184,7 @@ def train(
 
 MICRO_BATCH = {"cpu": 4, "cuda": 16}  # at most, by default: smaller ones leave a GPU waiting for its host
 
-# What `python train.py` does without --model: a tiny Llama and its rows, all of it made by demo/make.py
+# What `python train.py` does without --model: a tiny Llama and its rows, made by demo/make.py
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
 DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
 DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}
@@ -287,16 +288,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.Example]) -> Transformer:
-    """The model with new adapters, ready to train: checked against the data, its weights in place or sharded."""
+    """The model with new adapters, checked against the data, its weights in place or sharded."""
     model = load_model(args.model, getattr(torch, args.dtype), "meta" if args.shard else device, args.revision)
     check_fits(model, args.model, examples)
     if args.reference:
         baselines.check_reference_model(model, args.reference, examples)
     if args.cache:
         check_writable(Path(args.cache) / "losses")
-    count = model.config.num_hidden_layers
-    if not -count <= args.layer < count:
-        raise UserError(f"--layer {args.layer} does not exist: layers are 0 to {count - 1}, or -1 for the last")
+    try:
+        AttentionProbe(model, args.layer).remove()
+    except ValueError as error:  # before anything is written
+        raise UserError(f"--layer: {error}") from None
     model.gradient_checkpointing = args.gradient_checkpointing
     lora.new_adapters(model, args)
     if args.shard:
@@ -306,7 +308,7 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
 
 
 def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: Frozen, args, folder: Path) -> list:
-    """Train the adapters that the model has, into `folder`, the run's own or one inside it. Returns the steps."""
+    """Train the model's adapters, into `folder`, the run's own or one inside it. Returns the steps."""
     steps = plan_steps([len(sample.ids) for sample in samples], args, torch.device(args.device))
     content = {
         "history losses from --cache": baselines.reads_kept_history(args),
@@ -322,7 +324,7 @@ def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: 
 def merge(model: Transformer, args: argparse.Namespace, folder: Path):
     """Write folder/merged: the model with its adapters in it.
 
-    Where the model is in parts, what is merged is the base as it was loaded and the adapter as it was saved.
+    Where the model is in parts, the base is merged as it was loaded, and the adapter as it was saved.
     """
     if args.shard or args.method == "self-evolving":
         model = load_model(args.model, getattr(torch, args.dtype), "cpu", args.revision)

@@ -358,8 +358,8 @@ def test_the_probe_s_scores_are_eqs_5_to_7_of_the_layer_s_own_queries_and_keys(t
             x = layer.input_layernorm(probe.hidden[row : row + 1, :length])
             rope = rope_table(model.config, torch.arange(length), x.dtype)
             parts = layer.self_attn
-            q, k = parts.q_norm(parts.heads(parts.q_proj(x))), parts.k_norm(parts.heads(parts.k_proj(x)))
-            q, k = (apply_rope(heads.transpose(1, 2), rope)[0] for heads in (q, k))
+            q, k = (part(x).unflatten(-1, (-1, parts.head_dim)) for part in (parts.q_proj, parts.k_proj))
+            q, k = (apply_rope(heads.transpose(1, 2), rope)[0] for heads in (parts.q_norm(q), parts.k_norm(k)))
             expected = attention_score(q, k, response[row, :length])
             assert torch.allclose(scores[row][response[row]], expected, atol=1e-6)
             assert expected.min() > 0 and expected.max() < 0.999  # neither nothing nor all is prompt
