@@ -124,7 +124,7 @@ class AttentionProbe:
         prompt, found, training = tokens % 2 == 0, [], model.training
         try:
             with (
-                self.attention.v_proj.register_forward_hook(lambda _, args, v: prompt.to(v)[:, None].expand_as(v)),
+                self.attention.v_proj.register_forward_hook(lambda _, args, v: v * 0 + prompt.to(v)[:, None]),
                 self.attention.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0][0])),
             ):
                 model.eval()(tokens.unsqueeze(0))
