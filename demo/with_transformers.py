@@ -3,9 +3,8 @@
     python demo/with_transformers.py [--trl]    # needs transformers, peft, accelerate, datasets, trl
     python evaluate.py --model demo/model --adapter runs/demo-transformers --tasks instructions --data demo
 
-To take along: sstoken.py, and `SSToken`, which goes in front of your trainer's class. The model is one of peft: with
-its adapters off it is the history model. A row of a batch is one sample, padded on either side, and what is not
-supervised has the label -100. Several turns are fine; packed rows are not.
+To take along: sstoken.py, and `SSToken` in front of your trainer's class. The model is one of peft. A batch's rows are
+samples, padded on either side, the label -100 where nothing is supervised. Several turns are fine, packed rows are not.
 """
 
 import sys
@@ -40,7 +39,7 @@ class SSToken:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         adapted = self.accelerator.unwrap_model(model)
         self.probe = self.probe or AttentionProbe(adapted, self.layer)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, L)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         response = F.pad(inputs["labels"][:, 1:] != -100, (1, 0))  # nothing predicts a row's first token
 
         def losses():  # of the response tokens, row after row: that of x_i comes from position i - 1
@@ -69,9 +68,9 @@ def train(base=Trainer, arguments=TrainingArguments, folder="runs/demo-transform
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear"))
     settings = {"num_train_epochs": 4, "learning_rate": 4e-3, "warmup_steps": 0.03, "max_grad_norm": 0, "report_to": []}
-    settings |= {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 2, "save_strategy": "no"} | more
-    given = {"train_dataset": rows, "data_collator": DataCollatorForSeq2Seq(tokenizer)}
-    trainer = type("Mine", (SSToken, base), {})(model, arguments(folder, **settings), **given)
+    settings |= {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    trainer = type("Mine", (SSToken, base), {})(model, arguments(folder, **settings | more), collate, rows)
     trainer.train()
     trainer.save_model()
     return trainer

@@ -1,0 +1,222 @@
+"""sstoken.py in other people's trainers: alone in a folder, on the models of transformers, in its Trainer and TRL's."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_checkpoint, randomize, write_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import data
+import lora
+import train as train_module
+from model import load_model
+from sstoken import AttentionProbe, select
+
+ROOT = Path(__file__).parents[1]
+SIZES = {
+    **{"vocab_size": 200, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3},
+    **{"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+# What can be probed: grouped queries in all, and what a family has of its own
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": 9},
+    "mixtral": {"sliding_window": 9, "num_local_experts": 4},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granite": {"attention_multiplier": 0.3},
+    "olmo": {},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 1, 1]},
+    "starcoder2": {"sliding_window": 9},
+    "seed_oss": {},
+}
+FAMILIES["gemma3_text"] |= {"num_hidden_layers": 4}
+# What cannot, and the reason that is given
+REFUSED = {
+    "cohere": ({}, "off"),  # pairs the rotated halves otherwise, as the next four
+    "cohere2": ({}, "off"),
+    "glm": ({"head_dim": 16}, "off"),
+    "glm4": ({}, "off"),
+    "ernie4_5": ({}, "off"),
+    "gpt_oss": ({"num_local_experts": 4}, "off"),  # attends to a sink
+    "stablelm": ({"qk_layernorm": True}, "off"),
+    "smollm3": ({"no_rope_layers": [1, 1, 0]}, "off"),  # the last layer rotates nothing
+    "olmo2": ({}, "no attribute 'input_layernorm'"),
+    "olmoe": ({}, "size of tensor"),  # norms of queries and keys over all heads
+    "phi": ({}, "no attribute 'o_proj'"),
+    "phi3": ({}, "no attribute 'v_proj'"),
+    "gpt_neox": ({}, "GPTNeoXLayer"),
+    "gpt2": ({}, "GPT2LMHeadModel"),
+    "deepseek_v3": ({}, "no attribute 'v_proj'"),
+}
+
+
+def tiny(family, **changes):
+    """A random model of transformers, its norms too, whose attention is far from uniform."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.normal_(std=0.3).add_(1.0 if parameter.dim() == 1 and name.endswith("norm.weight") else 0.0)
+    return model
+
+
+def padded(lengths, left=False):
+    """Random ids of two turns a row, their response mask and attention mask, padded on one side, (B, L) each."""
+    generator, size = torch.Generator().manual_seed(0), max(lengths)
+    ids, response, real = torch.zeros(len(lengths), size, dtype=torch.long), [], []
+    for row, length in enumerate(lengths):
+        start = size - length if left else 0
+        ids[row, start : start + length] = torch.randint(3, 200, (length,), generator=generator)
+        place = torch.arange(size) - start
+        real.append((place >= 0) & (place < length))
+        turns = ((place >= length // 4) & (place < length // 2)) | (place >= 3 * length // 4)
+        response.append(turns & real[-1])
+    return ids, torch.stack(response), torch.stack(real).long()
+
+
+@torch.no_grad()
+def by_eager_attention(model, ids, response, real, layer):
+    """AttnScore from the attention weights that transformers returns, (B, L)."""
+    weights = model(ids, attention_mask=real, output_attentions=True).attentions[layer]
+    prompt = (~response & real.bool()).float()[:, None, :, None]
+    return (weights.float() @ prompt).squeeze(3).mean(1) * response
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_gives_what_eager_attention_returns(family, left):
+    model, batch = tiny(family, **FAMILIES[family]), padded([40, 33, 29], left)
+    ids, response, real = batch
+    for layer in range(model.config.num_hidden_layers):
+        probe = AttentionProbe(model, layer)
+        expected = by_eager_attention(model, *batch, layer)
+        scores = probe.scores(response, real)
+        assert (scores - expected).abs().max() < 1e-6 and scores[response].std() > 0.05
+        probe.remove()
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_read_right_is_refused_by_name_and_left_as_it_was(family):
+    changes, reason = REFUSED[family]
+    model = tiny(family, **changes).train()
+    with pytest.raises(ValueError, match=f"the attention of .* is not a Llama's: .*{reason}|the attention of {reason}"):
+        AttentionProbe(model)
+    hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooks and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_row_padded_on_the_left_is_selected_from_as_one_padded_on_the_right_and_as_one_alone(family):
+    model, lengths = tiny(family, **FAMILIES[family]), [40, 33, 29]
+    probe, selected = AttentionProbe(model), []
+    for left in (False, True):
+        ids, response, real = padded(lengths, left)
+        model(ids, attention_mask=real)
+        scores = probe.scores(response, real)
+        assert scores[~response].eq(0).all()
+        selected.append([select(row[mask], 0.6) for row, mask in zip(scores, response, strict=True)])
+    for row, length in enumerate(lengths):
+        ids, response, real = padded(lengths)
+        model(ids[row : row + 1, :length])
+        mask = response[row : row + 1, :length]
+        alone = select(probe.scores(mask)[mask], 0.6)
+        assert torch.equal(selected[0][row], alone) and torch.equal(selected[1][row], alone)
+
+
+def test_peft_s_adapters_and_sdpa_count_and_are_left_alone():
+    """The scores of a peft model by sdpa are eager attention's, with the adapters and, where they are off, without."""
+    model, batch = tiny("llama"), padded([40, 33])
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    adapted = get_peft_model(model, config).train()
+    probe, found = AttentionProbe(adapted), []
+    state = torch.get_rng_state()
+    for on in (True, False):
+        with contextlib.nullcontext() if on else adapted.disable_adapter():
+            adapted.eval()
+            expected = by_eager_attention(adapted, *batch, -1)
+            model.set_attn_implementation("sdpa")
+            adapted(batch[0], attention_mask=batch[2])
+            found.append(probe.scores(batch[1]))
+            model.set_attn_implementation("eager")
+        assert (found[-1] - expected).abs().max() < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found[0] - found[1]).abs().max() > 0.01  # the adapters counted
+
+
+def test_gradient_checkpointing_of_transformers_does_not_fire_the_probe_again():
+    model, (ids, response, real) = tiny("llama").train(), padded([40, 33])
+    model.gradient_checkpointing_enable()
+    probe = AttentionProbe(model)
+    loss = model(ids, attention_mask=real, labels=ids.where(response, -100)).loss
+    kept = probe.hidden
+    loss.backward()
+    assert probe.hidden is kept and not kept.requires_grad
+    assert model.lm_head.weight.grad is not None
+
+
+ALONE = """
+import sys
+blocked = "lora model data train evaluate support paper peft trl datasets accelerate".split()
+sys.modules |= dict.fromkeys(blocked)  # whoever imports one is told that there is none
+import numpy
+import torch
+import sstoken
+from transformers import LlamaConfig, LlamaForCausalLM
+
+numpy.random.seed(0)
+nll, other = numpy.random.rand(2, 10) * 8
+theirs = [torch.tensor(values, dtype=torch.float32) for values in (nll, other)]
+close = lambda found, expected: numpy.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+close(sstoken.sft_loss(theirs[0]), nll.mean())  # Eq. 1
+close(sstoken.excess_loss(*theirs), nll - other)  # Eq. 2
+close(sstoken.retrospective_excess_loss(*theirs), other - nll)  # Eq. 3
+average = theirs[1].clone()
+sstoken.ema_update([average], [theirs[0]], 0.9)
+close(average, 0.9 * other + 0.1 * nll)  # Eq. 4
+rel = ((other - nll) - (other - nll).min()) / numpy.ptp(other - nll)
+close(normalized := sstoken.normalize(theirs[1] - theirs[0]), rel)  # Eq. 8
+attention = numpy.random.rand(10)
+close(score := sstoken.score(normalized, torch.tensor(attention), 0.3), 0.3 * rel + 0.7 * attention)  # Eq. 9
+chosen = numpy.argsort(-score.numpy())[:6]
+selected = sstoken.select(score, 0.6)
+assert sorted(chosen) == selected.nonzero().flatten().tolist()  # Eq. 11
+close(sstoken.selected_loss(theirs[0], selected), nll[chosen].mean())  # Eq. 10
+
+sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, attn_implementation="eager", pad_token_id=0)).eval()
+for parameter in model.parameters():
+    parameter.data.normal_(std=0.5)
+probe = sstoken.AttentionProbe(model)
+ids, response = torch.arange(1, 21)[None], torch.arange(20)[None] >= 8
+weights = model(ids, output_attentions=True).attentions[-1][0].detach().numpy()
+close(probe.scores(response)[response], weights[:, 8:, :8].sum(2).mean(0))  # Eqs. 5 to 7
+print("alone:", sstoken.__file__, sorted(set(blocked) & {name for name in sys.modules if sys.modules[name]}))
+"""
+
+
+@pytest.mark.slow  # seconds: a process that imports transformers
+def test_the_file_alone_in_a_folder_computes_every_equation_and_probes_a_model_of_transformers(tmp_path):
+    shutil.copy(ROOT / "sstoken.py", tmp_path)
+    (tmp_path / "use.py").write_text(ALONE)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"alone: {tmp_path / 'sstoken.py'} []\n"
