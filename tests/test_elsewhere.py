@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_checkpoint, randomize, write_rows
+from conftest import make_checkpoint, write_rows
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
@@ -201,7 +203,8 @@ assert sorted(chosen) == selected.nonzero().flatten().tolist()  # Eq. 11
 close(sstoken.selected_loss(theirs[0], selected), nll[chosen].mean())  # Eq. 10
 
 sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, attn_implementation="eager", pad_token_id=0)).eval()
+sizes |= dict(num_key_value_heads=2, attn_implementation="eager", pad_token_id=0)
+model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 for parameter in model.parameters():
     parameter.data.normal_(std=0.5)
 probe = sstoken.AttentionProbe(model)
@@ -220,3 +223,113 @@ def test_the_file_alone_in_a_folder_computes_every_equation_and_probes_a_model_o
     done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"alone: {tmp_path / 'sstoken.py'} []\n"
+
+
+# ------------------------------------------------------------------------------------------------------- trainers
+
+
+STEPS = 3
+LENGTHS = {"llama": 6, "qwen3": 6, "demo": 12}  # samples a step
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """demo/with_transformers.py, which imports TRL, for seconds: not where only other tests run."""
+    from demo import with_transformers
+
+    return with_transformers
+
+
+def given(kind, folder) -> tuple[Path, list[data.Example], list[str]]:
+    """A checkpoint, samples for STEPS steps in the order of train.py, and the flags that it is trained by."""
+    if kind == "demo":
+        checkpoint, rows, flags = ROOT / "demo" / "model", ROOT / "demo" / "sft.jsonl", ["--lr", "0.01"]
+    else:
+        checkpoint, rows, flags = make_checkpoint(folder, kind), write_rows(folder / "rows.jsonl"), ["--lr", "0.02"]
+    size = LENGTHS[kind]
+    flags += ["--model", str(checkpoint), "--data", str(rows), "--limit", str(STEPS * size), "--batch-size", str(size)]
+    flags += ["--lora-rank", "4", "--lora-dropout", "0", "--dtype", "float32", "--device", "cpu", "--micro-batch-size"]
+    examples, _ = data.load_examples(str(rows), data.load_tokenizer(checkpoint), 128, STEPS * size)
+    return checkpoint, examples, [*flags, str(size), "--max-steps", str(STEPS)]
+
+
+def by_train_py(examples, flags, folder, patch) -> SimpleNamespace:
+    """A run of train.py: its adapters, the losses of its steps, the selected tokens, the samples in their order."""
+    args = train_module.parse_arguments(flags)
+    model, selected, log = load_model(args.model, torch.float32), [], []
+    lora.new_adapters(model, args)
+    lora.save_adapter(model, folder / "before")
+    patch.setattr(train_module, "select", lambda *scored: selected.append(select(*scored)) or selected[-1])
+    plan = train_module.plan_steps([len(e.ids) for e in examples], args, torch.device("cpu"))
+    train_module.train(model, examples, args, log.append)
+    lora.save_adapter(model, folder / "after")
+    order = [examples[i] for batch in plan for samples in batch for i in samples]
+    adapters = load_file(folder / "after" / "adapter_model.safetensors")
+    losses, found = [line["loss"] for line in log], {"selected": selected, "order": order, "adapters": adapters}
+    return SimpleNamespace(args=args, folder=folder, losses=losses, **found)
+
+
+def by_trainer(elsewhere, run, patch, folder, base, arguments, micro, left=False, **more) -> SimpleNamespace:
+    """The same run by a trainer with SSToken in front of it, `micro` samples a pass."""
+    model = AutoModelForCausalLM.from_pretrained(run.args.model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run.folder / "before", is_trainable=True)
+    selected, losses, size = [], [], run.args.batch_size
+    patch.setattr(elsewhere, "select", lambda *scored: selected.append(select(*scored)) or selected[-1])
+
+    class Mine(elsewhere.SSToken, base):
+        def _get_train_sampler(self, *given):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *given, **named):
+            loss = super().compute_loss(*given, **named)
+            losses.append(loss.item())
+            return loss
+
+    def collate(rows):
+        side = {"batch_first": True, "padding_side": "left" if left else "right"}
+        pad = lambda name, value: pad_sequence([torch.tensor(row[name]) for row in rows], **side, padding_value=value)
+        return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "attention_mask": pad("real", 0)}
+
+    rows = [{"input_ids": e.ids, "labels": e.ids.where(e.response, -100)} for e in run.order]
+    rows = [row | {"real": torch.ones_like(row["input_ids"])} for row in rows]
+    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": size // micro, "use_cpu": True}
+    settings |= {"max_steps": STEPS, "max_grad_norm": 0, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"remove_unused_columns": False, "bf16": False}  # TRL computes in bfloat16 unless it is told not to
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], run.args.lr, weight_decay=0.0)
+    rate = lambda step: train_module.learning_rate(step + 1, STEPS, 1.0, run.args.warmup_ratio)
+    trainer = Mine(
+        model=model,
+        args=arguments(str(folder), **settings | more),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
+    )
+    trainer.train()
+    trainer.save_model()
+    losses = torch.tensor(losses).view(STEPS, -1).sum(dim=1).tolist()
+    adapters = load_file(folder / "adapter_model.safetensors")
+    return SimpleNamespace(losses=losses, selected=selected, adapters=adapters)
+
+
+def check_same(run, other, order=True):
+    assert len(run.selected) == len(other.selected) == len(run.order)
+    assert all(torch.equal(a, b) for a, b in zip(run.selected, other.selected, strict=True))
+    assert other.losses == pytest.approx(run.losses, abs=1e-5)
+    assert run.adapters.keys() == other.adapters.keys()
+    moved = load_file(run.folder / "before" / "adapter_model.safetensors")
+    for name, tensor in run.adapters.items():
+        assert (tensor - other.adapters[name]).abs().max() < 1e-4, name
+    assert max((tensor - moved[name]).abs().max() for name, tensor in run.adapters.items()) > 1e-2
+
+
+@pytest.mark.slow  # seconds: it imports TRL, and trains
+@pytest.mark.parametrize("base", ["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_a_trainer_selects_and_trains_as_train_py(elsewhere, kind, base, tmp_path, monkeypatch):
+    _, examples, flags = given(kind, tmp_path)
+    run = by_train_py(examples, flags, tmp_path, monkeypatch)
+    arguments = elsewhere.SFTConfig if base == "SFTTrainer" else elsewhere.TrainingArguments
+    ways = {"at once": {"micro": LENGTHS[kind]}, "accumulated": {"micro": 2}, "left": {"micro": 3, "left": True}}
+    for name, way in ways.items():
+        found = by_trainer(elsewhere, run, monkeypatch, tmp_path / name, getattr(elsewhere, base), arguments, **way)
+        check_same(run, found)
