@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_checkpoint, write_rows
+from conftest import PATIENCE, make_checkpoint, write_rows
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ import data
 import lora
 import train as train_module
 from model import load_model
-from sstoken import AttentionProbe, select
+from sstoken import AttentionProbe, score, select
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -269,7 +269,7 @@ def by_train_py(examples, flags, folder, patch) -> SimpleNamespace:
     return SimpleNamespace(args=args, folder=folder, losses=losses, **found)
 
 
-def by_trainer(elsewhere, run, patch, folder, base, arguments, micro, left=False, **more) -> SimpleNamespace:
+def by_trainer(elsewhere, run, patch, folder, base, arguments, micro, left=False, processes=1) -> SimpleNamespace:
     """The same run by a trainer with SSToken in front of it, `micro` samples a pass."""
     model = AutoModelForCausalLM.from_pretrained(run.args.model, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, run.folder / "before", is_trainable=True)
@@ -292,21 +292,23 @@ def by_trainer(elsewhere, run, patch, folder, base, arguments, micro, left=False
 
     rows = [{"input_ids": e.ids, "labels": e.ids.where(e.response, -100)} for e in run.order]
     rows = [row | {"real": torch.ones_like(row["input_ids"])} for row in rows]
-    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": size // micro, "use_cpu": True}
+    passes = size // micro // processes
+    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes, "use_cpu": True}
     settings |= {"max_steps": STEPS, "max_grad_norm": 0, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     settings |= {"remove_unused_columns": False, "bf16": False}  # TRL computes in bfloat16 unless it is told not to
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], run.args.lr, weight_decay=0.0)
     rate = lambda step: train_module.learning_rate(step + 1, STEPS, 1.0, run.args.warmup_ratio)
     trainer = Mine(
         model=model,
-        args=arguments(str(folder), **settings | more),
+        args=arguments(str(folder), **settings),
         train_dataset=Dataset.from_list(rows),
         data_collator=collate,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
     )
     trainer.train()
     trainer.save_model()
-    losses = torch.tensor(losses).view(STEPS, -1).sum(dim=1).tolist()
+    trainer.accelerator.wait_for_everyone()
+    losses = torch.tensor(losses).view(STEPS, passes).sum(dim=1).tolist()
     adapters = load_file(folder / "adapter_model.safetensors")
     return SimpleNamespace(losses=losses, selected=selected, adapters=adapters)
 
@@ -333,3 +335,80 @@ def test_a_trainer_selects_and_trains_as_train_py(elsewhere, kind, base, tmp_pat
     for name, way in ways.items():
         found = by_trainer(elsewhere, run, monkeypatch, tmp_path / name, getattr(elsewhere, base), arguments, **way)
         check_same(run, found)
+
+
+@pytest.mark.slow  # seconds: it imports TRL, and trains
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_families_that_train_py_does_not_know_train(elsewhere, family, tmp_path, monkeypatch):
+    """A Mistral and a Gemma 3 of random weights, with windows: the loss falls, AttnScore is eager attention's."""
+    tiny(family, **FAMILIES[family]).save_pretrained(tmp_path / "model")
+    peft_model = get_peft_model(tiny(family, **FAMILIES[family]), LoraConfig(r=4, target_modules="all-linear"))
+    peft_model.save_pretrained(tmp_path / "before")
+    ids, response, _ = padded([40, 33, 29, 25])
+    examples = [data.Example(row, mask) for row, mask in zip(ids, response, strict=True)] * STEPS
+    args = SimpleNamespace(model=tmp_path / "model", batch_size=4, lr=0.01, warmup_ratio=0.0)
+    run, attention = SimpleNamespace(args=args, folder=tmp_path, order=examples), []
+    monkeypatch.setattr(elsewhere, "score", lambda *given: attention.append(given[1]) or score(*given))
+    kinds = elsewhere.Trainer, elsewhere.TrainingArguments
+    found = by_trainer(elsewhere, run, monkeypatch, tmp_path / "after", *kinds, 4)
+    assert found.losses[2] < found.losses[0] and found.selected
+    real = torch.ones_like(ids)
+    expected = by_eager_attention(tiny(family, **FAMILIES[family]), ids, response, real, -1)[response]  # before step 1
+    assert (torch.cat(attention[:4]) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow  # seconds: it imports TRL, and trains
+def test_a_sample_without_a_supervised_token_has_no_weight_in_any_micro_batch(elsewhere, tmp_path, monkeypatch):
+    """With one more row a step, where nothing is supervised, all is as without it: Eq. 10's mean is over the others."""
+    _, examples, flags = given("llama", tmp_path)
+    run = by_train_py(examples, flags, tmp_path, monkeypatch)
+    silent, size = data.Example(examples[0].ids, torch.zeros_like(examples[0].response)), run.args.batch_size
+    steps = [run.order[start : start + size] for start in range(0, len(run.order), size)]
+    args = SimpleNamespace(**vars(run.args) | {"batch_size": size + 1})
+    more = SimpleNamespace(args=args, folder=tmp_path, order=[e for step in steps for e in [silent, *step]])
+    for micro in (1, size + 1):
+        kinds = elsewhere.Trainer, elsewhere.TrainingArguments
+        check_same(run, by_trainer(elsewhere, more, monkeypatch, tmp_path / str(micro), *kinds, micro))
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import pytest
+import torch
+import test_elsewhere
+from demo import with_transformers as elsewhere
+
+run = torch.load(sys.argv[1], weights_only=False)
+kinds = elsewhere.Trainer, elsewhere.TrainingArguments
+test_elsewhere.by_trainer(elsewhere, run, pytest.MonkeyPatch(), Path(sys.argv[2]), *kinds, 1, processes=2)
+"""
+
+
+@pytest.mark.slow  # two processes that import TRL, and train
+def test_two_processes_give_the_adapters_of_one(tmp_path, monkeypatch):
+    _, examples, flags = given("llama", tmp_path)
+    run = by_train_py(examples, [*flags, "--batch-size", "4", "--micro-batch-size", "4"], tmp_path, monkeypatch)
+    torch.save(run, tmp_path / "run.pt")
+    (tmp_path / "rank.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [tmp_path / "rank.py", tmp_path / "run.pt", tmp_path / "two"]
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    for name, tensor in run.adapters.items():
+        assert (tensor - found[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.slow  # it imports TRL, and trains by both
+def test_the_demo_of_it_trains(elsewhere, tmp_path):
+    for kinds in ((), (elsewhere.SFTTrainer, elsewhere.SFTConfig)):
+        more = {"max_steps": 12, "use_cpu": True, "logging_steps": 4, "disable_tqdm": True}
+        trainer = elsewhere.train(*kinds, folder=str(tmp_path), **more)
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert len(losses) == 3 and losses[2] < losses[0] - 0.5
+        model = lora.load_adapter(load_model(ROOT / "demo" / "model"), tmp_path)  # what evaluate.py reads
+        assert len(lora.lora_layers(model)) == 7 * model.config.num_hidden_layers
