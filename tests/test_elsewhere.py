@@ -1,6 +1,7 @@
 """sstoken.py in other people's trainers: alone in a folder, on the models of transformers, in its Trainer and TRL's."""
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
 import lora
+import sstoken
 import train as train_module
 from model import load_model
 from sstoken import AttentionProbe, score, select
@@ -223,6 +225,31 @@ def test_the_file_alone_in_a_folder_computes_every_equation_and_probes_a_model_o
     done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"alone: {tmp_path / 'sstoken.py'} []\n"
+
+
+@torch.no_grad()
+def test_the_lines_of_the_readme_are_a_step_of_the_paper():
+    """The loss that they leave, against Algorithm 1 written out from eager attention and float64 losses."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Take it with you")[1].split("## ")[0]
+    lines = "\n".join(line[4:] for line in text.splitlines() if line[:4] == "    " or not line)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    for left in (False, True):
+        model = get_peft_model(tiny("qwen3", head_dim=16), config)
+        ids, response, real = padded([40, 33, 29], left)
+        found = vars(sstoken) | {"F": torch.nn.functional, "model": model, "ids": ids, "mask": real}
+        exec(lines, found | {"labels": ids.where(response, -100)}, left_behind := {})
+        attention, losses, means = by_eager_attention(model, ids, response, real, -1), [], []
+        for switch in (model.disable_adapter, contextlib.nullcontext):
+            with switch():
+                logits = model(input_ids=ids, attention_mask=real).logits.double().log_softmax(dim=2)
+            losses.append(-logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0])
+        for row, at in enumerate(response[:, 1:]):
+            history, current = losses[0][row, at], losses[1][row, at]
+            rel = history - current
+            scores = 0.5 * (rel - rel.min()) / (rel.max() - rel.min()) + 0.5 * attention[row, 1:][at]
+            best = scores.argsort(descending=True)[: math.ceil(round(0.6 * len(scores), 9))]
+            means.append(current[best].mean())
+        assert left_behind["loss"].item() == pytest.approx(torch.stack(means).mean().item(), abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- trainers

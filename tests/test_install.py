@@ -40,9 +40,10 @@ def imported(paths) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_what_runs_needs_all_that_is():
-    runs = [*PLACES, *ROOT.glob("demo/*.py"), *ROOT.glob("results/**/*.py")]
+    elsewhere = ROOT / "demo" / "with_transformers.py"  # runs in other people's trainers, where those are installed
+    runs = {*PLACES, *ROOT.glob("demo/*.py"), *ROOT.glob("results/**/*.py")} - {elsewhere}
     assert imported(runs) - {"matplotlib"} == declared(ROOT / "requirements.txt")  # figures say how to get that one
-    assert imported(ROOT.glob("tests/**/*.py")) <= declared(ROOT / "tests" / "requirements.txt")
+    assert imported([elsewhere, *ROOT.glob("tests/**/*.py")]) <= declared(ROOT / "tests" / "requirements.txt")
 
 
 @pytest.mark.slow
