@@ -96,9 +96,9 @@ def padded(lengths, left=False):
 
 
 @torch.no_grad()
-def by_eager_attention(model, ids, response, real, layer):
+def by_eager_attention(model, ids, response, real, layer, **more):
     """AttnScore from the attention weights that transformers returns, (B, L)."""
-    weights = model(ids, attention_mask=real, output_attentions=True).attentions[layer]
+    weights = model(ids, attention_mask=real, output_attentions=True, **more).attentions[layer]
     prompt = (~response & real.bool()).float()[:, None, :, None]
     return (weights.float() @ prompt).squeeze(3).mean(1) * response
 
@@ -106,11 +106,13 @@ def by_eager_attention(model, ids, response, real, layer):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_gives_what_eager_attention_returns(family, left):
+    """Padded on the left, each row's positions are its own (every second), so each has its own rotary table."""
     model, batch = tiny(family, **FAMILIES[family]), padded([40, 33, 29], left)
     ids, response, real = batch
     for layer in range(model.config.num_hidden_layers):
         probe = AttentionProbe(model, layer)
-        expected = by_eager_attention(model, *batch, layer)
+        positions = {"position_ids": (real.cumsum(dim=1) - 1).clamp(min=0) * 2} if left else {}
+        expected = by_eager_attention(model, *batch, layer, **positions)
         scores = probe.scores(response, real)
         assert (scores - expected).abs().max() < 1e-6 and scores[response].std() > 0.05
         probe.remove()
