@@ -1,6 +1,6 @@
-"""LoRA, the only part that is trained: y = W x + b + (alpha / rank) B A dropout(x), with W frozen (Hu et al., 2022).
+"""LoRA (Hu et al., 2022), the only part that is trained: a low-rank update beside each frozen weight.
 
-`LoRALinear` is a Linear whose weight keeps its name, so a model with adapters is still the checkpoint it came from.
+`LoRALinear` is a Linear whose weight keeps its name, so a model with adapters is still its checkpoint.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Linear):
-    """A frozen Linear with a trainable update of low rank.
+    """A frozen Linear with a low-rank update: y = W x + b + (alpha / rank) B A dropout(x).
 
     weight (out, in) and bias are the base's own tensors, in its dtype. lora_A (rank, in) and lora_B (out, rank) are
     float32 whatever that dtype is, and are cast to the input's where they are used.
