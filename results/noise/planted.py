@@ -13,7 +13,7 @@ SHARE = 0.2  # of the response tokens, of the words that can have a typo
 KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of other responses"}
 FAULTS = {
     "faults": "wrong answers, cut ends, boilerplate",
-    "typos": "two letters swapped in a fifth of the longer words",
+    "typos": "typos in a fifth of the longer words",
     "half": "half of all answers swapped",
 }
 Planted = tuple[list[data.Example], list[Tensor]]  # samples, and for each a (L_resp,) bool: which tokens are noise
