@@ -27,7 +27,7 @@ from support.files import UserError, check_writable, read_log, write_whole
 ROOT = Path(__file__).parents[2]
 # with the state that is easiest to lose: dropout (0.1) draws random numbers, and the history is an average
 SETTINGS = "--batch-size 8 --lora-rank 4 --dtype float32 --lr 0.01 --max-length 128".split()
-AVERAGE = "--history ema --ema-alpha 0.9".split()  # where no other history or method is asked for
+AVERAGE = ["--history", "ema"]  # where no other history or method is asked for
 LONG = ["--epochs", "40", "--checkpoint-every", "3"]  # 120 steps
 
 
@@ -201,7 +201,7 @@ def test_another_method_does_not_go_on_with_a_run(llama, rows, tmp_path):
     main(llama, rows, tmp_path / "a", "--method", "self-evolving")
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     for flags in ([], ["--method", "rho1", "--reference-data", rows]):
-        with pytest.raises(UserError, match="of another configuration: --(method|loss-mean) was"):
+        with pytest.raises(UserError, match="of another configuration: --(history|method|loss-mean) was"):
             main(llama, rows, tmp_path / "a", "--resume", *flags)
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
 
