@@ -24,7 +24,7 @@ from evaluate import prepare
 from model import read_config
 from paper.baselines import WITH_REFERENCE, reads
 from paper.benchmarks import GROUPS, TABLE, forget_rows, loader, task_names
-from paper.objectives import OBJECTIVES, asks
+from paper.objectives import OBJECTIVES
 from paper.tables import Line, find_pyplot, paper_rho, report
 from support import command, runs, templates
 from support.checkpoint import find_checkpoint
@@ -65,7 +65,7 @@ EXTRA = ("auto", *OBJECTIVES)  # rows that are none of the paper's; auto: --meth
 def row(name: str, rho: float, label: str = "", *more) -> Row:
     """The row of a method that selects: its flags of train.py, --rho where it reads one, and `more`."""
     method, rho = ("sstoken", "auto") if name == "auto" else (name, rho)
-    share = ("--rho", rho) if name not in OBJECTIVES or "rho" in asks(name) else ()
+    share = ("--rho", rho) if reads(name, "--rho") else ()
     return Row(label or LABELS.get(name) or name.upper(), name, ("--method", method, *map(str, (*share, *more))))
 
 
