@@ -28,7 +28,7 @@ import data
 import lora
 from data import Tokenizer
 from model import Transformer, centred_logits, load_model
-from paper.benchmarks import GROUPS, OWN, TABLE, TASKS, add_groups, forget_rows, loader, task_names
+from paper.benchmarks import GROUPS, OWN_ROWS, TABLE, TASKS, add_groups, forget_rows, loader, task_names
 from support import chat, command, losses, machine, ranks, templates
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell, short_names
@@ -237,8 +237,8 @@ def table(records: list[dict]) -> str:
     Beside them, or alone, a column for the user's own rows, where they were asked about.
     """
     found = {task for record in records for task in record["results"]}
-    own = [OWN] if OWN[1] in found else []
-    columns = own if found == {OWN[1]} else TABLE + own
+    own = [OWN_ROWS] if OWN_ROWS[1] in found else []
+    columns = own if found == {OWN_ROWS[1]} else TABLE + own
     lines = [["model", *(column for column, _, _ in columns), *(["AVG"] if columns != own else [])]]
     notes, names = [], short_names([record["adapter"] or record["model"] for record in records])
     for record, name in zip(records, names, strict=True):

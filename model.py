@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from support import checkpoint as files
+from support.checkpoint import EMBEDDING, check_tensors, find_checkpoint, find_weights, read_architecture, read_weights
 from support.kernels import attention, chunked_nll, logits_at_once, rms_norm, swiglu
 
 
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         rope = rope_table(self.config, positions, x.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+                x = recompute_in_backward(layer, x, rope, use_reentrant=False)
             else:
                 x = layer(x, rope, mask, cache[i] if cache is not None else None)
         return self.model.norm(x)
@@ -200,7 +200,7 @@ class Transformer(nn.Module):
 
 def read_config(folder: Path) -> Config:
     """What `folder`/config.json says; UserError, by name, for what would change the result and is not implemented."""
-    return Config(**files.read_architecture(folder))
+    return Config(**read_architecture(folder))
 
 
 def load_model(
@@ -209,16 +209,16 @@ def load_model(
     """A checkpoint in Hugging Face layout, from a local folder or the hub, in eval mode.
 
     dtype: what the weights become (default: the config's, else the embedding's). Peak memory is the model and one
-    block of a tensor. On the device "meta" no weight is read: `files.read_weights` does it later.
+    block of a tensor. On the device "meta" no weight is read: `read_weights` does it later.
     Raises UserError, by name, for what is missing, left over or unknown.
     """
-    folder = files.find_checkpoint(name_or_path, revision)
+    folder = find_checkpoint(name_or_path, revision)
     config = read_config(folder)
-    stored = files.find_weights(folder, config)
+    stored = find_weights(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
-    files.check_tensors(stored, dict(model.named_parameters()), folder)
-    dtype = dtype or config.dtype or stored[files.EMBEDDING].dtype
+    check_tensors(stored, dict(model.named_parameters()), folder)
+    dtype = dtype or config.dtype or stored[EMBEDDING].dtype
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         weight = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
@@ -226,7 +226,7 @@ def load_model(
     model.tie_weights()
     model.folder, model.name_or_path, model.revision = folder, str(name_or_path), revision
     if torch.device(device).type != "meta":
-        files.read_weights(model, stored)
+        read_weights(model, stored)
     return model.eval()
 
 
@@ -246,17 +246,17 @@ def centred_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
     return logits.scatter_(1, targets.unsqueeze(1), target_logit), target_logit
 
 
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, watch=None) -> Tensor:
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, statistics=None) -> Tensor:
     """Negative log-likelihood of each target: -log P(targets_t | hidden_t), the summands of Eq. 1.
 
     hidden (T, D), weight (V, D), targets (T,) -> (T,) float32, in nats. Equal to cross entropy on hidden @ weight.T,
     but the (T, V) logits never exist: `chunk` rows at a time (default: 2^23 logits, 2^26 on a GPU), one pass that also
     keeps each token's gradient for its hidden state. So whatever weights a selection gives the tokens later, backward
     is one multiplication. In bfloat16 the loss is right to a few tenths of a percent of itself. There is no gradient
-    for `weight`: it is frozen here. To train it, use plain cross entropy. watch: `kernels.chunked_nll`'s.
+    for `weight`: it is frozen here. To train it, use plain cross entropy. statistics: `kernels.chunked_nll`'s.
     """
     chunk = chunk or logits_at_once(len(weight), hidden.device)
-    return chunked_nll(hidden, weight, targets, chunk, centred_logits, watch)
+    return chunked_nll(hidden, weight, targets, chunk, centred_logits, statistics)
 
 
 def response_places(response: Tensor, device) -> Tensor:
@@ -264,13 +264,13 @@ def response_places(response: Tensor, device) -> Tensor:
     return nn.functional.pad(response[:, 1:], (1, 0)).flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 
-def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, watch=None) -> Tensor:
+def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, statistics=None) -> Tensor:
     """Losses of the response tokens of a batch, row after row: input_ids, response (B, L) -> (T,) float32.
 
     The loss of token x_i comes from the hidden state of x_{i-1}; only `response_places`, T in all, meet the
-    vocabulary. With `response` on the host, nothing waits for a GPU. watch: as token_nll's.
+    vocabulary. With `response` on the host, nothing waits for a GPU. statistics: as token_nll's.
     """
     hidden = model(input_ids)
     places = response_places(response, hidden.device)
     before = hidden.flatten(0, 1).index_select(0, places - 1)
-    return token_nll(before, model.lm_head.weight, input_ids.flatten()[places], watch=watch)
+    return token_nll(before, model.lm_head.weight, input_ids.flatten()[places], statistics=statistics)

@@ -25,7 +25,7 @@ import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import baselines
 from paper.baselines import METHODS, OVER_THE_POOL, PARTS, WITH_REFERENCE
-from paper.frozen import Frozen, response_losses
+from paper.frozen import FrozenLosses, response_losses
 from paper.objectives import GAINS
 from sstoken import AttentionProbe, normalize, score, select, selected_loss, sft_loss, share_of
 from support import command, handoff, machine, ranks, runs, sources, templates
@@ -79,7 +79,7 @@ class SSToken:
     sizes: each sample's number of response tokens. kept: the base model's losses, where they are known.
     """
 
-    watch = None  # no more is asked of a predicted distribution than its loss
+    statistics = None  # no more is asked of a predicted distribution than its loss
 
     def __init__(
         self, model: Transformer, sizes: list[int], args: argparse.Namespace, kept: list[Tensor] | None = None
@@ -131,7 +131,7 @@ def train(
     args: argparse.Namespace,
     log: Callable[[dict], None],
     checkpoints: runs.Checkpoints | None = None,
-    frozen: Frozen | None = None,
+    frozen: FrozenLosses | None = None,
 ) -> Transformer:
     """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step.
 
@@ -139,7 +139,7 @@ def train(
     `checkpoints` the run goes on from the newest, and leaves others behind. `frozen` holds the losses that the
     baselines rank by, or that ssToken's history need not compute again; the adapters are new ones then.
     """
-    frozen, checkpoints = frozen or Frozen(), checkpoints or runs.Checkpoints()
+    frozen, checkpoints = frozen or FrozenLosses(), checkpoints or runs.Checkpoints()
     device = model.lm_head.weight.device
     sizes = [int(e.response.sum()) for e in examples]
     steps = plan_steps([len(e.ids) for e in examples], args, device)
@@ -157,7 +157,7 @@ def train(
         for samples in ranks.share_passes(batch):  # Alg. 1, line 4
             ids, response = data.collate([examples[i] for i in samples], device)
             selection.look_back(samples, ids, response)  # L_his
-            nll = response_nll(model, ids, response, selection.watch)  # L_theta
+            nll = response_nll(model, ids, response, selection.statistics)  # L_theta
             selected = selection.choose(samples, response, nll.detach())  # Alg. 1, lines 5 to 9
             loss = 0 * nll.sum()  # all ranks go backward equally often, also one without a selected token
             parts = zip(samples, nll.split([sizes[i] for i in samples]), selected, strict=True)
@@ -307,7 +307,7 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
     return model
 
 
-def fit(run: runs.Run, model: Transformer, samples: list[data.Example], frozen: Frozen, args, folder: Path) -> list:
+def fit(run: runs.Run, model, samples: list[data.Example], frozen: FrozenLosses, args, folder: Path) -> list:
     """Train the model's adapters, into `folder`, the run's own or one inside it. Returns the steps."""
     steps = plan_steps([len(sample.ids) for sample in samples], args, torch.device(args.device))
     content = {

@@ -3,7 +3,7 @@
 An answer is likelier behind its own prompt than behind others, if the base model heeds prompts at all. An answer to
 something else is as likely behind all of them. So the base model reads the first tokens of each answer behind two other
 prompts too. How much likelier the answer is behind its own is its gain. How the two others differ is chance, and shows
-how gains of wrong answers scatter. `own_prompt` tells the two groups apart, or says why it cannot.
+how gains of wrong answers scatter. `separate_answers` tells the two groups apart, or says why it cannot.
 
 Every answer of a conversation is asked about. Its prompt is all that stands before it.
 """
@@ -121,7 +121,7 @@ def two_groups(x: Tensor, chance: Tensor, start: float) -> tuple[float, float, f
     return tuple(value.item() for value in (found, low, chance_spread, high, spread))
 
 
-class Belonging(NamedTuple):
+class AnswerFilter(NamedTuple):
     """Which answers belong to their prompt, (N,) bool, and, where all are kept, why."""
 
     mask: Tensor
@@ -135,7 +135,7 @@ class Belonging(NamedTuple):
         return [mask[response] for mask, (_, response) in zip(found, examples, strict=True)]
 
 
-def own_prompt(gains: Tensor, chance: Tensor) -> Belonging:
+def separate_answers(gains: Tensor, chance: Tensor) -> AnswerFilter:
     """Which answers belong to their prompt, by their gains (N,); chance (N,): gains that mean nothing.
 
     Two normal groups are fitted, the lower one of wrong answers. The bar between them lies as many deviations above the
@@ -145,20 +145,20 @@ def own_prompt(gains: Tensor, chance: Tensor) -> Belonging:
     """
     everything, x, chance = torch.ones_like(gains, dtype=torch.bool), gains.double(), chance.double()
     if len(x) < LEAST:
-        return Belonging(everything, f"fewer than {LEAST} are too few to tell")
+        return AnswerFilter(everything, f"fewer than {LEAST} are too few to tell")
     if min(x.std(), chance.std()) < 1e-6:
-        return Belonging(everything, "the base model does not heed the prompt")
+        return AnswerFilter(everything, "the base model does not heed the prompt")
     one = log_likelihood(x, x.mean(), x.std(correction=0)).sum().item()
     found, low, low_spread, high, high_spread = max(two_groups(x, chance, start) for start in (0.15, 0.5, 0.8))
     apart = (high - low) / (low_spread + high_spread)
     if found - one <= math.log(ODDS) or apart < APART:
-        return Belonging(everything, "no group of answers stands apart")
-    return Belonging(x >= low + apart * low_spread)
+        return AnswerFilter(everything, "no group of answers stands apart")
+    return AnswerFilter(x >= low + apart * low_spread)
 
 
-def belong(examples: list[data.Example], base: list[Tensor], elsewhere: list[Tensor]) -> Belonging:
-    """`own_prompt` of all answers. base: each sample's losses; elsewhere: those of `behind_other_prompts`."""
+def filter_answers(examples: list[data.Example], base: list[Tensor], elsewhere: list[Tensor]) -> AnswerFilter:
+    """`separate_answers` of all answers. base: each sample's losses; elsewhere: those of `behind_other_prompts`."""
     if not elsewhere:
         everything = torch.ones(len(find_answers(examples)), dtype=torch.bool)
-        return Belonging(everything, "more than a third of them have the same prompt")
-    return own_prompt(*gains(examples, base, elsewhere))
+        return AnswerFilter(everything, "more than a third of them have the same prompt")
+    return separate_answers(*gains(examples, base, elsewhere))

@@ -1,8 +1,8 @@
 """What the paper compares ssToken with (Sec. 4.1): Full, Random, RHO-1, TokenCleaning in both variants.
 
-All go through train.py's loop. What they select is known before training starts (`Fixed`), or made anew in every step
-(`ExcessOfCurrent`, `Objective`); all have the form of `train.SSToken`. Below: the reference model, a run by its method,
-and which flag is for which method.
+All go through train.py's loop. A selection is made before training starts (`PrecomputedSelection`) or in every step
+(`ExcessOfCurrent`, `Objective`); each has the form of `train.SSToken`. Below: the reference model, a run by its method,
+which flag is for which method.
 """
 
 import argparse
@@ -20,15 +20,15 @@ import data
 import lora
 from model import Transformer, load_model
 from paper import auto
-from paper.frozen import Frozen, frozen_losses
-from paper.objectives import OBJECTIVES, asks, weigh
+from paper.frozen import FrozenLosses, cached_losses
+from paper.objectives import OBJECTIVES, inputs_of, token_weights
 from paper.self_evolving import PARTS, train_in_parts
 from sstoken import excess_loss, select, share_of
 from support import ranks
 from support.adapters import ADAPTER_FILES, find_adapter, read_adapter
 from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, check_fits, find_folder
 from support.files import UserError, read_log
-from support.kernels import DESCRIPTIONS, Watch
+from support.kernels import STATISTICS, PredictionStatistics
 
 # --------------------------------------------------------------------------------- masks made before training starts
 
@@ -84,10 +84,10 @@ OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample 
 # --------------------------------------------------------------------------------- selections, in train.SSToken's form
 
 
-class Fixed:
+class PrecomputedSelection:
     """A selection that was made before training started: a bool tensor (L_resp,) a sample, on the host."""
 
-    history = watch = None
+    history = statistics = None
 
     def __init__(self, masks: list[Tensor]):
         self.masks, self.counts = masks, [int(mask.sum()) for mask in masks]
@@ -108,7 +108,7 @@ class Fixed:
         pass
 
 
-class ExcessOfCurrent(Fixed):
+class ExcessOfCurrent(PrecomputedSelection):
     """RHO-1 as its own paper has it: the excess loss (Eq. 2) of the current model over the reference, in every step."""
 
     def __init__(self, reference: list[Tensor], rho: float):
@@ -121,37 +121,39 @@ class ExcessOfCurrent(Fixed):
         return [select(excess_loss(current, ref), self.rho) for current, ref in parts]
 
 
-class Objective(Fixed):
+class Objective(PrecomputedSelection):
     """One of OBJECTIVES that asks for something of the current model, in every step. frozen: of the base model.
 
     How many tokens a sample keeps is known before only where rho says it; otherwise, where --loss-mean batch weighs
     samples by that, it counts all of its response tokens, with --rho auto those of answers that belong to their prompt.
     """
 
-    def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: Frozen):
+    def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: FrozenLosses):
         self.sizes, self.args, self.frozen = sizes, args, frozen
         self.method = "surprise" if args.rho == "auto" else args.method
-        self.counts = [share_of(args.rho, size) for size in sizes] if "rho" in asks(self.method) else sizes
-        if frozen.own:
-            self.counts = [int(mask.sum()) for mask in frozen.own]
-        described = asks(self.method) & DESCRIPTIONS.keys()
-        self.watch = Watch(sorted(described)) if described else None
+        self.counts = [share_of(args.rho, size) for size in sizes] if "rho" in inputs_of(self.method) else sizes
+        if frozen.answer_masks:
+            self.counts = [int(mask.sum()) for mask in frozen.answer_masks]
+        described = inputs_of(self.method) & STATISTICS.keys()
+        self.statistics = PredictionStatistics(sorted(described)) if described else None
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
-        current = {"nll": nll} | (self.watch.take(nll) if self.watch else {})
+        current = {"nll": nll} | (self.statistics.collect(nll) if self.statistics else {})
         parts = {name: values.split([self.sizes[i] for i in samples]) for name, values in current.items()}
         found = []
         for place, i in enumerate(samples):
             known = {name: values[place] for name, values in parts.items()} | self.frozen.of_base(i, nll.device)
-            own = self.frozen.own[i].to(nll.device, non_blocking=True) if self.frozen.own else True
-            found.append(weigh(self.method, known | {"rho": self.args.rho}, own))
+            mask = self.frozen.answer_masks[i].to(nll.device, non_blocking=True) if self.frozen.answer_masks else True
+            found.append(token_weights(self.method, known | {"rho": self.args.rho}, mask))
         return found
 
 
-def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: Frozen) -> Fixed | None:
+def make_selection(
+    model, sizes: list[int], args: argparse.Namespace, frozen: FrozenLosses
+) -> PrecomputedSelection | None:
     """The selection of the method that `args` names for samples with `sizes` response tokens; None: it is ssToken's."""
-    if args.method in OBJECTIVES and asks(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
-        return Fixed([weigh(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
+    if args.method in OBJECTIVES and inputs_of(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
+        return PrecomputedSelection([token_weights(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
     if args.rho == "auto" or args.method in OBJECTIVES:
         return Objective(sizes, args, frozen)
     if args.excess == "current" and frozen.reference:
@@ -160,7 +162,7 @@ def make_selection(model, sizes: list[int], args: argparse.Namespace, frozen: Fr
         return None
     pairs = zip(frozen.base, frozen.reference, strict=True) if frozen.reference else None
     excess = [excess_loss(base, better) for base, better in pairs] if pairs else None
-    return Fixed(METHODS[args.method](sizes, args.rho, args.seed, excess))
+    return PrecomputedSelection(METHODS[args.method](sizes, args.rho, args.seed, excess))
 
 
 def reads_kept_history(args: argparse.Namespace) -> bool:
@@ -220,7 +222,7 @@ def reference_losses(
         if args.shard:
             ranks.shard(reference, reference.model.layers[-1], device)
     loading = time.perf_counter() - start
-    found, seconds = frozen_losses(reference, adapter, examples, args)
+    found, seconds = cached_losses(reference, adapter, examples, args)
     if adapter:
         lora.remove_lora(model)
         lora.new_adapters(model, args)
@@ -247,15 +249,15 @@ def run_method(
     device, seconds = model.lm_head.weight.device, 0.0
     base = reference = None
     ranks_by_base = args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static"
-    if args.rho == "auto" or ranks_by_base or reads_kept_history(args) or "history_nll" in asks(args.method):
-        described = "history_entropy" in asks(args.method)
-        base, seconds = frozen_losses(model, None, examples, args, described)  # new adapters change nothing
+    if args.rho == "auto" or ranks_by_base or reads_kept_history(args) or "history_nll" in inputs_of(args.method):
+        described = "history_entropy" in inputs_of(args.method)
+        base, seconds = cached_losses(model, None, examples, args, described)  # new adapters change nothing
     if args.rho == "auto":
         return train_by_itself(model, examples, base, seconds, args, folder, fit)
     if reference_examples:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
-        fit(reference_examples, Frozen(), plain, folder / "reference")
-        reference, taken = frozen_losses(model, folder / "reference", examples, args)
+        fit(reference_examples, FrozenLosses(), plain, folder / "reference")
+        reference, taken = cached_losses(model, folder / "reference", examples, args)
         lora.new_adapters(model, args)
         seconds += taken
     elif args.method in WITH_REFERENCE:
@@ -263,7 +265,7 @@ def run_method(
         seconds += taken
     if args.method == "self-evolving":
         return seconds + train_in_parts(model, examples, base, args, folder, fit), {}
-    fit(examples, Frozen(base, reference), args, folder)
+    fit(examples, FrozenLosses(base, reference), args, folder)
     return seconds, {}
 
 
@@ -273,13 +275,13 @@ def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, f
     base: the base model's losses, which took `seconds`. Returns as `run_method` does.
     """
     others = auto.behind_other_prompts(examples, args.seed)
-    elsewhere, taken = frozen_losses(model, None, others, args) if others else ([], 0.0)
-    found = auto.belong(examples, base, elsewhere)
-    own = found.tokens(examples)
-    steps = fit(examples, Frozen(base, own=own), args, folder)
+    elsewhere, taken = cached_losses(model, None, others, args) if others else ([], 0.0)
+    found = auto.filter_answers(examples, base, elsewhere)
+    masks = found.tokens(examples)
+    steps = fit(examples, FrozenLosses(base, answer_masks=masks), args, folder)
     if not ranks.first_rank():
         return seconds + taken, {}
-    belonging = sum(int(own[i].sum()) for batch in steps for samples in batch for i in samples)
+    belonging = sum(int(masks[i].sum()) for batch in steps for samples in batch for i in samples)
     surprise = 1 - sum(line["selected_tokens"] for line in read_log(folder)) / max(belonging, 1)
     n, dropped = len(found.mask), int((~found.mask).sum())
     kept = f"{n - dropped:,} of {n:,} answers belong to their prompt, {dropped:,} do not"
@@ -315,7 +317,7 @@ OF_THE_SCORE = ("--gamma", "--layer", "--gain", "--history", "--ema-alpha", "--h
 READS = dict.fromkeys(OF_THE_SCORE, ("sstoken",)) | {"--excess": ("rho1",)}
 READS |= dict.fromkeys(("--reference", "--reference-data"), WITH_REFERENCE)
 READS |= dict.fromkeys(("--reference-top", "--rating-field"), ("full", *WITH_REFERENCE))
-READS["--rho"] = tuple(name for name in METHODS if "rho" in asks(name) or name not in ("full", *OBJECTIVES))
+READS["--rho"] = tuple(name for name in METHODS if "rho" in inputs_of(name) or name not in ("full", *OBJECTIVES))
 
 
 def reads(method: str, flag: str) -> bool:

@@ -282,7 +282,7 @@ TABLE = [
     ("LogiQA", "logiqa", "acc"),
     ("AGIEval", "agieval", "acc"),
 ]
-OWN = ("own rows", "instructions", "exact_match")  # a column beside those
+OWN_ROWS = ("own rows", "instructions", "exact_match")  # a column beside those
 
 
 def add_groups(results: dict[str, dict]):
@@ -333,7 +333,7 @@ def task_names(asked: str) -> list[str]:
     for name in map(str.strip, asked.split(",")):
         for part in table if name == "all" else [name]:
             if part not in TASKS and part not in GROUPS:
-                known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN[1]])
+                known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN_ROWS[1]])
                 raise UserError(f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
             names += GROUPS[part][0] if part in GROUPS else [part]
     return list(dict.fromkeys(names))

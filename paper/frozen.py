@@ -11,22 +11,22 @@ import data
 from model import Transformer, response_nll
 from support import ranks
 from support.files import UserError
-from support.kernels import Watch
+from support.kernels import PredictionStatistics
 from support.losses import kept_losses, losses_key
 
 SCORING_BATCH = 4  # samples a pass, whatever the run's micro-batches are
 
 
-class Frozen(NamedTuple):
+class FrozenLosses(NamedTuple):
     """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
 
     base: before training; where they are asked for, (3, L_resp): losses, entropy and spread of what was predicted.
-    reference: L_ref of Eq. 2. own: no losses, but which tokens are of an answer that belongs to its prompt, bool.
+    reference: L_ref of Eq. 2. answer_masks: no losses, but which tokens are of an answer that --rho auto keeps, bool.
     """
 
     base: list[Tensor] | None = None
     reference: list[Tensor] | None = None
-    own: list[Tensor] | None = None
+    answer_masks: list[Tensor] | None = None
 
     def of_base(self, sample: int, device) -> dict[str, Tensor]:
         """What is known of the base model's predictions of a sample, by the names that objectives ask for."""
@@ -54,13 +54,13 @@ def response_losses(model: Transformer, examples: list[data.Example], described:
     ranks take part in `scoring_passes`, and each returns all.
     """
     training, device, found = model.training, model.lm_head.weight.device, {}
-    watch = Watch(["entropy", "spread"]) if described else None
+    statistics = PredictionStatistics(["entropy", "spread"]) if described else None
     model.eval()
     passes = ranks.share_passes(scoring_passes(examples))
     for samples in tqdm(passes, "losses", leave=False, disable=not ranks.first_rank()):
         batch = [examples[i] for i in samples]
-        nll = response_nll(model, *data.collate(batch, device), watch)
-        nll = torch.stack([nll, *watch.take(nll).values()]).cpu() if watch else nll.cpu()
+        nll = response_nll(model, *data.collate(batch, device), statistics)
+        nll = torch.stack([nll, *statistics.collect(nll).values()]).cpu() if statistics else nll.cpu()
         found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
     model.train(training)
     found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}
@@ -74,7 +74,7 @@ def check_losses(model: Transformer, found: dict[int, Tensor]):
         raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
 
 
-def frozen_losses(
+def cached_losses(
     model: Transformer, adapter: Path | None, examples, args, described: bool = False
 ) -> tuple[list[Tensor], float]:
     """`response_losses` of a frozen model, by way of --cache, and their seconds; adapter: the folder of its adapter."""

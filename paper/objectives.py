@@ -95,12 +95,12 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def asks(method: str) -> set[str]:
+def inputs_of(method: str) -> set[str]:
     """What an objective asks for, by its parameters' names; nothing, where the method is no objective."""
     return set(inspect.signature(OBJECTIVES[method]).parameters) if method in OBJECTIVES else set()
 
 
-def weigh(method: str, known: dict, own: Tensor | bool = True) -> Tensor:
-    """The objective's weights, where `own`; none, where all but the end of the answer, its last token, is dropped."""
-    weights = OBJECTIVES[method](**{name: known[name] for name in asks(method)}) * own
+def token_weights(method: str, known: dict, mask: Tensor | bool = True) -> Tensor:
+    """The objective's weights, 0 outside `mask`. All are 0 where no token but the last, the end token, has a weight."""
+    weights = OBJECTIVES[method](**{name: known[name] for name in inputs_of(method)}) * mask
     return weights * (weights[:-1] != 0).any()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora
 from model import Transformer
-from paper.frozen import Frozen, response_losses
+from paper.frozen import FrozenLosses, response_losses
 from support import ranks
 from support.adapters import write_adapter
 from support.files import read_json, read_log, write_lines
@@ -31,11 +31,11 @@ def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace
     order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
     for number in range(1, PARTS + 1):
         part = sorted(order[number - 1 :: PARTS])
-        samples, frozen = [examples[i] for i in part], Frozen()
+        samples, frozen = [examples[i] for i in part], FrozenLosses()
         if number > 1:
             start = time.perf_counter()
             freeze_adapters(model)
-            frozen = Frozen([base[i] for i in part], response_losses(model, samples))
+            frozen = FrozenLosses([base[i] for i in part], response_losses(model, samples))
             seconds += time.perf_counter() - start
             lora.new_adapters(model, args, number)
         done.append(folder / f"part-{number}")

@@ -35,7 +35,7 @@ from paper.frozen import check_losses, response_losses, scoring_passes
 from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
 from support import checkpoint, command, machine, templates
 from support.files import UserError, check_writable, write_whole
-from support.kernels import Watch
+from support.kernels import PredictionStatistics
 from support.sources import Account, add_flags, load_rows, source_names
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
@@ -57,7 +57,9 @@ class Sample(NamedTuple):
     reference: Tensor | None  # L_ref (L_resp,)
     top_entropy: Tensor | None = None  # of the 20 likeliest tokens, (states, L_resp)
     surprise: Tensor | None = None  # (L_theta - H) / sigma of what is predicted, (states, L_resp)
-    own: Tensor | None = None  # which tokens are of an answer that belongs to its prompt (--rho auto), (L_resp,)
+    answer_mask: Tensor | None = (
+        None  # which tokens are of an answer that belongs to its prompt (--rho auto), (L_resp,)
+    )
     noise: Tensor | None = None  # which tokens the data itself marks, (L_resp,) bool
 
 
@@ -67,16 +69,16 @@ def signals(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """L_theta (L_resp,), AttnScore (layers, L_resp) and what else is asked of each sample, adapters on, dropout off.
 
-    names: what that is of each token's prediction, of kernels.DESCRIPTIONS: (names, L_resp).
+    names: what that is of each token's prediction, of kernels.STATISTICS: (names, L_resp).
     """
-    device, found, watch = model.lm_head.weight.device, {}, Watch(names) if names else None
+    device, found, statistics = model.lm_head.weight.device, {}, PredictionStatistics(names) if names else None
     probes = [AttentionProbe(model, layer) for layer in layers]
     model.eval()
     for members in scoring_passes(examples):
         ids, response = data.collate([examples[i] for i in members], device)
-        nll, places = response_nll(model, ids, response, watch), response_places(response, device)
+        nll, places = response_nll(model, ids, response, statistics), response_places(response, device)
         attention = [probe.scores(response).flatten()[places] for probe in probes]
-        known = torch.stack([nll, *attention, *(watch.take(nll).values() if watch else ())]).cpu()
+        known = torch.stack([nll, *attention, *(statistics.collect(nll).values() if statistics else ())]).cpu()
         found |= zip(members, known.split([int(examples[i].response.sum()) for i in members], 1), strict=True)
     for probe in probes:
         probe.remove()
@@ -196,7 +198,11 @@ def content(samples: list[Sample], head: dict) -> str:
     for sample in samples:
         row = {"parts": [flat(part) for part in sample.parts]}
         held = {"losses": sample.losses, "attention": sample.attention, "reference": sample.reference}
-        one = {"topEntropy": sample.top_entropy, "surprise": sample.surprise, "own": sample.own}  # in one byte
+        one = {
+            "topEntropy": sample.top_entropy,
+            "surprise": sample.surprise,
+            "answerMask": sample.answer_mask,
+        }  # in one byte
         row |= {name: pack(x, 1 + (name in held)) for name, x in (held | one).items() if x is not None}
         if sample.noise is not None:
             row["noise"] = sample.noise.nonzero().flatten().tolist()
@@ -346,7 +352,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
     reference = response_losses(model, examples) if args.reference else []
     reference = [in_steps(nll, NATS) for nll in reference] or [None] * len(examples)
 
-    own = auto.belong(examples, [nll for nll, *_ in found[0]], elsewhere).tokens(examples)
+    masks = auto.filter_answers(examples, [nll for nll, *_ in found[0]], elsewhere).tokens(examples)
     rows = [row for source in source_names(args.data) if source != "pool" for row in load_rows(source, args.limit)]
     samples, noise = [], marked(rows, examples, tokenizer)
     for i, example in enumerate(examples):
@@ -354,7 +360,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
         entropy, spread, top_entropy = described.unbind(1)
         losses, surprise = in_steps(nll, NATS), (nll - entropy) / spread.clamp(min=1e-6)
         shown = losses[0], losses, in_steps(attention, SHARE), reference[i]
-        more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255), own[i], noise[i]
+        more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255), masks[i], noise[i]
         samples.append(Sample(split_parts(example, tokenizer), *shown, *more))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = command.one_line(f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}")

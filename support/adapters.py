@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.compute
 from torch import nn
 
-from support.checkpoint import check, find_folder, is_off, open_safetensors, stored_in, write_tensors
-from support.files import UserError, is_count, is_number, read_json, told
+from support.checkpoint import find_folder, is_off, open_safetensors, stored_in, write_tensors
+from support.files import UserError, check, is_count, is_number, read_json, told
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "run.json"]
 PREFIX = "base_model.model."

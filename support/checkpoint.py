@@ -11,7 +11,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support.decoding import NEUTRAL, named_ends
-from support.files import UserError, is_count, is_number, note, read_json, readable, write_json, write_whole, writing
+from support.files import (
+    UserError,
+    check,
+    is_count,
+    is_number,
+    note,
+    read_json,
+    readable,
+    write_json,
+    write_whole,
+    writing,
+)
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 SHARDS = ["model.safetensors.index.json", "model-*.safetensors"]  # read where there is no whole file
@@ -53,12 +64,6 @@ return_dict_in_generate id2label label2id problem_type finetuning_task task_spec
 use_bfloat16 keys_to_ignore_at_inference temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample
 max_length length_penalty early_stopping repetition_penalty
 """.split()
-
-
-def check(fits, words: str):
-    """UserError, in these words, unless it fits."""
-    if not fits:
-        raise UserError(words)
 
 
 def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:

@@ -16,6 +16,12 @@ class UserError(ValueError):
     """A mistake in what the user gave (a file, a row, a flag, a tensor); its message says what and where."""
 
 
+def check(fits, words: str):
+    """UserError, in these words, unless it fits."""
+    if not fits:
+        raise UserError(words)
+
+
 @contextlib.contextmanager
 def told(what: str):
     """A context in which whatever a library or the system raises becomes a UserError: `what` and its reason."""

@@ -157,14 +157,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, logits_of, with_gradient, watch):
+    def forward(ctx, hidden, weight, targets, chunk, logits_of, with_gradient, statistics):
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if with_gradient else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits, target_logit = logits_of(hidden[rows], weight, targets[rows])
-            if watch is not None:
-                watch(logits.log_softmax(dim=1))
+            if statistics is not None:
+                statistics(logits.log_softmax(dim=1))
             largest = logits.amax(dim=1, keepdim=True)
             total = (logits.sub_(largest).exp_()).sum(dim=1, keepdim=True)
             nll[rows] = (total.log() + largest - target_logit).squeeze(1)
@@ -182,16 +182,17 @@ class _ChunkedNLL(torch.autograd.Function):
 
 
 def chunked_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, logits_of: Callable, watch: Callable | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, logits_of: Callable, statistics: Callable | None = None
 ) -> Tensor:
     """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
 
     logits_of: (hidden, weight, targets) -> logits (n, V) and the targets' own (n, 1), float32, of `chunk` rows at a
     time. The same pass keeps each loss's gradient for its hidden state, (softmax - onehot(target)) weight; there is
-    none for `weight`. watch: is shown the log-probabilities (n, V) of each chunk in its turn, such as a `Watch`.
+    none for `weight`. statistics: is shown the log-probabilities (n, V) of each chunk in its turn, such as
+    `PredictionStatistics`.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
-    return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, watch)
+    return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, statistics)
 
 
 TOP = 20  # the likeliest tokens, of `top_entropy`
@@ -212,20 +213,20 @@ def top_entropy(log_p: Tensor) -> Tensor:
     return entropy(log_p.topk(min(TOP, log_p.shape[1]), dim=1).values.log_softmax(dim=1))
 
 
-DESCRIPTIONS = {"entropy": entropy, "spread": spread, "top_entropy": top_entropy}
+STATISTICS = {"entropy": entropy, "spread": spread, "top_entropy": top_entropy}
 
 
-class Watch:
-    """What is asked of each token's predicted distribution, one of DESCRIPTIONS or several, kept as chunks go by."""
+class PredictionStatistics:
+    """Statistics of each token's predicted distribution, some of STATISTICS, kept chunk by chunk."""
 
     def __init__(self, names: Iterable[str]):
         self.found = {name: [] for name in names}
 
     def __call__(self, log_p: Tensor):
         for name, chunks in self.found.items():
-            chunks.append(DESCRIPTIONS[name](log_p))
+            chunks.append(STATISTICS[name](log_p))
 
-    def take(self, nll: Tensor) -> dict[str, Tensor]:
+    def collect(self, nll: Tensor) -> dict[str, Tensor]:
         """{name: (T,) float32} of all rows since the last call; nll (T,): their losses, which may be none."""
         found = {name: torch.cat([nll[:0], *chunks]) for name, chunks in self.found.items()}
         self.found = {name: [] for name in self.found}

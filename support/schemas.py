@@ -13,8 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from support.checkpoint import check
-from support.files import UserError
+from support.files import UserError, check
 from support.sources import Account, visible
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, and "weight": 0 if it is not supervised

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from support.checkpoint import check, find_folder
-from support.files import UserError, read_json, readable, told
+from support.checkpoint import find_folder
+from support.files import UserError, check, read_json, readable, told
 
 KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # behind the kind: rows.jsonl.gz

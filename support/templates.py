@@ -13,8 +13,8 @@ import jinja2.ext
 import jinja2.sandbox
 
 from support.adapters import find_adapter
-from support.checkpoint import check, tokenizer_settings
-from support.files import UserError, read_json, readable, told
+from support.checkpoint import tokenizer_settings
+from support.files import UserError, check, read_json, readable, told
 from support.runs import read_record
 
 # Characters that stand in no text: within a control token that a text only spells, around what a template generates

@@ -11,8 +11,8 @@ import tokenizers
 from jinja2.nodes import Call, Compare, Const
 from tokenizers import AddedToken
 
-from support.checkpoint import TOKENIZER_FILES, check, find_checkpoint, special_token, tokenizer_settings
-from support.files import UserError, read_json, told
+from support.checkpoint import TOKENIZER_FILES, find_checkpoint, special_token, tokenizer_settings
+from support.files import UserError, check, read_json, told
 from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template, running, variables
 
 SAID = re.compile(f"{GUARD}?(.)", re.DOTALL)  # a character that a row says, without what keeps it from being control

@@ -11,7 +11,7 @@ from torch import Tensor
 import train
 from paper import baselines
 from paper.objectives import OBJECTIVES
-from support.kernels import Watch
+from support.kernels import PredictionStatistics
 
 RHO, GAMMA = 0.6, 0.5
 SHARE, SCORE = ["--rho", str(RHO)], ["--gamma", str(GAMMA)]
@@ -57,10 +57,10 @@ class Ranked(train.SSToken):
     def __init__(self, model, sizes: list[int], run: argparse.Namespace, described: list[Tensor]):
         super().__init__(model, sizes, run, [values[0] for values in described])
         self.counts = [int(OBJECTIVES["base-3-0"](*values).sum()) for values in described]
-        self.watch = Watch(["entropy", "spread"])
+        self.statistics = PredictionStatistics(["entropy", "spread"])
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
-        never = ~OBJECTIVES["surprise"](nll, *self.watch.take(nll).values())
+        never = ~OBJECTIVES["surprise"](nll, *self.statistics.collect(nll).values())
         todo = zip(samples, never.split([self.sizes[i] for i in samples]), strict=True)
 
         def pick(scores, rho):
@@ -84,7 +84,13 @@ def watched(chosen: dict[int, Tensor], masks: list[Tensor] | None, described: li
 
     def make(model, sizes, run, frozen):
         made = real(model, sizes, run, frozen) or train.SSToken(model, sizes, run, frozen.base)
-        selection = baselines.Fixed(masks) if masks else Ranked(model, sizes, run, described) if described else made
+        selection = (
+            baselines.PrecomputedSelection(masks)
+            if masks
+            else Ranked(model, sizes, run, described)
+            if described
+            else made
+        )
         choose = selection.choose
 
         def record(samples, response, nll):

@@ -46,8 +46,8 @@ import lora
 import train
 from model import load_model
 from paper import auto, baselines, visualize
-from paper.frozen import Frozen, response_losses
-from paper.objectives import OBJECTIVES, asks, probability_gain
+from paper.frozen import FrozenLosses, response_losses
+from paper.objectives import OBJECTIVES, inputs_of, probability_gain
 from sstoken import excess_loss, normalize, retrospective_excess_loss, score, select
 from support import command, machine
 from support.files import UserError, read_json, write_json, write_whole
@@ -97,7 +97,7 @@ def arguments(args, method: str, lr: float, seed: int) -> argparse.Namespace:
     return train.parse_arguments(flags + ALL[method])
 
 
-def fit(model, examples, run: argparse.Namespace, frozen: Frozen, at_step=lambda step: None) -> list[dict]:
+def fit(model, examples, run: argparse.Namespace, frozen: FrozenLosses, at_step=lambda step: None) -> list[dict]:
     """Train new adapters on `examples`; at_step is called after each optimizer step. Returns the log."""
     lines = []
 
@@ -122,7 +122,7 @@ class Setting:
         self.losses = [values[0] for values in self.described]
         self.before, self.reference = self.held_out(), None
         others = auto.behind_other_prompts(self.examples, seed)
-        self.found = auto.belong(self.examples, self.losses, response_losses(model, others))
+        self.found = auto.filter_answers(self.examples, self.losses, response_losses(model, others))
         self.own = self.found.tokens(self.examples)
 
     def held_out(self) -> float:
@@ -132,15 +132,15 @@ class Setting:
         """The losses of a model that was trained on clean rows, made when first asked for."""
         if self.reference is None:
             _, lr, seed = self.place
-            fit(self.model, self.rows["reference"], arguments(self.args, "full", lr, seed), Frozen())
+            fit(self.model, self.rows["reference"], arguments(self.args, "full", lr, seed), FrozenLosses())
             self.reference = response_losses(self.model, self.examples)
         return self.reference
 
-    def frozen(self, method: str) -> Frozen:
+    def frozen(self, method: str) -> FrozenLosses:
         """What a method is given."""
-        base = self.described if "history_entropy" in asks(method) else self.losses
+        base = self.described if "history_entropy" in inputs_of(method) else self.losses
         own = self.own if method == "auto" else None
-        return Frozen(base, self.excess() if method == "rho1" else None, own)
+        return FrozenLosses(base, self.excess() if method == "rho1" else None, own)
 
     def write(self, file: Path, method: str, found: dict, lines: list[dict]):
         """A training's file: what was found, the losses of its steps, and those of held-out rows."""

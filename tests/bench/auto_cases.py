@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from paper.auto import own_prompt
+from paper.auto import separate_answers
 
 MEANS, SPREADS, CHANCES = (2, 5, 8, 10, 12, 15, 20), (4, 8, 12), (4, 8, 12)
 SIZES = (16, 48, 100, 300, 1000, 5000)
@@ -40,7 +40,7 @@ def draw(n: int, share: float, right: tuple, chance: float, low: float, draws: i
     for _ in range(draws):
         gains = right[0] + right[1] * rng.standard_normal(n)
         gains[:wrong] = low + chance * rng.standard_normal(wrong)
-        mask = own_prompt(torch.tensor(gains), torch.tensor(chance * rng.standard_normal(n))).mask.double()
+        mask = separate_answers(torch.tensor(gains), torch.tensor(chance * rng.standard_normal(n))).mask.double()
         found.append((mask[wrong:].mean().item(), 1 - mask[:wrong].mean().item() if wrong else 0.0))
     kept, gone = np.mean(found, axis=0)
     return kept, gone

@@ -39,7 +39,7 @@ def train_oracle(argv: list[str]):
     tokenizer, rows = data.load_tokenizer(args.model), load_rows(args.data)
     examples, _ = data.load_examples(args.data, tokenizer, args.max_length)
     noise = visualize.marked(rows, examples, tokenizer)
-    baselines.make_selection = lambda *_: baselines.Fixed([~mask for mask in noise])
+    baselines.make_selection = lambda *_: baselines.PrecomputedSelection([~mask for mask in noise])
     train.main(argv)
 
 

@@ -37,7 +37,7 @@ import data
 import lora
 import train
 from model import Transformer, load_model, read_config, response_nll
-from paper.frozen import Frozen, response_losses
+from paper.frozen import FrozenLosses, response_losses
 from sstoken import share_of
 from support import machine
 
@@ -63,7 +63,7 @@ def measure(args) -> dict:
     else:
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
-        frozen = Frozen(response_losses(model, examples)) if args.side == "cached" else None
+        frozen = FrozenLosses(response_losses(model, examples)) if args.side == "cached" else None
         train.train(model, examples, run, lines.append, frozen=frozen)
     seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
     peak = machine.peak_memory_mb(torch.device("cpu"))

@@ -46,7 +46,7 @@ import sstoken
 import train
 from model import Transformer, read_config, response_nll, token_nll
 from paper import baselines
-from paper.frozen import Frozen, response_losses
+from paper.frozen import FrozenLosses, response_losses
 from paper.objectives import OBJECTIVES
 from support import kernels, machine, runs
 from support.decoding import generate
@@ -522,7 +522,7 @@ def steps(setting: Setting, samples, flags, kept=None, checkpointing=False) -> d
     model.gradient_checkpointing = checkpointing
     args, lines = setting.arguments(*flags), []
     setting.tidy()
-    train.train(model, samples, args, lines.append, frozen=Frozen(base=kept))
+    train.train(model, samples, args, lines.append, frozen=FrozenLosses(base=kept))
     model.gradient_checkpointing = False
     rate = statistics.median(line["tokens"] / line["seconds"] for line in lines[1:] or lines)
     needed = bench_step.operations(samples, args, model.config, history=kept is None) / sum(len(e.ids) for e in samples)

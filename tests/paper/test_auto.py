@@ -14,7 +14,7 @@ from test_train import prepare
 import data
 import train
 from paper import auto, baselines
-from paper.frozen import Frozen
+from paper.frozen import FrozenLosses
 
 # ----------------------------------------------------------------------------------------------- two groups, or one
 
@@ -74,7 +74,7 @@ def test_two_groups_are_those_that_scipy_finds(case):
     evidence, apart, bar = likeliest(gains.numpy(), chance.numpy())
     assert abs(evidence - math.log(20)) > 0.1 and abs(apart - 1) > 0.01  # no case on the edge
     expected = gains >= bar if evidence > math.log(20) and apart >= 1 else torch.ones_like(gains) > 0
-    found = auto.own_prompt(gains, chance)
+    found = auto.separate_answers(gains, chance)
     assert torch.equal(found.mask, expected) and bool(found.reason) == bool(expected.all())
 
 
@@ -95,7 +95,9 @@ def test_the_likeliest_two_groups_are_scipy_s(case):
     "right, chance", [((2, 12), 12), ((5, 8), 4), ((8, 8), 8), ((10, 8), 4), ((20, 12), 4), ((20, 4), 8)]
 )
 def test_clean_answers_are_kept_however_weak_their_gains(n, right, chance):
-    kept = [auto.own_prompt(*simulated(n, 0, right, chance, 0, seed)[:2]).mask.double().mean() for seed in range(20)]
+    kept = [
+        auto.separate_answers(*simulated(n, 0, right, chance, 0, seed)[:2]).mask.double().mean() for seed in range(20)
+    ]
     assert np.mean(kept) >= 0.95
 
 
@@ -105,7 +107,7 @@ def test_wrong_answers_go_and_right_ones_stay_where_their_gains_lie_apart(n, rig
     gone, kept = [], []
     for seed in range(10):
         gains, by_chance, count = simulated(n, wrong, right, chance, low, seed)
-        mask = auto.own_prompt(gains, by_chance).mask.double()
+        mask = auto.separate_answers(gains, by_chance).mask.double()
         gone.append(1 - mask[:count].mean())
         kept.append(mask[count:].mean())
     assert np.mean(gone) >= 0.9 and np.mean(kept) >= 0.9
@@ -114,14 +116,14 @@ def test_wrong_answers_go_and_right_ones_stay_where_their_gains_lie_apart(n, rig
 def test_where_nothing_can_be_told_all_are_kept_and_it_says_why():
     gains, chance, _ = simulated(47, 0.5, (30, 3), 3, 0, 0)
     for found, reason in {
-        auto.own_prompt(gains, chance): "fewer than 48 are too few to tell",
-        auto.own_prompt(torch.zeros(60), torch.zeros(60)): "the base model does not heed the prompt",
-        auto.own_prompt(torch.ones(60), torch.randn(60)): "the base model does not heed the prompt",
-        auto.own_prompt(*simulated(60, 0.5, (1, 8), 8, 0, 1)[:2]): "no group of answers stands apart",
+        auto.separate_answers(gains, chance): "fewer than 48 are too few to tell",
+        auto.separate_answers(torch.zeros(60), torch.zeros(60)): "the base model does not heed the prompt",
+        auto.separate_answers(torch.ones(60), torch.randn(60)): "the base model does not heed the prompt",
+        auto.separate_answers(*simulated(60, 0.5, (1, 8), 8, 0, 1)[:2]): "no group of answers stands apart",
     }.items():
         assert found.mask.all() and found.reason == reason
     gains, chance, _ = simulated(48, 0.5, (30, 3), 3, 0, 0)
-    assert auto.own_prompt(gains, chance).mask.tolist() == [False] * 24 + [True] * 24
+    assert auto.separate_answers(gains, chance).mask.tolist() == [False] * 24 + [True] * 24
 
 
 # --------------------------------------------------------------------------------------------------- other prompts
@@ -189,9 +191,9 @@ def test_gains_by_hand():
     # 32 tokens of 1.5 - 0.5; two of 2.5 - 1 and 2.5 - 2. By chance 32 of 1 - 2, and two of 4 - 1
     assert found.tolist() == pytest.approx([32 / math.sqrt(32 + 9), 2 / math.sqrt(2.25 + 0.25 + 9)])
     assert chance.tolist() == pytest.approx([-32 * math.sqrt(0.75 / (24 + 9)), 6 * math.sqrt(0.75 / (0.75 * 18 + 9))])
-    tokens = auto.Belonging(torch.tensor([False, True])).tokens(samples)
+    tokens = auto.AnswerFilter(torch.tensor([False, True])).tokens(samples)
     assert tokens[0].tolist() == [False] * 40 + [True] * 2
-    assert auto.belong(samples, base, []).reason == "more than a third of them have the same prompt"
+    assert auto.filter_answers(samples, base, []).reason == "more than a third of them have the same prompt"
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
@@ -204,12 +206,12 @@ def test_it_trains_on_what_the_model_can_account_for_in_answers_to_their_prompt(
     own = [torch.ones(size, dtype=torch.bool) for size in sizes]
     own[1] = torch.zeros_like(own[1])
     own[2][: sizes[2] // 2] = False
-    selection = baselines.make_selection(model, sizes, args, Frozen(own=own))
+    selection = baselines.make_selection(model, sizes, args, FrozenLosses(answer_masks=own))
     assert selection.counts[:3] == [sizes[0], 0, sizes[2] - sizes[2] // 2]
 
     ids, response = data.collate([examples[i] for i in (0, 1, 2)])
     selection.look_back([0, 1, 2], ids, response)
-    nll = train.response_nll(model, ids, response, selection.watch).detach()
+    nll = train.response_nll(model, ids, response, selection.statistics).detach()
     masks = selection.choose([0, 1, 2], response, nll)
     log_p = model.lm_head(model(ids)[:, :-1])[response[:, 1:]].log_softmax(-1).double()
     H = -(log_p.exp() * log_p).sum(1)
@@ -232,7 +234,7 @@ def test_a_run_says_what_it_dropped(llama, tmp_path, capsys, monkeypatch):
     ):
         if dropped:
             mask = torch.tensor([i not in dropped for i in range(n)])
-            monkeypatch.setattr(auto, "own_prompt", lambda gains, chance, mask=mask: auto.Belonging(mask))
+            monkeypatch.setattr(auto, "separate_answers", lambda gains, chance, mask=mask: auto.AnswerFilter(mask))
         train.main([*argv, "--out", str(tmp_path / name)])
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         args = train.parse_arguments(argv)

@@ -13,10 +13,10 @@ import sstoken
 import train
 from model import token_nll
 from paper import baselines
-from paper.frozen import Frozen, response_losses
-from paper.objectives import OBJECTIVES, asks, weigh
+from paper.frozen import FrozenLosses, response_losses
+from paper.objectives import OBJECTIVES, inputs_of, token_weights
 from support.files import UserError
-from support.kernels import Watch, entropy, spread, top_entropy
+from support.kernels import PredictionStatistics, entropy, spread, top_entropy
 
 DEMO = Path(__file__).parents[2] / "demo"
 LN = [math.log(p) for p in (0.5, 0.05, 0.2, 0.9)]
@@ -56,16 +56,16 @@ def with_one_of_the_base(monkeypatch):
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_weights_by_hand(method):
     given, expected = BY_HAND[method]
-    weights = weigh(method, {"nll": NLL} | given)
+    weights = token_weights(method, {"nll": NLL} | given)
     assert weights.tolist() == pytest.approx(expected)
     assert (weights.dtype == torch.bool) == all(value in (0, 1) for value in expected)
 
 
 def test_a_sample_of_which_nothing_but_its_end_is_kept_is_worth_nothing():
-    assert weigh("profit", {"nll": torch.full((3,), 9.0)}).tolist() == [0, 0, 0]
-    assert weigh("profit", {"nll": torch.tensor([9.0, 9.0, 0.1])}).tolist() == [0, 0, 0]
-    assert weigh("dft", {"nll": torch.tensor([0.0])}).tolist() == [0]  # an end token alone
-    found = weigh("stm", {"history_nll": torch.tensor([9.0, 0.0, 0.0])}, own=torch.tensor([True, False, True]))
+    assert token_weights("profit", {"nll": torch.full((3,), 9.0)}).tolist() == [0, 0, 0]
+    assert token_weights("profit", {"nll": torch.tensor([9.0, 9.0, 0.1])}).tolist() == [0, 0, 0]
+    assert token_weights("dft", {"nll": torch.tensor([0.0])}).tolist() == [0]  # an end token alone
+    found = token_weights("stm", {"history_nll": torch.tensor([9.0, 0.0, 0.0])}, mask=torch.tensor([True, False, True]))
     assert found.tolist() == [False, False, False] and found.dtype == torch.bool
 
 
@@ -92,15 +92,15 @@ def test_what_is_watched_belongs_to_its_token_and_changes_no_loss(chunk):
     targets = torch.randint(0, 50, (23,), generator=generator)
     plain = token_nll(hidden.requires_grad_(), weight, targets, chunk)
     (gradient,) = torch.autograd.grad(plain.sum(), hidden)
-    watch = Watch(["entropy", "spread"])
-    watched = token_nll(hidden, weight, targets, chunk, watch)
+    statistics = PredictionStatistics(["entropy", "spread"])
+    watched = token_nll(hidden, weight, targets, chunk, statistics)
     (same,) = torch.autograd.grad(watched.sum(), hidden)
     assert torch.equal(watched, plain) and torch.equal(gradient, same)
     log_p = (hidden.double() @ weight.double().T).log_softmax(1)
     H = -(log_p.exp() * log_p).sum(1)
-    found = watch.take(plain.detach())
+    found = statistics.collect(plain.detach())
     assert torch.allclose(found["entropy"].double(), H, rtol=1e-4)
-    assert not found["entropy"].requires_grad and watch.take(plain[:0])["entropy"].numel() == 0
+    assert not found["entropy"].requires_grad and statistics.collect(plain[:0])["entropy"].numel() == 0
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
@@ -111,7 +111,7 @@ def test_a_step_of_the_loop_is_the_step_written_out(tmp_path, method):
     model, examples, args = prepare(DEMO / "model", rows, *flags)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     base = None
-    if any(name.startswith("history") for name in asks(method)):
+    if any(name.startswith("history") for name in inputs_of(method)):
         with train.lora.disabled(model):
             base = response_losses(model, examples)
 
@@ -132,7 +132,7 @@ def test_a_step_of_the_loop_is_the_step_written_out(tmp_path, method):
         known |= {"entropy": H.float(), "spread": sigma.float()}
         if base:
             known["history_nll"] = base[i]
-        weights = weigh(method, known)
+        weights = token_weights(method, known)
         if method == "profit":  # its release divides by all
             losses.append(nll[weights > 0].sum() / len(nll))
         else:
@@ -141,7 +141,7 @@ def test_a_step_of_the_loop_is_the_step_written_out(tmp_path, method):
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
     log = []
-    train.train(model, examples, args, log.append, frozen=Frozen(base))
+    train.train(model, examples, args, log.append, frozen=FrozenLosses(base))
     assert log[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     moved = [p.detach() - before[name] for name, p in model.named_parameters() if name in before]
     agree = [
@@ -156,8 +156,8 @@ def test_an_objective_of_the_base_model_alone_is_made_once(llama, tmp_path, with
     model, examples, args = prepare(llama, rows, "--method", "of-the-base", active=False)
     base = response_losses(model, examples, described=True)
     sizes = [int(e.response.sum()) for e in examples]
-    selection = baselines.make_selection(model, sizes, args, Frozen(base))
-    assert isinstance(selection, baselines.Fixed) and selection.watch is None
+    selection = baselines.make_selection(model, sizes, args, FrozenLosses(base))
+    assert isinstance(selection, baselines.PrecomputedSelection) and selection.statistics is None
     for mask, (nll, H, sigma) in zip(selection.masks, base, strict=True):
         assert torch.equal(mask, nll - H <= sigma) and 0 < mask.sum() < len(mask)
 
@@ -191,9 +191,9 @@ def test_a_mean_over_a_batch_counts_the_tokens_that_are_kept(llama, rows, with_o
     sizes, kept = [4, 10], [torch.rand(3, 4), torch.rand(3, 10)]
     for method, expected in {"dft": sizes, "low-loss": [3, 6], "profit": sizes}.items():
         args = arguments(llama, rows, "--method", method, "--loss-mean", "batch")
-        assert baselines.make_selection(None, sizes, args, Frozen(kept)).counts == expected
+        assert baselines.make_selection(None, sizes, args, FrozenLosses(kept)).counts == expected
     args = arguments(llama, rows, "--method", "of-the-base", "--loss-mean", "batch")
-    selection = baselines.make_selection(None, sizes, args, Frozen(kept))
+    selection = baselines.make_selection(None, sizes, args, FrozenLosses(kept))
     assert selection.counts == [int(mask.sum()) for mask in selection.masks]
 
 
@@ -250,7 +250,7 @@ def test_a_run_whose_first_steps_have_no_token_goes_on(llama, tmp_path, monkeypa
 def test_a_noisy_row_weighs_no_more_than_the_tokens_that_it_keeps():
     good = torch.full((4,), 1.0)
     noise = torch.full((4,), 9.0)
-    losses = [sstoken.selected_loss(nll, weigh("profit", {"nll": nll})) for nll in (good, noise)]
+    losses = [sstoken.selected_loss(nll, token_weights("profit", {"nll": nll})) for nll in (good, noise)]
     assert [loss.item() for loss in losses] == [1.0, 0.0]
 
 

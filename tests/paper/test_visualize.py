@@ -27,7 +27,7 @@ import train
 from model import load_model
 from paper import auto, visualize
 from paper.curves import find_states, read_run, with_states
-from paper.objectives import weigh
+from paper.objectives import token_weights
 from support import files
 
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -183,7 +183,7 @@ def test_other_objectives_are_shown_as_shades_of_their_weights(explorer, made):
         known |= {"top_entropy": sample["topEntropy"][state].double() / 80, "rho": 0.6}
         for shown, method in names.items():
             explorer.select_option("#method-b", shown)
-            weights = weigh(method, known).double()
+            weights = token_weights(method, known).double()
             assert selected(explorer, 1) == (weights > 0).tolist(), shown
             pieces = explorer.eval_on_selector_all(
                 '[data-side="1"] .t', "all => all.map(t => [+t.dataset.first, t.dataset.selected.length, t.className])"
@@ -864,8 +864,8 @@ def test_mistakes_are_named(made, flags, words, tmp_path, monkeypatch):
 def test_noise_that_the_data_marks_is_underlined_and_rho_auto_leaves_answers_out(browser, tmp_path, monkeypatch):
     demo = Path(__file__).parents[2] / "demo"
     belong = [number % 3 > 0 for number in range(30)]
-    chosen = auto.Belonging(torch.tensor(belong))
-    monkeypatch.setattr(auto, "own_prompt", lambda gains, chance: chosen if len(gains) == 30 else None)
+    chosen = auto.AnswerFilter(torch.tensor(belong))
+    monkeypatch.setattr(auto, "separate_answers", lambda gains, chance: chosen if len(gains) == 30 else None)
     flags = ["--model", str(demo / "model"), "--data", str(demo / "sft.jsonl"), "--limit", "30", "--dtype", "float32"]
     visualize.main([*flags, "--out", str(tmp_path / "page.html")])
     rows = [json.loads(line) for line in (demo / "sft.jsonl").read_text().splitlines()[:30]]

@@ -367,7 +367,7 @@ def test_what_is_refused_of_config_json_is_what_is_neither_known_nor_off(llama, 
 
 ALL = set(lora.TARGETS)
 # what adapter_config.json says, beside lists of q_proj and v_proj: the names of the layers that it means
-DESCRIPTIONS = {
+STATISTICS = {
     "a list": ({"target_modules": ["q_proj", "v_proj"]}, lambda layer, name: name in ("q_proj", "v_proj")),
     "names that are not there": ({"target_modules": ["q_proj", "query"]}, lambda layer, name: name == "q_proj"),
     "all-linear": ({"target_modules": "all-linear"}, lambda layer, name: name in ALL),
@@ -391,9 +391,9 @@ DESCRIPTIONS = {
 }
 
 
-@pytest.mark.parametrize("form", DESCRIPTIONS)
+@pytest.mark.parametrize("form", STATISTICS)
 def test_what_an_adapter_says_of_itself_is_read_as_peft_reads_it(llama, tmp_path, form):
-    said, meant = DESCRIPTIONS[form]
+    said, meant = STATISTICS[form]
     base = AutoModelForCausalLM.from_pretrained(llama)
     peft.get_peft_model(base, peft.LoraConfig(r=4, **said)).save_pretrained(tmp_path)
     model = lora.load_adapter(load_model(llama), tmp_path)
