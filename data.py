@@ -129,22 +129,24 @@ def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Ex
     return Example(torch.tensor([token for token, _, _ in found], dtype=torch.int64), response)
 
 
-def load_examples(
-    sources: str,
-    tokenizer: Tokenizer,
-    max_length: int,
-    limit: int | None = None,
-    seed: int = 42,
-    top: int | None = None,
-    rating_field: str = "score",
-    account: Account | None = None,
-) -> tuple[list[Example], int]:
-    """Every sample of `sources` with a response token within `max_length`, and how many have none.
+class Dataset(NamedTuple):
+    """Samples, and the account of what was not used of their rows."""
 
-    The arguments from `limit` on are `load_conversations`'; the account also counts samples that were cut.
+    examples: list[Example]
+    account: Account
+
+
+def load_examples(
+    sources: str | None, tokenizer: Tokenizer, max_length: int, *choice, account: Account | None = None
+) -> Dataset:
+    """Every sample of `sources` with a response token within `max_length`; sources None: no samples.
+
+    choice: limit, seed, top, rating_field of `load_conversations`. The account also counts what is cut or dropped.
     """
     account = account or Account()
-    found = load_conversations(sources, limit, seed, top, rating_field, account)
+    if sources is None:
+        return Dataset([], account)
+    found = load_conversations(sources, *choice, account=account)
     left_out = tokenizer.template and tokenizer.template.left_out  # + 1: is it cut?
     examples = account.each(sources, found, lambda turns: encode(turns, tokenizer, max_length + 1), left_out)
     if tokenizer.lost:
@@ -154,7 +156,7 @@ def load_examples(
         raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
     account.dropped += len(examples) - len(kept)
     account.cut += sum(len(e.ids) > max_length for e in kept)
-    return [Example(e.ids[:max_length], e.response[:max_length]) for e in kept], len(examples) - len(kept)
+    return Dataset([Example(e.ids[:max_length], e.response[:max_length]) for e in kept], account)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -268,24 +268,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser("Evaluate a model on the ten benchmarks of Table 1.")
     # fmt: off
     add = parser.group("model")
-    add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
-    add("--revision", help="branch, tag or commit of a --model on the hub")
+    add("--model", required=True, help="a folder in Hugging Face layout, or a name on the hub")
+    add("--revision", help="branch, tag or commit of --model on the hub")
     add("--adapter", action="append", default=[], metavar="NAME|DIR",
-        help="a LoRA adapter in peft's format, such as a run's folder; of several, the base and each")
+        help="a LoRA adapter in peft's format, such as a run's folder; given several times: the base model and each")
     add = parser.group("tasks and data (Appendix A.2)")
-    add("--tasks", default="all",
-        help="comma-separated tasks and groups, in the harness's names; all: Table 1's ten. instructions: rows of your "
-        "own, DATA/instructions.test.jsonl, in any schema that train.py reads; right if its column "
-        "answer stands in what is written, as whole words or numbers; if there is none, if that is the output")
-    add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files; default: the hub's data sets")
+    add("--tasks", default="all", help="tasks and groups by lm-eval's names, comma-separated. all: the ten of Table 1. "
+        "instructions: your own rows, in DATA/instructions.test.jsonl")
+    add("--data", metavar="DIR", help="folder of <task>.<split>.jsonl files (default: the data sets on the hub)")
     add("--limit", type=float, bound="above 0", metavar="N",
-        help="the first N rows of each task; below 1: this share of them")
-    add("--out", metavar="FILE", help="JSON file, rewritten after each task; what it holds is not run again. A record "
-        "for each model, adapter, dtype, template, --data and --limit")
+        help="ask the first N rows of each task; below 1: that share of them")
+    add("--out", metavar="FILE", help="JSON file of the results. What it holds already is not asked again")
     add = parser.group("machine")
     add("--batch-tokens", type=int, bound="at least 1", metavar="N",
-        help=f"tokens at once, and 1/{CACHE_SHARE} of those cached for written answers: bounds memory; "
-        "default: 1024 on a CPU, 2048 on a GPU")
+        help=f"tokens per forward pass; the cache of written answers holds {CACHE_SHARE} times as many; bounds "
+        "memory (default: 1024 on a CPU, 2048 on a GPU)")
     # fmt: on
     chat.add_flags(parser)
     templates.add_flags(parser, "model", default=None)

@@ -1,7 +1,23 @@
 """ssToken: self-modulated and semantic-aware token selection. Every equation of the paper is one function here.
 
-All functions take one sample's response tokens as 1-D tensors of length L_resp, unless they say otherwise. Losses
-are per-token negative log-likelihoods in nats; everything that ranks tokens is float32. The file needs torch alone.
+A function takes the response tokens of one sample, as 1-D float32 tensors of length L_resp, unless it says otherwise.
+The file needs torch alone. What words mean, here and in the other files:
+
+row        a record of a data set
+sample     a row as token ids: one conversation
+response   the supervised tokens of a sample, L_resp in all: the assistant's answers and their end tokens
+prompt     of a response token: all earlier tokens that are not supervised
+nll        negative log-likelihood of a token, in nats: its loss
+L_theta    nll under the current model
+L_his      nll under the history model: the model before fine-tuning, or an earlier state of it
+L_ref      nll under a reference model, which only some baselines have
+REL        L_his - L_theta, Eq. 3
+AttnScore  the attention that a response token pays to the prompt, Eq. 7
+gamma      the weight of REL in the score, Eq. 9
+rho        the share of a sample's response tokens that is selected, Eq. 11
+pass       one forward computation, of one micro-batch
+step       one update of the weights, after the passes of a whole batch
+part       a fifth of the samples, in TokenCleaning's self-evolving variant
 """
 
 import functools

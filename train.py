@@ -48,18 +48,38 @@ def sample_weights(batch: list[list[int]], counts: list[int], loss_mean: str) ->
 
     sample: every sample that has a selected token weighs the same. batch: every selected token does.
     """
-    counted = {i: counts[i] for micro_batch in batch for i in micro_batch if counts[i]}
-    total = sum(counted.values()) if loss_mean == "batch" else len(counted)
-    return {i: (count if loss_mean == "batch" else 1) / total for i, count in counted.items()}
+    shares = {i: counts[i] if loss_mean == "batch" else min(counts[i], 1) for passed in batch for i in passed}
+    total = max(sum(shares.values()), 1)
+    return {i: share / total for i, share in shares.items()}
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, tokens: int):
-    """The optimizer's step; none where no token was selected: AdamW would still move by what it remembers."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def weighted_loss(nll: Tensor, selected: list[Tensor], weights: list[float]) -> Tensor:
+    """A micro-batch's part of the step's loss: each sample's Eq. 10 times its weight, added up.
+
+    nll (sum of L_resp,): the samples' losses, one sample after the other; selected: a tensor (L_resp,) for each.
+    """
+    losses = [0 * nll.sum()]  # a gradient of zero where no token is selected: all ranks go backward equally often
+    for nll_i, selected_i, weight in zip(nll.split([len(mask) for mask in selected]), selected, weights, strict=True):
+        if weight:
+            losses.append(weight * selected_loss(nll_i, selected_i))
+    return torch.stack(losses).sum()
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, record: runs.StepRecord, checkpoints):
+    """Alg. 1, line 10, on all ranks together. No token selected: no step, since AdamW would move by its momentum.
+
+    UserError for a loss or gradient that is no finite number. Returns whether a signal asks to stop after this step.
+    """
+    adapters = optimizer.param_groups[0]["params"]
+    ranks.sum_over_ranks([p.grad for p in adapters])  # nothing else of the model crosses between ranks
+    gradient_norm = torch.nn.utils.clip_grad_norm_(adapters, max_grad_norm or math.inf)
+    loss, tokens, norm, stop = record.read(gradient_norm, checkpoints.signal)
+    checkpoints.check_numbers(record.number, loss, norm, record.samples)
+    optimizer.param_groups[0]["lr"] = lr
     if tokens:
         optimizer.step()
     optimizer.zero_grad()
+    return stop
 
 
 def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
@@ -79,16 +99,12 @@ class SSToken:
     sizes: each sample's number of response tokens. kept: the base model's losses, where they are known.
     """
 
-    statistics = None  # no more is asked of a predicted distribution than its loss
+    statistics = None  # only the loss of each token is needed
 
-    def __init__(
-        self, model: Transformer, sizes: list[int], args: argparse.Namespace, kept: list[Tensor] | None = None
-    ):
+    def __init__(self, model: Transformer, sizes: list[int], args, kept: list[Tensor] | None = None):
         self.args, self.sizes = args, sizes
-        # Known before which tokens they will be, and with it each sample's weight in the loss
-        self.counts = [share_of(args.rho, size) for size in sizes]
+        self.counts = [share_of(args.rho, size) for size in sizes]  # of tokens that will be selected
         self.probe = AttentionProbe(model, args.layer)
-        # Nothing is kept that no score reads
         kind = args.history if args.rho < 1 and args.gamma > 0 else "base"
         self.history = lora.History(model, kind, args.ema_alpha, args.history_every, kept)  # Alg. 1, line 2
 
@@ -159,19 +175,11 @@ def train(
             selection.look_back(samples, ids, response)  # L_his
             nll = response_nll(model, ids, response, selection.statistics)  # L_theta
             selected = selection.choose(samples, response, nll.detach())  # Alg. 1, lines 5 to 9
-            loss = 0 * nll.sum()  # all ranks go backward equally often, also one without a selected token
-            parts = zip(samples, nll.split([sizes[i] for i in samples]), selected, strict=True)
-            losses = [weights[i] * selected_loss(nll_i, selected_i) for i, nll_i, selected_i in parts if i in weights]
-            loss = torch.stack([loss, *losses]).sum()  # Eq. 10, a mean over samples
+            loss = weighted_loss(nll, selected, [weights[i] for i in samples])  # Eq. 10, a mean over samples
             loss.backward()
             record.add(loss, selected)
-
         lr = learning_rate(step, len(steps), args.lr, args.warmup_ratio)
-        ranks.sum_over_ranks([p.grad for p in adapters])  # nothing else of the model crosses between ranks
-        gradient_norm = torch.nn.utils.clip_grad_norm_(adapters, args.max_grad_norm or math.inf)
-        loss, tokens, norm, stop = record.read(gradient_norm, checkpoints.signal)
-        checkpoints.check_numbers(step, loss, norm, record.samples)
-        update(optimizer, lr, tokens)  # Alg. 1, line 10
+        stop = update(optimizer, lr, args.max_grad_norm, record, checkpoints)  # Alg. 1, line 10
         selection.update(step)  # Alg. 1, line 11
         seen += len(record.samples)
         log(record.line(lr))
@@ -193,67 +201,55 @@ DEMO_SETTINGS |= {"snapshot_every": 28, "eval_every": 28}
 
 
 def make_parser() -> command.ArgumentParser:
-    """The flags of the algorithm and its optimizer; the others are declared where what they steer lives."""
+    """The flags of the algorithm and its optimizer. Other flags are declared in the module that reads them."""
     parser = command.ArgumentParser("Fine-tune a Llama or Qwen on the tokens that ssToken selects (Algorithm 1).")
     settings = ", ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in DEMO_SETTINGS.items())
-    add = parser.group("to begin with")
     # fmt: off
-    add("--model",
-        help="checkpoint: a folder in Hugging Face layout, or a name on the hub. "
-        f"Default: the demo's, with its rows and settings: {settings}")
+    add = parser.group("to begin with")
+    add("--model", help="a folder in Hugging Face layout, or a name on the hub. "
+        f"Default: the demo model with its own rows and settings: {settings}")
     add("--data", default=data.RELEASED_POOL, metavar="SOURCE[,SOURCE...]",
-        help="files of rows, folders of them, hub data sets (NAME, NAME:SPLIT, "
-        "NAME:CONFIGURATION:SPLIT), or pool: a fresh draw of Sec. 4.1's mixture")
-    add("--out", help="folder of the run; default: a new one under runs/")
-    add("--method", choices=METHODS, default="sstoken",
-        help="what chooses the tokens to train on (Sec. 4.1)")
+        help="files, folders or hub data sets (NAME, NAME:SPLIT, NAME:CONFIGURATION:SPLIT); "
+        "pool: a new draw of the mixture of Sec. 4.1")
+    add("--out", help="folder of the run (default: a new one under runs/)")
+    add("--method", choices=METHODS, default="sstoken", help="what selects the tokens (Sec. 4.1)")
     add("--rho", type=command.share, default=0.6, bound="in (0, 1], or auto",
-        help="share of a sample's response tokens to select (Eq. 11); 1: no scoring; auto: the run finds it")
+        help="share of the response tokens to select (Eq. 11); 1: all, without scores; auto: the run finds the share")
     add("--gamma", type=float, default=0.5, bound="in [0, 1]",
-        help="weight of REL, against attention (Eq. 9); 0 skips the history pass")
+        help="weight of REL; attention has the rest (Eq. 9). 0: no history pass")
     add("--lr", type=float, default=1e-4, bound="above 0 and finite", help="peak learning rate")
     add("--epochs", type=int, default=1, bound="at least 1", help="passes over the data")
-    add("--batch-size", type=int, default=48, bound="at least 1",
-        help="samples per optimizer step, of all ranks together")
-    add("--limit", type=int, bound="at least 1", metavar="N",
-        help="take the first N rows of each source")
+    add("--batch-size", type=int, default=48, bound="at least 1", help="samples per optimizer step, over all ranks")
+    add("--limit", type=int, bound="at least 1", metavar="N", help="read the first N rows of each source")
 
     add = parser.group("method")
-    add("--layer", type=int, default=-1,
-        help="decoder layer whose attention is scored (Eq. 7, Table 2); -1: the last")
+    add("--layer", type=int, default=-1, help="decoder layer of the attention score (Eq. 7, Table 2); -1: the last")
     add("--gain", choices=GAINS, default="log",
-        help="log: REL, the gain in log-probability (Eq. 3). probability: an extension, "
-        "the gain in probability: results/README.md")
+        help="log: REL (Eq. 3). probability: the gain in probability, an extension (results/README.md)")
     add("--history", choices=("base", "ema", "checkpoint"), default="base",
-        help="history model of Eq. 3: the model before training; Eq. 4, exactly, for a float32 "
-        "copy of every adapted matrix; or the adapter as it was at the last refresh")
-    add("--ema-alpha", type=float, default=0.999, bound="in [0, 1]",
-        help="alpha of Eq. 4, for --history ema")
+        help="history model of Eq. 3. base: the model before training. ema: a moving average (Eq. 4). "
+        "checkpoint: the adapter of some steps ago")
+    add("--ema-alpha", type=float, default=0.999, bound="in [0, 1]", help="alpha of Eq. 4, for --history ema")
     add("--history-every", type=int, default=100, bound="at least 1", metavar="N",
-        help="refresh --history checkpoint every N steps")
+        help="renew --history checkpoint every N steps")
     add("--loss-mean", choices=("sample", "batch"),
-        help="mean over each sample's selected tokens (Eq. 10), then over samples; or over all of "
-        f"a batch's, which {', '.join(OVER_THE_POOL)} always take")
+        help="sample: mean over a sample's selected tokens (Eq. 10), then over samples. batch: mean over all selected "
+        f"tokens of a batch. Default: sample; {' and '.join(OVER_THE_POOL)} always take batch")
     add("--attention-only", type=int, default=0, bound="at least 0", metavar="N",
-        help="gamma 0 for the first N samples, in whole batches; the release: 10000")
+        help="use gamma 0 for the first N samples, in whole batches; the authors' release: 10000")
 
     add = parser.group("model and data")
-    add("--revision", help="branch, tag or commit of a --model on the hub")
-    add("--eval-data", metavar="SOURCE[,SOURCE...]",
-        help="held-out rows: their response loss before and after")
-    add("--max-length", type=int, default=2048, bound="at least 2",
-        help="cut samples to this many tokens (Appendix A.3)")
+    add("--revision", help="branch, tag or commit of --model on the hub")
+    add("--eval-data", metavar="SOURCE[,SOURCE...]", help="held-out rows: their loss is measured before and after")
+    add("--max-length", type=int, default=2048, bound="at least 2", help="tokens of a sample; the rest is cut")
 
     add = parser.group("optimisation (Appendix A.3)")
-    add("--micro-batch-size", type=int, bound="at least 1",
-        help="samples per forward pass; default: the largest divisor up to 4, on a GPU up to 16, "
-        "in no more tokens than 4 of --max-length have")
-    add("--warmup-ratio", type=float, default=0.03, bound="in [0, 1]",
-        help="share of the steps in which the learning rate rises")
-    add("--max-grad-norm", type=float, default=0.0, bound="at least 0",
-        help="clip the gradient's norm; 0: no clipping")
+    add("--micro-batch-size", type=int, bound="at least 1", help="samples per forward pass. "
+        "Default: a divisor of --batch-size, up to 4 on a CPU and 16 on a GPU, there limited by tokens too")
+    add("--warmup-ratio", type=float, default=0.03, bound="in [0, 1]", help="share of the steps that warm up")
+    add("--max-grad-norm", type=float, default=0.0, bound="at least 0", help="clip the gradient's norm; 0: never")
     add("--max-steps", type=int, bound="at least 1", metavar="N",
-        help="stop after N optimizer steps; the schedule ends there too")
+        help="stop after N optimizer steps; the schedule of the learning rate ends there too")
     add("--seed", type=int, default=42, bound="from 0 to 2^63 - 1",
         help="of the data order, the adapters, dropout and random selection")
     # fmt: on
@@ -346,33 +342,32 @@ def main(argv: list[str] | None = None):
     if args.reference:
         baselines.check_tokenizer(args, tokenizer)
 
-    def load(names, top=None):
+    def load(names: str | None, top: int | None = None) -> data.Dataset:
         account = sources.Account(args.skip_bad_rows)
         choice = (args.limit, args.seed, top, args.rating_field)
-        found = data.load_examples(names, tokenizer, args.max_length, *choice, account)[0] if names is not None else []
-        return found, account
+        return data.load_examples(names, tokenizer, args.max_length, *choice, account=account)
 
-    examples, account = load(args.data, args.reference_top if args.method == "full" else None)
-    if args.method == "self-evolving" and len(examples) < PARTS:
-        raise UserError(f"--method self-evolving cuts the data into {PARTS} parts, there are {len(examples)} samples")
-    held_out, of_held_out = load(args.eval_data)
+    training = load(args.data, args.reference_top if args.method == "full" else None)
+    if args.method == "self-evolving" and len(training.examples) < PARTS:
+        n = len(training.examples)
+        raise UserError(f"--method self-evolving cuts the data into {PARTS} parts, but there are {n} samples")
+    held_out = load(args.eval_data)
     trains_reference = args.method in WITH_REFERENCE and not args.reference
-    of_reference = (args.reference_data or args.data) if trains_reference else None
-    reference_examples, of_reference = load(of_reference, args.reference_top)
-    model = prepare(args, device, examples + held_out + reference_examples)
-    run = runs.Run(args, model, examples, account)
-    if held_out:  # Eq. 1 over all their response tokens, in nats a token
-        run.held_out_loss = lambda: sft_loss(torch.cat(response_losses(model, held_out))).item()
+    reference = load((args.reference_data or args.data) if trains_reference else None, args.reference_top)
+    model = prepare(args, device, training.examples + held_out.examples + reference.examples)
+    run = runs.Run(args, model, *training)
+    if held_out.examples:  # Eq. 1 over all their response tokens, in nats a token
+        run.held_out_loss = lambda: sft_loss(torch.cat(response_losses(model, held_out.examples))).item()
     seconds = {"loading": time.perf_counter() - start}
 
-    run.introduce(model, examples, account.lengths(args.max_length))
-    if held_out:
-        ranks.say(f"held out: {len(held_out):,} samples; {of_held_out.lengths(args.max_length)}")
-    for line in dict.fromkeys(account.lines() + of_held_out.lines() + of_reference.lines()):
+    run.introduce(model, training.examples, training.account.lengths(args.max_length))
+    if held_out.examples:
+        ranks.say(f"held out: {len(held_out.examples):,} samples; {held_out.account.lengths(args.max_length)}")
+    for line in dict.fromkeys(line for loaded in (training, held_out, reference) for line in loaded.account.lines()):
         ranks.say(line)
     run.report_held_out("before")
-    train_into = functools.partial(fit, run, model)
-    seconds["losses"], auto = baselines.run_method(model, examples, reference_examples, args, run.folder, train_into)
+    both = training.examples, reference.examples
+    seconds["losses"], auto = baselines.run_method(model, *both, args, run.folder, functools.partial(fit, run, model))
     run.report_held_out("after")
     run.finish(seconds, auto)
     if ranks.first_rank():
@@ -384,7 +379,7 @@ def main(argv: list[str] | None = None):
 
     ranks.say(f"wrote {', '.join(run.written())} to {run.folder}; go on with:")
     demo = DEMO_FOLDER if args.model == DEMO_FILES["model"] else None
-    for line in handoff.next_commands(args, run.folder, bool(reference_examples), demo):
+    for line in handoff.next_commands(args, run.folder, trains_reference, demo):
         ranks.say("  python", shlex.join(line))
 
 

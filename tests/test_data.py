@@ -284,8 +284,8 @@ def test_truncation_and_samples_that_lose_their_response(tokenizer, tmp_path):
     assert torch.equal(cut.ids, full.ids[: first + 1]) and cut.response.sum() == 1
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a b c" * n, "completion": "yes"}) + "\n" for n in (1, 1, 50)))
-    examples, dropped = data.load_examples(str(path), tokenizer, first + 2)
-    assert len(examples) == 2 and dropped == 1
+    examples, account = data.load_examples(str(path), tokenizer, first + 2)
+    assert len(examples) == 2 and account.dropped == 1
     with pytest.raises(UserError, match="no response token within 3 tokens"):
         data.load_examples(str(path), tokenizer, 3)
 

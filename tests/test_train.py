@@ -275,10 +275,10 @@ def test_the_gradient_is_clipped_only_when_asked(llama, rows, monkeypatch):
     assert norms[0] > 0.01 and norms[1] == pytest.approx(0.001, rel=1e-3)
 
 
-def test_sample_weights_leave_out_samples_without_a_selected_token():
+def test_sample_weights_are_zero_for_samples_without_a_selected_token():
     batch, counts = [[0, 3], [2]], {0: 2, 2: 0, 3: 6}
-    assert sample_weights(batch, counts, "sample") == {0: 1 / 2, 3: 1 / 2}
-    assert sample_weights(batch, counts, "batch") == {0: 2 / 8, 3: 6 / 8}
+    assert sample_weights(batch, counts, "sample") == {0: 1 / 2, 2: 0, 3: 1 / 2}
+    assert sample_weights(batch, counts, "batch") == {0: 2 / 8, 2: 0, 3: 6 / 8}
 
 
 def test_learning_rate_by_hand():
@@ -646,7 +646,7 @@ def test_a_sample_longer_than_the_models_context_is_refused(llama, rows, tmp_pat
 
 def test_self_evolving_needs_a_sample_for_each_of_its_parts(llama, rows, tmp_path):
     argv = ["--model", str(llama), "--data", str(rows), "--method", "self-evolving", "--device", "cpu"]
-    with pytest.raises(UserError, match="cuts the data into 5 parts, there are 4 samples"):
+    with pytest.raises(UserError, match="cuts the data into 5 parts, but there are 4 samples"):
         train_module.main([*argv, "--limit", "4", "--out", str(tmp_path / "four")])
     train_module.main([*argv, "--limit", "5", "--out", str(tmp_path / "five")])
 

@@ -307,8 +307,8 @@ def test_a_mixture_of_schemas_is_written_so_that_training_reads_the_same_samples
     assert all(row["row"] == rows[row["row"]["n"]] and row["rating"] == row["row"]["stars"] for row in found)
     tokenizer = data.load_tokenizer(DEMO / "model")
     examples = dict(zip(names, data.load_examples(",".join(paths), tokenizer, 200)[0], strict=True))
-    read, dropped = data.load_examples(str(out), tokenizer, 200)
-    assert dropped == 0 and sorted(row["row"]["n"] for row in found) == sorted(names)
+    read, account = data.load_examples(str(out), tokenizer, 200)
+    assert account.dropped == 0 and sorted(row["row"]["n"] for row in found) == sorted(names)
     for row, example in zip(found, read, strict=True):
         exact = examples[row["row"]["n"]]
         assert torch.equal(example.ids, exact.ids) and torch.equal(example.response, exact.response)

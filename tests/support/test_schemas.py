@@ -255,9 +255,9 @@ def test_an_answer_of_weight_0_is_read_and_not_supervised(tokenizer):
 def test_samples_that_are_cut_are_counted_beside_those_that_are_dropped(tokenizer, tmp_path):
     (tmp_path / "rows.csv").write_text(f"prompt,completion\nQ,A\nQ,{'A ' * 50}\n{'Q ' * 50},A\n")
     account = Account()
-    examples, dropped = data.load_examples(str(tmp_path / "rows.csv"), tokenizer, 30, account=account)
+    examples, _ = data.load_examples(str(tmp_path / "rows.csv"), tokenizer, 30, account=account)
     ends = [int(example.ids[-1]) == tokenizer.eos_id for example in examples]
-    assert (len(examples), dropped, ends) == (2, 1, [True, False])
+    assert (len(examples), account.dropped, ends) == (2, 1, [True, False])
     assert account.lengths(30) == "1 dropped, without a response token in the first 30; 1 cut there, their ends lost"
     whole = len(examples[0].ids)  # what just fits is not cut
     data.load_examples(str(tmp_path / "rows.csv"), tokenizer, whole, 1, account=(fits := Account()))
