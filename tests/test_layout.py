@@ -70,7 +70,7 @@ def test_the_top_holds_what_a_reader_looks_for_and_nothing_else():
 def test_the_six_can_be_read_in_an_evening():
     sizes = {name: len(lines(name)) for name in SIX}
     assert max(sizes.values()) <= 400, sizes
-    assert sum(sizes.values()) <= 1712 and sizes["lora"] + sizes["sstoken"] <= 453, sizes
+    assert sum(sizes.values()) <= 1712 and sizes["lora"] + sizes["sstoken"] <= 470, sizes
     text = [line for name in SIX for line in lines(name) if line.strip()]
     assert max(map(len, text)) <= 120
     assert sum(map(len, text)) / len(text) <= 60.83, "packed denser than they were when they were twice as long"
@@ -136,10 +136,39 @@ def test_the_first_group_of_help_has_the_ten_flags_that_a_first_reader_needs():
     assert text.index("to begin with") < 320 and max(map(text.index, first)) < text.index("--layer")
 
 
-def test_the_readme_says_the_size_of_the_six_and_stays_short():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250
-    assert f"six files, {sum(len(lines(name)) for name in SIX):,} lines" in " ".join(text.split())
+def readme(folder: str = "") -> str:
+    return (ROOT / folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_are_short_and_say_the_size_of_the_six():
+    words = {folder: len(readme(folder).split()) for folder in ("", "support", "paper", "results")}
+    assert words[""] <= 1500 and sum(words.values()) <= 7000, words
+    assert f"six files, {sum(len(lines(name)) for name in SIX):,} lines" in " ".join(readme().split())
+
+
+def test_what_stands_around_the_six_is_small():
+    sizes = {name: len(lines(name)) for name in MODULES if "." in name}
+    assert max(sizes.values()) <= 400
+    for folder, most, width in (("support", 2800, 65.9), ("paper", 2300, 63.1)):
+        text = [line for name in sizes if name.startswith(folder) for line in lines(name)]
+        assert len(text) <= most, f"{folder}/ has {len(text)} lines"
+        text = [line for line in text if line.strip()]
+        assert sum(map(len, text)) / len(text) <= width, f"{folder}/ is packed denser than it was"
+    study = (ROOT / "results" / "noise").glob("*.py")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in study) < 400
+
+
+def test_the_readme_s_loop_is_the_one_that_runs():
+    loop = next(n for n in ast.walk(functions("train")["train"]) if isinstance(n, ast.For))
+    assert "\n".join(lines("train")[loop.lineno - 1 : loop.end_lineno]) in readme()
+
+
+def test_each_box_of_the_drawing_is_a_function():
+    drawing = (ROOT / "paper" / "step.svg").read_text(encoding="utf-8")
+    named = re.findall(r'class="name"[^>]*>([^<]+)<', drawing)
+    assert named[0] == "row" and len(named) == 13 and "](paper/step.svg)" in readme()
+    known = {name for module in SIX for name in functions(module)} | {"conversations"}  # data's, from support
+    assert {name.rpartition(".")[2] for name in named[1:]} <= known
 
 
 @pytest.mark.parametrize("readme", ["README.md", "paper/README.md", "support/README.md", "results/README.md"])

@@ -30,7 +30,7 @@ from paper.baselines import select_at_random
 from paper.frozen import response_losses
 from support import machine, runs, start
 from support.files import UserError
-from train import SSToken, learning_rate, parse_arguments, plan_steps, sample_weights, train
+from train import SSToken, learning_rate, parse_arguments, plan_steps, sample_weights, train, weighted_loss
 
 ROOT = train_module.__file__.removesuffix("train.py")
 
@@ -279,6 +279,18 @@ def test_sample_weights_are_zero_for_samples_without_a_selected_token():
     batch, counts = [[0, 3], [2]], {0: 2, 2: 0, 3: 6}
     assert sample_weights(batch, counts, "sample") == {0: 1 / 2, 2: 0, 3: 1 / 2}
     assert sample_weights(batch, counts, "batch") == {0: 2 / 8, 2: 0, 3: 6 / 8}
+
+
+def test_the_loss_of_a_micro_batch_is_the_weighted_sum_of_its_samples_means_by_hand():
+    nll = torch.tensor([1.0, 3.0, 7.0, 2.0, 4.0, 5.0], requires_grad=True)
+    selected = [torch.tensor([True, True, False]), torch.tensor([False]), torch.tensor([True, False])]
+    loss = weighted_loss(nll, selected, [0.5, 0, 0.25])
+    assert loss.item() == 0.5 * (1 + 3) / 2 + 0.25 * 4
+    loss.backward()
+    assert nll.grad.tolist() == [0.25, 0.25, 0, 0, 0.25, 0]
+    nothing = weighted_loss(nll, selected, [0, 0, 0])  # still goes backward, as other ranks do
+    nothing.backward()
+    assert nothing.item() == 0 and nll.grad.tolist() == [0.25, 0.25, 0, 0, 0.25, 0]
 
 
 def test_learning_rate_by_hand():
