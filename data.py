@@ -83,7 +83,7 @@ class Example(NamedTuple):
 
 
 def prompt_text(messages: list[Message], tokenizer: Tokenizer) -> str:
-    """The template's text up to where an answer to `messages` would begin: what a model is asked with."""
+    """The text that asks for an answer to `messages`: the template up to where the answer begins."""
     if tokenizer.template:
         return tokenizer.template.render(messages, ask=True)
     end = {"assistant": tokenizer.eos}
@@ -92,7 +92,7 @@ def prompt_text(messages: list[Message], tokenizer: Tokenizer) -> str:
 
 
 def prompt_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """What a model is asked with as ids, with no control token that a message spells."""
+    """The same as ids (L,). A control token that a message spells stays text."""
     if tokenizer.template:
         return tokenizer.template.prompt(messages)
     said = [message | {"content": tokenizer.guard(message["content"].strip())} for message in messages]
@@ -102,10 +102,10 @@ def prompt_ids(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
 def encode(messages: list[Message], tokenizer: Tokenizer, max_length: int) -> Example:
     """Messages in the template of Appendix A.1 as token ids, cut to `max_length`, with the mask of supervised tokens.
 
-    `<|system|>\\n{}\\n`, `<|user|>\\n{}\\n` and `<|assistant|>\\n{}{eos}\\n`, contents stripped, the last newline
-    dropped, in one text, as transformers reads it; what a row spells is no control token. Supervised are
-    the assistant's tokens and their end token, but for a message of weight 0; a token that straddles the boundary
-    belongs to the prompt. With --template model: support/templates.py, in the checkpoint's own template.
+    `<|system|>\\n{}\\n`, `<|user|>\\n{}\\n` and `<|assistant|>\\n{}{eos}\\n`, contents stripped, without the last
+    newline. The assistant's tokens and their end token are supervised, unless the message has weight 0. A token across
+    the boundary belongs to the prompt. A control token that a row spells stays text. With --template model, the
+    checkpoint's own template takes this one's place (support/templates.py).
     """
     if tokenizer.template:
         return Example(*map(torch.tensor, tokenizer.template.encode(messages, max_length)))
@@ -174,8 +174,8 @@ def plan_batches(
 
     With `pass_tokens`, a micro-batch of several samples has no more tokens than that, padding counted.
 
-    The order is drawn from `seed` (an int or a str), whatever the lengths, so these do not change the optimization;
-    inside a global batch similar lengths share a micro-batch, to save padding.
+    The order is drawn from `seed` (an int or a str) and does not depend on the lengths. Inside a batch, samples of
+    similar length share a micro-batch, to save padding.
     """
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
     for start in range(0, len(order), batch_size):
@@ -188,7 +188,7 @@ def plan_batches(
 def collate(examples: list[Example], device="cpu") -> tuple[Tensor, Tensor]:
     """Samples as one batch, padded on the right: ids (B, L) int64 on `device`, and response (B, L) bool on the host.
 
-    What is supervised is known before the device computes: nobody waits for it. Of no samples: one unsupervised token.
+    The mask stays on the host, so nothing waits for a GPU. No samples give one token that is not supervised.
     """
     if not examples:
         examples = [Example(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))]

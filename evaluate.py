@@ -2,9 +2,9 @@
 
     python evaluate.py --model NAME|DIR [--adapter DIR ...] [--tasks all] [--data DIR] [--limit N] [--out FILE]
 
-The numbers are lm-evaluation-harness's, at a fraction of its work: choices of one question share its context, so it is
-read once, with all choices behind it in one sequence whose mask is a tree; what all questions of a task begin with is
-read once and kept as keys and values; only scored positions meet the vocabulary.
+The numbers are lm-evaluation-harness's, with less work. The choices of a question share its context: it is read once,
+with all choices behind it in one sequence, whose mask is a tree. What all questions of a task begin with is read once,
+and its keys and values are kept. Only scored positions meet the vocabulary.
 """
 
 import argparse
@@ -185,10 +185,10 @@ def answer(
     batch_tokens: int,
     progress: Callable[[str, int], None] = lambda name, row: None,
 ) -> dict[str, list[list]]:
-    """The answers to each row's requests, of whichever kind: {task: [[answer, ...] of a row, ...]}.
+    """The answers to all requests: {task: [[answer, ...] of a row, ...]}.
 
-    What is to be written is written together, whichever task asks; choices come task by task, since a task's questions
-    begin alike. progress is told the task and the row of each answer.
+    Written answers of all tasks are computed together. Choices come task by task, since a task's questions begin alike.
+    progress(task, row) is called for each answer.
     """
     asked = [
         (name, row, request)
@@ -234,7 +234,7 @@ def summarize(values: list[dict[str, float]]) -> dict[str, float | None]:
 def table(records: list[dict]) -> str:
     """Table 1's columns in its order, in percent, a row for each record; AVG where all ten are there.
 
-    Beside them, or alone, a column for the user's own rows, where they were asked about.
+    The user's own rows have a column beside these, or alone.
     """
     found = {task for record in records for task in record["results"]}
     own = [OWN_ROWS] if OWN_ROWS[1] in found else []
@@ -340,7 +340,7 @@ def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace):
 
 
 def unanswered(record: dict, questions: dict[str, Questions]) -> list[str]:
-    """The tasks that a record does not answer. Answers to other rows leave it, and so do their groups."""
+    """The tasks that a record does not answer. Answers to other rows, and their groups, are removed from it."""
     left = [name for name, asked in questions.items() if record["keys"].get(name) != asked.key]
     for name in [*left, *(group for group, (names, _, _) in GROUPS.items() if {*names} & {*left})]:
         for part in losses.PARTS:
@@ -349,9 +349,9 @@ def unanswered(record: dict, questions: dict[str, Questions]) -> list[str]:
 
 
 def run(model, tokenizer, questions: dict[str, Questions], record: dict, batch_tokens: int, saving: Callable):
-    """Answer the tasks that `record` does not hold, one by one; each is put in it while `saving` it.
+    """Answer the tasks that `record` does not hold, one by one, and save each in it.
 
-    Tasks of one group, if in writing, are answered at once and share their time by `cost`.
+    Tasks of a group with written answers are answered at once. Their time is divided by `cost`.
     """
     left = unanswered(record, questions)
     costs = {name: [cost(row) for row in questions[name].requests] for name in left}

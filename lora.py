@@ -114,9 +114,9 @@ def remove_lora(model: Transformer) -> Transformer:
 
 @contextmanager
 def replaced(model: nn.Module, factors: list[tuple[Tensor, ...]] | None):
-    """Within the block, adapted layer i multiplies by `factors[i]` in turn: another (A, B), or one (out, in) matrix.
+    """A context in which adapted layer i uses factors[i] instead of its adapter: another (A, B), or a matrix (out, in).
 
-    None is the base model: no update at all. There is no dropout before a stand-in. Blocks do not nest.
+    factors None: no update, the base model. There is no dropout. Contexts do not nest.
     """
     layers = list(lora_layers(model).values())
     try:
@@ -129,7 +129,7 @@ def replaced(model: nn.Module, factors: list[tuple[Tensor, ...]] | None):
 
 
 def disabled(model: nn.Module):
-    """A context manager within which `model` is exactly the base model: its adapters are passed over."""
+    """A context in which `model` is the base model: its adapters are off."""
     return replaced(model, None)
 
 
@@ -137,8 +137,8 @@ def disabled(model: nn.Module):
 def merge(model: Transformer, folder=None, dtype: torch.dtype | None = None) -> Transformer:
     """Fold each update into its weight, in place: W + (alpha / rank) B A, added in float32, then rounded to `dtype`.
 
-    Default: W's. The adapters are gone then, and `model.merge_error` is what rounding has lost of the update, norm
-    over norm. With `folder`, it is also written as a checkpoint, which transformers, vLLM and lm-eval load.
+    Default: W's dtype. The adapters are gone then. `model.merge_error` is the norm of what rounding lost over the norm
+    of the update. With `folder`, the model is also written as a checkpoint for transformers, vLLM and lm-eval.
     """
     lost, whole = 0.0, 1e-30
     for layer in lora_layers(model).values():
@@ -155,7 +155,7 @@ def merge(model: Transformer, folder=None, dtype: torch.dtype | None = None) -> 
 
 
 def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
-    """Adapters that change nothing yet, from the seed and the part of self-evolving that they are for."""
+    """Give `model` new adapters, which change nothing yet; drawn from the seed and the part of self-evolving."""
     seed = random.Random(f"{args.seed} {part}").getrandbits(62) if part else args.seed
     torch.manual_seed(seed)
     for layer in lora_layers(model).values():
@@ -174,20 +174,20 @@ class History:
     the merged weights exactly. At step 0 each of them is the base model.
     """
 
-    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, kept: list[Tensor] | None = None):
-        """kept: the base model's losses, a tensor a sample, if they are known already."""
+    def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, base: list[Tensor] | None = None):
+        """base: the base model's losses, (L_resp,) for each sample, if they are known."""
         self.model, self.kind, self.ema_alpha, self.every = model, kind, ema_alpha, every
-        self.kept = kept if kind == "base" else None
+        self.base = base if kind == "base" else None
         self.factors = None  # nothing: the base model
         if kind == "ema":
             self.factors = [(torch.zeros_like(layer.product()),) for layer in lora_layers(self.model).values()]
 
     @torch.no_grad()
     def nll(self, input_ids: Tensor, response: Tensor, samples: list[int] = ()) -> Tensor:
-        """L_his, as response_nll: input_ids, response (B, L) -> (response.sum(),). samples: numbers in `kept`."""
-        if self.kept:
-            kept = torch.cat([torch.zeros(0), *(self.kept[i] for i in samples)])
-            return kept.to(input_ids.device, non_blocking=True)
+        """L_his, as response_nll: input_ids, response (B, L) -> (response.sum(),). samples: numbers in `base`."""
+        if self.base:
+            known = torch.cat([torch.zeros(0), *(self.base[i] for i in samples)])
+            return known.to(input_ids.device, non_blocking=True)
         with replaced(self.model, self.factors):
             return response_nll(self.model, input_ids, response)
 

@@ -1,8 +1,8 @@
 """A Llama / Qwen decoder: configuration, blocks, the loss of each token.
 
-From top to bottom: what a checkpoint says (`Config`), what it computes (`Transformer`), how its weights get in
-(`load_model`), and what is asked of it (`token_nll`). Parameter names are the checkpoint's own, so none is renamed on
-its way in or out. What support/ does for it: files (checkpoint.py), fast forms of a few formulas (kernels.py).
+From top to bottom: `Config`, what a checkpoint says; `Transformer`, what it computes; `load_model`, which fills it; and
+`token_nll`, the loss. Parameters have the checkpoint's names. support/checkpoint.py reads the files; support/kernels.py
+has fast forms of a few formulas.
 
 Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d head_dim, V vocabulary.
 """
@@ -142,7 +142,7 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, not initialized on the meta device: that would import a compiler, for 1.3 s."""
+    """nn.Embedding that draws no numbers on the meta device: torch would import a compiler for that, in 1.3 s."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -152,9 +152,9 @@ class Embedding(nn.Embedding):
 class Transformer(nn.Module):
     """The decoder up to its last hidden state; `lm_head` turns those into logits where logits are wanted.
 
-    `config`, `folder` (where the checkpoint lies), `name_or_path` and `revision` (what was asked for) are kept for
-    saving. With `gradient_checkpointing`, a layer keeps only its input for the backward pass and runs again in it: the
-    same numbers, dropout included, for less memory and one more forward pass.
+    `folder` is where the checkpoint lies; `name_or_path` and `revision` are what was asked for. With
+    `gradient_checkpointing` a layer keeps only its input and runs again in the backward pass: less memory, one more
+    forward pass, the same numbers.
     """
 
     def __init__(self, config: Config):
@@ -234,10 +234,10 @@ def load_model(
 
 
 def centred_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (T, V) in float32 and those of the targets (T, 1), right to float32 rounding where it matters.
+    """Logits (T, V) and those of the targets (T, 1), float32; arguments as token_nll's.
 
-    A bfloat16 logit of 20 is rounded to a step of 0.125, REL is smaller than that. So take the target's logit off
-    inside the product, which sums in float32: what is rounded then is small where it matters.
+    A bfloat16 logit near 20 has steps of 0.125, and REL is smaller. So the target's logit is subtracted inside the
+    product, which sums in float32. Logits near the target's are then small, and lose little when they are rounded.
     """
     target_logit = (hidden.float() * weight[targets].float()).sum(dim=1, keepdim=True)
     shift = -target_logit.to(hidden.dtype)
@@ -251,8 +251,8 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
     hidden (T, D), weight (V, D), targets (T,) -> (T,) float32, in nats. Equal to cross entropy on hidden @ weight.T,
     but the (T, V) logits never exist: `chunk` rows at a time (default: 2^23 logits, 2^26 on a GPU), one pass that also
-    keeps each token's gradient for its hidden state. So whatever weights a selection gives the tokens later, backward
-    is one multiplication. In bfloat16 the loss is right to a few tenths of a percent of itself. There is no gradient
+    keeps each token's gradient for its hidden state. Backward is then one multiplication, whatever weights a selection
+    gives the tokens. In bfloat16 the loss is right to a few tenths of a percent of itself. There is no gradient
     for `weight`: it is frozen here. To train it, use plain cross entropy. statistics: `kernels.chunked_nll`'s.
     """
     chunk = chunk or logits_at_once(len(weight), hidden.device)
@@ -260,7 +260,7 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
 
 def response_places(response: Tensor, device) -> Tensor:
-    """Where response tokens stand, but no row's first: (B, L) bool, on the host -> (T,), row after row."""
+    """Where the response tokens stand in the flat batch, no row's first token: (B, L) bool on the host -> (T,)."""
     return nn.functional.pad(response[:, 1:], (1, 0)).flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
 

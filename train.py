@@ -83,7 +83,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, re
 
 
 def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
-    """Every optimizer step as a list of micro-batches of sample indices: the epochs, cut at --max-steps."""
+    """All optimizer steps, each a list of micro-batches, each a list of sample indices; --max-steps at most."""
     shape = (args.batch_size, args.micro_batch_size)
     seeds = [f"{args.seed} {epoch}" for epoch in range(args.epochs)]
     plans = [data.plan_batches(lengths, *shape, seed, pass_cost(device), args.pass_tokens) for seed in seeds]
@@ -94,34 +94,34 @@ def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.devic
 
 
 class SSToken:
-    """ssToken's selection: which response tokens of a micro-batch are trained on. Alg. 1, lines 2, 5 to 9 and 11.
+    """ssToken's selection of the response tokens to train on: Alg. 1, lines 2, 5 to 9 and 11.
 
-    sizes: each sample's number of response tokens. kept: the base model's losses, where they are known.
+    sizes: L_resp of each sample. base: the base model's losses, (L_resp,) for each sample, if they are known.
     """
 
     statistics = None  # only the loss of each token is needed
 
-    def __init__(self, model: Transformer, sizes: list[int], args, kept: list[Tensor] | None = None):
+    def __init__(self, model: Transformer, sizes: list[int], args, base: list[Tensor] | None = None):
         self.args, self.sizes = args, sizes
         self.counts = [share_of(args.rho, size) for size in sizes]  # of tokens that will be selected
         self.probe = AttentionProbe(model, args.layer)
         kind = args.history if args.rho < 1 and args.gamma > 0 else "base"
-        self.history = lora.History(model, kind, args.ema_alpha, args.history_every, kept)  # Alg. 1, line 2
+        self.history = lora.History(model, kind, args.ema_alpha, args.history_every, base)  # Alg. 1, line 2
 
     def start(self, step: int, seen: int):
-        """Before step `step`, when `seen` samples have been trained on: which of the two signals it reads."""
+        """Before step `step`, after `seen` samples: which of the two signals the score reads."""
         self.gamma = self.args.gamma if seen >= self.args.attention_only else 0.0
-        known = step == 1 and self.history.kept  # then REL is zero, not what rounding makes
+        known = step == 1 and self.history.base  # REL is then zero, not a rounding error
         self.reads_rel = self.args.rho < 1 and self.gamma > 0 and not known
         self.reads_attention = self.args.rho < 1 and self.gamma < 1
 
     def look_back(self, samples: list[int], ids: Tensor, response: Tensor):
-        """L_his of a micro-batch, before the current model's pass, whose hidden states the probe is to keep."""
+        """The history pass of a micro-batch: L_his. The probe keeps hidden states of the pass after it."""
         self.history_nll = self.history.nll(ids, response, samples) if self.reads_rel else None
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
-        """A bool tensor (L_resp,) a sample, after the current model's pass: nll (response.sum(),) is L_theta."""
-        rel = torch.zeros_like(nll)  # without a weight in the score, left at zero
+        """Which response tokens are selected, bool (L_resp,) for each sample. nll (response.sum(),): L_theta."""
+        rel = torch.zeros_like(nll)  # stays zero if the score does not read it
         attention = torch.zeros_like(nll)
         if self.reads_rel:
             rel = GAINS[self.args.gain](nll, self.history_nll)  # Alg. 1, line 5
@@ -149,11 +149,10 @@ def train(
     checkpoints: runs.Checkpoints | None = None,
     frozen: FrozenLosses | None = None,
 ) -> Transformer:
-    """Fine-tune the adapters of `model` on `examples` by Algorithm 1; `log` gets a dict after every optimizer step.
+    """Fine-tune the adapters of `model` on `examples` by Algorithm 1. `log` gets a dict after every optimizer step.
 
-    Started by torchrun, each rank computes its share of a step's micro-batches and all make the same update. With
-    `checkpoints` the run goes on from the newest, and leaves others behind. `frozen` holds the losses that the
-    baselines rank by, or that ssToken's history need not compute again; the adapters are new ones then.
+    Under torchrun each rank computes its share of a step's micro-batches, and all ranks make the same update. With
+    `checkpoints` the run goes on from the newest one and writes others. frozen: losses that are known before training.
     """
     frozen, checkpoints = frozen or FrozenLosses(), checkpoints or runs.Checkpoints()
     device = model.lm_head.weight.device
