@@ -120,7 +120,7 @@ def generations(
         group, until, new = list(same), settings["until"], settings.get("max_gen_toks", MAX_NEW_TOKENS)
         room = model.config.max_position_embeddings - new
         if room <= 0:
-            raise UserError(f"an answer of {new} tokens leaves its question no room: the model reads {room + new}")
+            raise UserError(f"an answer of {new} tokens leaves no room for its question: the model reads {room + new} tokens")
         found = generate(
             model,
             [ids[i][-room:] for i in group],
@@ -289,7 +289,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_flags(parser)
     args = parser.parse_args(argv)
     if args.data is not None and not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data} is no folder")
+        raise UserError(f"--data {args.data} is not a folder")
     return args
 
 

@@ -439,7 +439,7 @@ def test_mistakes_end_with_one_line_that_names_them(llama, questions, tmp_path):
         (["--tasks", "arc"], "--tasks 'arc' is not one of all, triviaqa,"),
         (["--limit", "0"], "--limit is 0.0; it must be above 0"),
         (["--batch-tokens", "0"], "--batch-tokens is 0; it must be at least 1"),
-        (["--data", tmp_path / "nowhere"], "nowhere is no folder"),
+        (["--data", tmp_path / "nowhere"], "nowhere is not a folder"),
         (["--data", rows, "--tasks", "arc_easy"], "arc_easy, row 1: KeyError 'answerKey'"),
         (["--data", rows, "--tasks", "logiqa"], "logiqa: .*logiqa.test.jsonl, line 1: not JSON"),
         (["--data", rows, "--tasks", "tydiqa_goldp_fi"], "tydiqa_goldp_fi: no row's id starts with finnish-"),
