@@ -120,7 +120,9 @@ def generations(
         group, until, new = list(same), settings["until"], settings.get("max_gen_toks", MAX_NEW_TOKENS)
         room = model.config.max_position_embeddings - new
         if room <= 0:
-            raise UserError(f"an answer of {new} tokens leaves no room for its question: the model reads {room + new} tokens")
+            raise UserError(
+                f"an answer of {new} tokens leaves no room for its question: the model reads {room + new} tokens"
+            )
         found = generate(
             model,
             [ids[i][-room:] for i in group],

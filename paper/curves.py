@@ -1,12 +1,8 @@
 """How a run went, the explorer's second view: the curves of its log, and the tokens' two signals at its snapshots."""
 
-import html
 import math
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 import lora
 from model import Transformer
@@ -16,8 +12,6 @@ from support.files import UserError, is_number, read_log
 from support.runs import INNER, read_record, snapshots_in
 
 MOST = 600  # points of a curve: of a longer run, each is the mean of several steps
-ROWS = 20  # of a table, at most
-QUANTILES = (0.1, 0.5, 0.9)
 
 
 def read_run(folder: Path) -> dict:
@@ -109,41 +103,3 @@ def with_states(logs: list[dict], states: list[State]) -> list[dict]:
         run["states"] |= {0: 0} if run["states"] else {}
         run["name"] = run["folder"] if names.count(run["name"]) > 1 else run["name"]
     return found
-
-
-# The columns of a table: what each is called, and how its numbers are written
-COLUMNS = {"step": "", "loss": ".4f", "held-out loss": ".4f"}
-COLUMNS |= {"learning rate": ".2e", "share selected": ".1%", "tokens/s": ",.0f"}
-OF_TOKENS = ("REL, nats: median (10 % to 90 %)", "AttnScore: median (10 % to 90 %)")
-
-
-def static_tables(samples: list, head: dict) -> str:
-    """The runs as tables: ROWS steps of each, evenly spaced, and every snapshot's; head as visualize.build_page's."""
-    return "".join(['\n<div id="tables">', *(table(run, samples, head) for run in head["runs"]), "</div>"])
-
-
-def table(run: dict, samples: list, head: dict) -> str:
-    steps, *curves = (run["points"][name] for name in ("step", "loss", "lr", "share", "speed"))
-    held_out, curves = dict(run["held_out"]), dict(zip(steps, zip(*curves, strict=True), strict=True))
-    kept = {steps[round(i * (len(steps) - 1) / ROWS)] for i in range(ROWS + 1)} | run["states"].keys() | held_out.keys()
-    columns = [*COLUMNS, *(OF_TOKENS if run["states"] else ())]
-    rows = ["".join(f'<th scope="col">{name}</th>' for name in columns)]
-    for step in sorted(kept):
-        loss, *others = curves.get(step, [None] * 4)
-        values = zip((step, loss, held_out.get(step), *others), COLUMNS.values(), strict=True)
-        row = ["" if value is None else format(value, form) for value, form in values]
-        if (state := run["states"].get(step)) is not None:
-            row.append(spread([sample.history - sample.losses[state] for sample in samples], head["nats"]))  # Eq. 3
-            row.append(spread([sample.attention[state, 0] for sample in samples], head["share"]))  # Eq. 7
-        row += [""] * (len(columns) - len(row))
-        rows.append("".join(f"<td>{cell}</td>" for cell in row))
-    about = html.escape(run["name"]) + (f"; loss and speed are means of {run['every']} steps" * (run["every"] > 1))
-    text = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><caption>{about}</caption>{text}</table></div>'
-
-
-def spread(values: list[Tensor], unit: int) -> str:
-    """QUANTILES of all samples' tokens, stored in 1 / unit."""
-    quantiles = torch.quantile(torch.cat(values).double(), torch.tensor(QUANTILES, dtype=torch.float64))
-    low, middle, high = (f"{value / unit:.3f}" for value in quantiles.tolist())
-    return f"{middle} ({low} to {high})"

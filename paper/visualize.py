@@ -211,23 +211,6 @@ def content(samples: list[Sample], head: dict) -> str:
     return text.replace("<", "\\u003c")
 
 
-def static_text(samples: list[Sample], head: dict) -> str:
-    """What is read where no script runs: every sample's text, highlighted for the last state."""
-    settings = f"gamma {head['gamma'] / 100}, rho {head['rho'] / 100}, {html.escape(head['states'][-1])}"
-    articles = [
-        f"<p>Response tokens selected by ssToken ({settings}): <mark>selected</mark>, <em>selected because of "
-        "attention</em>; the prompt is <i>pale</i>. With JavaScript, gamma and rho can be moved here.</p>"
-    ]
-    if head["runs"]:
-        articles.append('<p>How each run went stands in <a href="#tables">tables</a> below.</p>')
-    for sample in samples:
-        chosen = choose(sample, len(head["states"]) - 1, 0, head["gamma"] / 100, head["rho"] / 100)
-        tags = {"prompt": "i", "plain": "span", "blue": "mark", "orange": "em"}
-        text = [f"<{tags[kind]}>{html.escape(text)}</{tags[kind]}>" for text, kind in highlighted(sample, *chosen)]
-        articles.append(f'<p class="text" dir="auto">{"".join(text)}</p>')
-    return "\n".join(articles)
-
-
 def build_page(samples: list[Sample], head: dict) -> str:
     """The page, complete: template, style and script with their digests in its security policy, and the samples.
 
@@ -244,7 +227,6 @@ def build_page(samples: list[Sample], head: dict) -> str:
         "policy": f"default-src 'none'; style-src {allow('style')}; script-src {allow('script')}; base-uri 'none'",
         "title": "Which tokens are selected" if samples else "How it went",
         "about": html.escape(head["about"]),
-        "static": (static_text(samples, head) if samples else "") + curves.static_tables(samples, head),
         "content": content(samples, head),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], template)

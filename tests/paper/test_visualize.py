@@ -292,37 +292,6 @@ def test_the_security_policy_forbids_whatever_is_not_the_page_s_own(made, browse
     page.close()
 
 
-def test_without_javascript_the_text_is_highlighted(made, browser):
-    folder, _ = made
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto(f"file://{folder / 'page.html'}")
-    assert page.locator("#static .text").count() == 1 + len(ROWS) + 20
-    assert not page.locator("#app").is_visible()
-    number = 6
-    shown = [
-        (kind, text)
-        for kind, text in re.findall(
-            r"<(mark|em|span)>(.*?)</", page.locator("#static .text").nth(number).inner_html(), re.DOTALL
-        )
-    ]
-    with_script = browser.new_page()
-    with_script.goto(f"file://{folder / 'page.html'}")
-    go_to(with_script, number)
-    pieces = with_script.eval_on_selector_all(".t", "all => all.map(t => t.textContent)")
-    runs = []
-    for kind, text in zip(colours(with_script), pieces, strict=True):
-        kind = {"b": "mark", "o": "em", "-": "span"}[kind]
-        if runs and runs[-1][0] == kind:
-            runs[-1] = (kind, runs[-1][1] + text)
-        else:
-            runs.append((kind, text))
-    escaped = [(kind, text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")) for kind, text in runs]
-    assert shown == escaped
-    context.close()
-    with_script.close()
-
-
 # ------------------------------------------------------------------------------------------ what the reader can do
 
 
@@ -567,26 +536,6 @@ def test_distributions_are_those_of_the_tokens_on_the_page(runs_made, browser):
             assert [x, y] == pytest.approx([step / 12, (of_state[1] - low) / (high - low)], abs=0.001)
         assert plot(page, name).locator(".band").count() == 1
     page.close()
-    # and so does the table that is read without JavaScript
-    for (name, state), (low, middle, high) in quartiles.items():
-        assert f"<td>{middle:.3f} ({low:.3f} to {high:.3f})</td>" in text, (name, state)
-
-
-@pytest.mark.parametrize("name", ["page", "logs"])
-def test_curves_are_tables_without_javascript(runs_made, browser, name):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto(f"file://{runs_made / name}.html")
-    tables = page.locator("#tables table")
-    assert tables.count() == 2 and not page.locator("#app").is_visible()
-    rows = [row.split("\t") for row in tables.nth(0).inner_text().splitlines()[1:]]
-    assert [row[0] for row in rows] == ["step", *map(str, range(13))]
-    assert {len(row) for row in rows} == {8 if name == "page" else 6}
-    for line, row in zip(log_of(runs_made / "a"), rows[2:], strict=True):
-        assert row[1] == f"{line['loss']:.4f}" and row[3] == f"{line['lr']:.2e}"
-        held_out = line.get("held_out_loss")
-        assert line["step"] == 12 or row[2] == (f"{held_out:.4f}" if held_out else "")
-    context.close()
 
 
 @pytest.mark.parametrize("width", [320, 390, 1300])
