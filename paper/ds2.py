@@ -25,6 +25,7 @@ import evaluate
 from model import Transformer, load_model
 from paper.frozen import scoring_passes
 from support import checkpoint, command, machine, ranks, sources, templates
+from support.decoding import check_numbers
 from support.files import UserError, check_writable, write_lines
 from support.losses import digest, kept_losses, losses_key
 from support.schemas import Message, conversations
@@ -76,31 +77,15 @@ def read_ratings(rows: list[tuple[str, dict]], field: str) -> Tensor:
 
 @torch.no_grad()
 def embed(model: Transformer, examples: list[data.Example]) -> Tensor:
-    """The mean of each sample's last hidden states: (N, D) float32."""
+    """The mean of each sample's last hidden states: (N, D) float32. UserError if it is not finite."""
     device, found = model.lm_head.weight.device, {}
     for samples in ranks.share_passes(scoring_passes(examples)):
         ids, _ = data.collate([examples[i] for i in samples], device)
         for i, hidden in zip(samples, model(ids).float(), strict=False):  # a pass without samples has one row
             found[i] = hidden[: len(examples[i].ids)].mean(dim=0).cpu()
-    return torch.stack(evaluate.gather(found))
-
-
-def read_embeddings(path: Path, n: int) -> Tensor:
-    """The one tensor (n, D) of a safetensors file: float32."""
-    file = checkpoint.open_safetensors(path)
-    found = [file.get_tensor(name).float() for name in list(file.keys())]
-    if len(found) != 1 or found[0].dim() != 2 or len(found[0]) != n or not found[0].numel():
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
-        raise UserError(f"--embeddings {path} holds {shapes}: it is to hold one tensor, a row for each of {n} samples")
-    return found[0]
-
-
-def directions(embeddings: Tensor, places: list[str]) -> Tensor:
-    """Embeddings (N, D) scaled to length 1. UserError with the place of a row, one of `places`, if it cannot be."""
-    scaled = embeddings / embeddings.abs().amax(dim=1, keepdim=True)  # so that no square is too large or too small
-    if len(bad := (~scaled.isfinite().all(dim=1)).nonzero()):
-        raise UserError(f"{places[bad[0]]}: its embedding, number {bad[0].item() + 1}, is all zeros, or not finite")
-    return F.normalize(scaled, dim=1)
+    embeddings = torch.stack(evaluate.gather(found))
+    check_numbers(embeddings, model)
+    return embeddings
 
 
 SIMILARITIES = 2**24  # that exist at a time, 64 MiB
@@ -287,18 +272,16 @@ def parse_arguments(argv: list[str] | None = None):
     parser = command.ArgumentParser("Rate samples by a model, correct the ratings, select the best (DS2).")
     add = parser.group("model and data")
     # fmt: off
-    add("--model", required=True, help="what rates and embeds: a checkpoint's folder, or a name on the hub")
-    add("--revision", help="branch, tag or commit of a --model on the hub")
+    add("--model", required=True, help="what rates and embeds: a folder in Hugging Face layout, or a name on the hub")
+    add("--revision", help="branch, tag or commit of --model on the hub")
     add("--data", required=True, metavar="SOURCE[,SOURCE...]", help="rows as train.py reads them, a conversation each")
-    add("--limit", type=int, bound="at least 1", metavar="N", help="take the first N rows of each source")
-    add("--max-length", type=int, bound="at least 2", default=1024, help="cut samples to this many tokens")
+    add("--limit", type=int, bound="at least 1", metavar="N", help="read the first N rows of each source")
+    add("--max-length", type=int, bound="at least 2", default=1024, help="tokens of a sample; the rest is cut")
     add("--out", required=True, metavar="FILE", help="JSON lines, the best first: messages, rating, curated, "
-        "long_tail, selected, and in the column row the whole row as it was")
-    add("--cache", metavar="DIR", help="where ratings and embeddings are kept, to go on from; default: OUT.kept")
+        "long_tail, selected, and the row itself. OUT.kept has what a stopped run goes on from")
     add = parser.group("selection")
     add("--top", type=int, bound="at least 1", default=10_000, metavar="K", help="how many samples to select")
-    add("--rating-field", metavar="COLUMN", help="take the ratings, 0, 1, 2, 3, 4 or 5, from this column instead")
-    add("--embeddings", metavar="FILE", help="a safetensors file with one tensor (samples, size) to take instead")
+    add("--rating-field", metavar="COLUMN", help="read the ratings, 0 to 5, from this column")
     add("--seed", type=int, default=42, bound="from 0 to 2^63 - 1", help="of the random subsets")
     # fmt: on
     for module in (sources, templates, command):
@@ -356,21 +339,19 @@ def main(argv: list[str] | None = None):
         raise UserError(f"--top {args.top} of {len(samples)} samples: there are not so many")
     for line in account.lines() if ranks.first_rank() else ():
         print(line, file=sys.stderr)
-    ratings = read_ratings([sample[:2] for sample in samples], args.rating_field) if args.rating_field else None
-    embeddings = read_embeddings(Path(args.embeddings), len(samples)) if args.embeddings else None
+    if args.rating_field:
+        ratings = read_ratings([sample[:2] for sample in samples], args.rating_field)
 
-    if ratings is None or embeddings is None:
-        model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
-        examples = [data.encode(messages, tokenizer, args.max_length) for _, _, messages in samples]
-        checkpoint.check_fits(model, args.model, examples)
-        asked = [question(messages, tokenizer, args.max_length) for _, _, messages in samples]
-        cache, kind = Path(args.cache or f"{out}.kept"), f"{args.dtype} {device.type}"
-        key = losses_key(model.folder, None, examples, kind, digest(PART, args.template, *asked))
-        if ratings is None:
-            ratings = in_parts(cache, f"{key}-ratings", asked, lambda part: rate(model, tokenizer, part)).long()
-        if embeddings is None:
-            embeddings = in_parts(cache, f"{key}-embeddings", examples, lambda part: embed(model, part))
-    embeddings = directions(embeddings, [where for where, _, _ in samples])
+    model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
+    examples = [data.encode(messages, tokenizer, args.max_length) for _, _, messages in samples]
+    checkpoint.check_fits(model, args.model, examples)
+    asked = [question(messages, tokenizer, args.max_length) for _, _, messages in samples]
+    cache, kind = Path(f"{out}.kept"), f"{args.dtype} {device.type}"
+    key = losses_key(model.folder, None, examples, kind, digest(PART, args.template, *asked))
+    if not args.rating_field:
+        ratings = in_parts(cache, f"{key}-ratings", asked, lambda part: rate(model, tokenizer, part)).long()
+    embeddings = in_parts(cache, f"{key}-embeddings", examples, lambda part: embed(model, part))
+    embeddings = F.normalize(embeddings, dim=1)
 
     if not ranks.first_rank():
         return

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import data
@@ -191,15 +190,6 @@ def test_where_no_neighbour_votes_nothing_is_suggested():
     assert not ds2.called_wrong(nobody, torch.tensor([1, 1, 2]), torch.full((R,), 0.95)).any()
 
 
-def test_only_the_direction_of_an_embedding_counts(tmp_path):
-    rows = torch.tensor([[3.0, 4], [-3e30, 4e30], [3e-30, 0]])
-    found = ds2.directions(rows, ["a", "b", "c"])
-    assert torch.allclose(found, torch.tensor([[0.6, 0.8], [-0.6, 0.8], [1, 0]]))
-    for wrong in (0, torch.nan, torch.inf):
-        with pytest.raises(UserError, match="^b: its embedding, number 2, is all zeros, or not finite"):
-            ds2.directions(rows.index_fill(0, torch.tensor([1]), wrong), ["a", "b", "c"])
-
-
 def test_an_error_is_called_wrong_in_half_of_the_epochs_and_corrected_where_that_is_sure():
     suggested = torch.zeros(5, R)
     suggested[0, 3] = suggested[1, 3] = 40
@@ -283,7 +273,7 @@ def test_the_demo_from_rows_to_a_reference_and_again_without_a_model(tmp_path, m
     assert (tmp_path / "run" / "reference" / "adapter_model.safetensors").exists()
 
 
-def test_a_mixture_of_schemas_is_written_so_that_training_reads_the_same_samples(tmp_path):
+def test_a_mixture_of_schemas_is_written_so_that_training_reads_the_same_samples(tmp_path, monkeypatch):
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "no", "weight": 0}]
     said += [{"role": "user", "content": "R"}, {"role": "assistant", "content": "yes", "train": True}]
     files = [
@@ -296,10 +286,10 @@ def test_a_mixture_of_schemas_is_written_so_that_training_reads_the_same_samples
     for kind, rows in enumerate(files):
         rows[:] = [row | {"stars": (kind + n) % R, "n": f"{kind} {n}"} for row in rows for n in range(4)]
     paths = [write_lines(tmp_path / f"{kind}.jsonl", rows) for kind, rows in enumerate(files)]
-    save_file({"e": torch.randn(20, 8, generator=torch.Generator().manual_seed(0))}, tmp_path / "e.safetensors")
+    embeddings = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(ds2, "embed", lambda model, examples: embeddings)
     out = tmp_path / "rated.jsonl"
-    given = ["--rating-field", "stars", "--embeddings", str(tmp_path / "e.safetensors")]
-    ds2.main([*DEMO_FLAGS, "--data", ",".join(paths), "--top", "3", "--out", str(out), *given])
+    ds2.main([*DEMO_FLAGS, "--data", ",".join(paths), "--top", "3", "--out", str(out), "--rating-field", "stars"])
 
     found = [json.loads(line) for line in out.read_text().splitlines()]
     names = [row["n"] for rows in files for row in rows]
@@ -352,11 +342,5 @@ def test_mistakes_are_named(llama, rows, tmp_path):
             ds2.main([*argv, *flags])
     with pytest.raises(UserError, match=r"^w: column stars holds 9{60}, not a whole number from 0 to 5$"):
         ds2.read_ratings([("v", {"stars": "3"}), ("w", {"stars": int("9" * 400)})], "stars")
-    save_file({"a": torch.ones(20, 3).index_fill(0, torch.tensor([6]), 0)}, tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match="row 7: its embedding, number 7, is all zeros, or not finite"):
-        ds2.main([*argv, "--top", "2", "--cache", str(tmp_path), "--embeddings", str(tmp_path / "e.safetensors")])
-    save_file({"a": torch.ones(2, 3)}, tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match=r"holds \(2, 3\): it is to hold one tensor"):
-        ds2.main([*argv, "--top", "2", "--embeddings", str(tmp_path / "e.safetensors")])
     with pytest.raises(UserError, match="samples are too few"):
         ds2.curate(torch.zeros(11).long(), torch.randn(11, 4))
