@@ -1,8 +1,7 @@
-"""Noise planted in the responses: random tokens, words from elsewhere, faults of real rows, typos, swapped answers."""
+"""Noise planted in the answers: random tokens, words from elsewhere, faults of real rows, typos, swapped answers."""
 
 import random
 import re
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,76 +9,74 @@ from torch import Tensor
 import data
 
 SHARE = 0.2  # of the response tokens, of the words that can have a typo
-KINDS = {"vocabulary": "random entries of the vocabulary", "words": "words of other responses"}
-FAULTS = {
+KINDS = {
+    "clean": "clean rows",
+    "vocabulary": f"{SHARE:.0%} random entries of the vocabulary",
+    "words": f"{SHARE:.0%} words of other responses",
     "faults": "wrong answers, cut ends, boilerplate",
     "typos": "typos in a fifth of the longer words",
     "half": "half of all answers swapped",
 }
-Planted = tuple[list[data.Example], list[Tensor]]  # samples, and for each a (L_resp,) bool: which tokens are noise
-
-
-def plant(kind: str, examples: list[data.Example], tokenizer: data.Tokenizer, seed: int) -> Planted:
-    """The samples with noise of a kind, one of KINDS or FAULTS, or "clean"."""
-    if kind in KINDS:
-        return plant_noise(examples, kind, tokenizer, seed)
-    if kind == "clean":
-        return examples, [torch.zeros(int(e.response.sum()), dtype=torch.bool) for e in examples]
-    rng = random.Random(f"{kind} {seed}")
-    if kind == "typos":
-        return answer_anew(examples, lambda number, answer: with_typos(answer, tokenizer, rng))
-    return plant_faults(examples, tokenizer, rng, (0.5, 0, 0) if kind == "half" else (0.2, 0.1, 0.2))
-
-
-def plant_noise(examples: list[data.Example], kind: str, tokenizer: data.Tokenizer, seed: int) -> Planted:
-    """A share SHARE of the response tokens replaced; an end token is never replaced, and none is planted."""
-    rng, backend = random.Random(f"{kind} {seed}"), tokenizer.backend
-    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
-    vocabulary = sorted(set(range(tokenizer.vocab_size)) - special)
-    texts = {i: backend.decode([i]) for i in vocabulary}
-    whole_words = {i for i, text in texts.items() if text[:1] == " " and text[1:].isalpha()}
-    words = [[i for i in e.ids[e.response].tolist() if i in whole_words] for e in examples]
-    noisy, masks = [], []
-    for number, (ids, response) in enumerate(examples):
-        ids = ids.clone()
-        places = [i for i in response.nonzero().squeeze(1).tolist() if int(ids[i]) not in special]
-        chosen = rng.sample(places, round(SHARE * len(places)))
-        others = vocabulary if kind == "vocabulary" else [i for n, w in enumerate(words) if n != number for i in w]
-        for place in chosen:
-            old = int(ids[place])
-            while int(ids[place]) == old:
-                ids[place] = rng.choice(others)
-        noise = torch.zeros(len(ids), dtype=torch.bool)
-        noise[chosen] = True
-        noisy.append(data.Example(ids, response))
-        masks.append(noise[response])
-    return noisy, masks
-
-
+TOKENS = ("vocabulary", "words")  # the kinds that replace single tokens
+FAULTS = {"clean": (0, 0, 0), "faults": (0.2, 0.1, 0.2), "half": (0.5, 0, 0)}  # shares of rows, see `with_faults`
 BOILERPLATE = ["As an AI language model, I am happy to help with that. ", "Sure! Here is the answer to your question: "]
 
 
-def plant_faults(examples: list[data.Example], tokenizer, rng: random.Random, shares: tuple) -> Planted:
+def plant(kind: str, examples: list[data.Example], tokenizer, seed: int) -> tuple[list[data.Example], list[Tensor]]:
+    """Samples of one prompt and one answer with noise of a kind; and of each response token whether it is noise."""
+    rng, answers = random.Random(f"{kind} {seed}"), [e.ids[e.response].tolist() for e in examples]
+    if kind in TOKENS:
+        changed = with_other_tokens(answers, tokenizer, rng, kind)
+    elif kind == "typos":
+        changed = [with_typos(answer, tokenizer, rng) for answer in answers]
+    else:
+        changed = with_faults(answers, tokenizer, rng, FAULTS[kind])
+    samples = []
+    for (ids, response), (answer, _) in zip(examples, changed, strict=True):
+        prompt = ids[~response].tolist()
+        new = torch.tensor(prompt + answer)
+        samples.append(data.Example(new, torch.arange(len(new)) >= len(prompt)))
+    return samples, [torch.tensor(noise) for _, noise in changed]
+
+
+def with_other_tokens(answers: list[list[int]], tokenizer, rng: random.Random, kind: str) -> list[tuple]:
+    """A share SHARE of the tokens replaced, but for end tokens: the ids of each answer, and which are noise."""
+    found, backend = [], tokenizer.backend
+    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+    vocabulary = sorted(set(range(tokenizer.vocab_size)) - special)
+    whole_words = {i for i in vocabulary if (text := backend.decode([i]))[:1] == " " and text[1:].isalpha()}
+    words = [[i for i in answer if i in whole_words] for answer in answers]
+    for number, answer in enumerate(answers):
+        places = [i for i, token in enumerate(answer) if token not in special]
+        others = vocabulary if kind == "vocabulary" else sum(words[:number] + words[number + 1 :], [])
+        new = list(answer)
+        for place in rng.sample(places, round(SHARE * len(places))):
+            while new[place] == answer[place]:
+                new[place] = rng.choice(others)
+        found.append((new, [token != old for token, old in zip(new, answer, strict=True)]))
+    return found
+
+
+def with_faults(answers: list[list[int]], tokenizer, rng: random.Random, shares: tuple) -> list[tuple]:
     """Noise as real data has it: answers to another row, answers cut in the middle, phrases in front that say nothing.
 
     shares: of the rows that get each. Noise is all of a swapped answer, the end token that comes too early, the phrase.
     """
-    order = rng.sample(range(len(examples)), len(examples))
+    order = rng.sample(range(len(answers)), len(answers))
     counts = [round(share * len(order)) for share in shares]
     swapped, cut, wrapped = (order[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(3))
-
-    def faulty(number: int, answer: list[int]) -> tuple[list[int], list[bool]]:
+    found = []
+    for number, answer in enumerate(answers):
         if number in swapped:
-            other = examples[swapped[(swapped.index(number) + 1) % len(swapped)]]
-            answer = other.ids[other.response].tolist()
-            return answer, [True] * len(answer)
-        if number in cut:
-            answer = [*answer[: max(1, len(answer) // 2)], tokenizer.eos_id]
-            return answer, [False] * (len(answer) - 1) + [True]
-        phrase = tokenizer.encode(rng.choice(BOILERPLATE).rstrip())[0] if number in wrapped else []
-        return [*phrase, *answer], [True] * len(phrase) + [False] * len(answer)
-
-    return answer_anew(examples, faulty)
+            other = answers[swapped[(swapped.index(number) + 1) % len(swapped)]]
+            found.append((other, [True] * len(other)))
+        elif number in cut:
+            half = answer[: max(1, len(answer) // 2)]
+            found.append(([*half, tokenizer.eos_id], [False] * len(half) + [True]))
+        else:
+            phrase = tokenizer.encode(rng.choice(BOILERPLATE).rstrip())[0] if number in wrapped else []
+            found.append((phrase + answer, [True] * len(phrase) + [False] * len(answer)))
+    return found
 
 
 def with_typos(answer: list[int], tokenizer: data.Tokenizer, rng: random.Random) -> tuple[list[int], list[bool]]:
@@ -95,15 +92,3 @@ def with_typos(answer: list[int], tokenizer: data.Tokenizer, rng: random.Random)
     found = tokenizer.places("".join(letters))
     noise = [any(first < word.end() and word.start() < end for word in chosen) for _, first, end in found]
     return [token for token, _, _ in found] + [tokenizer.eos_id] * ended, noise + [False] * ended
-
-
-def answer_anew(examples: list[data.Example], change: Callable) -> Planted:
-    """The samples with other answers. change: (number, ids of the answer) -> ids, and a bool each: is it noise?"""
-    samples, masks = [], []
-    for number, (ids, response) in enumerate(examples):
-        prompt = ids[~response].tolist()
-        answer, noise = change(number, ids[response].tolist())
-        supervised = torch.tensor([False] * len(prompt) + [True] * len(answer))
-        samples.append(data.Example(torch.tensor(prompt + answer), supervised))
-        masks.append(torch.tensor(noise))
-    return samples, masks

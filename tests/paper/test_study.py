@@ -11,11 +11,12 @@ import torch
 from conftest import write_rows
 
 import data
+from support.files import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "results" / "noise"))
 import report
 import study
-from planted import KINDS, plant, plant_noise
+from planted import TOKENS, plant
 
 
 def test_auroc_is_scikit_learn_s():
@@ -23,19 +24,19 @@ def test_auroc_is_scikit_learn_s():
 
     rng = random.Random(0)
     for _ in range(50):
-        clean, noise = ([rng.randrange(6) / 2 for _ in range(rng.randrange(1, 30))] for _ in range(2))
-        truth = [1] * len(clean) + [0] * len(noise)
-        assert study.auroc(torch.tensor(clean), torch.tensor(noise)) == pytest.approx(
-            roc_auc_score(truth, clean + noise)
-        )
+        scores = torch.tensor([rng.randrange(6) / 2 for _ in range(rng.randrange(2, 60))])
+        noise = torch.tensor([True, False] + [rng.random() < 0.3 for _ in scores[2:]])
+        zeros = torch.zeros_like(scores)
+        found = study.measure([zeros], [scores], [zeros], [zeros], [noise])["attention, auroc"]
+        assert found == pytest.approx(roc_auc_score(~noise, scores))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_noise_is_planted_where_it_says(llama, rows, kind):
     tokenizer = data.load_tokenizer(llama)
     examples, _ = data.load_examples(str(rows), tokenizer, 512)
-    noisy, masks = plant_noise(examples, kind, tokenizer, seed=1)
-    again, _ = plant_noise(examples, kind, tokenizer, seed=1)
+    noisy, masks = plant(kind, examples, tokenizer, seed=1)
+    again, _ = plant(kind, examples, tokenizer, seed=1)
     for (ids, response), (changed, same), (repeated, _), noise in zip(examples, noisy, again, masks, strict=True):
         assert torch.equal(changed, repeated) and torch.equal(response, same)
         assert torch.equal((ids != changed)[response], noise) and torch.equal(ids[~response], changed[~response])
@@ -56,10 +57,10 @@ def test_what_is_measured_by_hand():
         reference=[torch.tensor([1.0, 1.5, 9.5, 2.5])],
         noise=[torch.tensor([False, False, True, False])],
     )
-    assert found["REL"] == {"auroc": 0.0, "noise_selected": 1 / 3}  # its loss fell most
-    assert found["attention"] == {"auroc": 2 / 3, "noise_selected": 1 / 3}
-    assert found["excess loss"]["auroc"] == pytest.approx(2.5 / 3)
-    assert found["probability"]["auroc"] == pytest.approx(2 / 3)  # e^-3 - e^-9 is little, but more than nothing
+    assert found["REL, auroc"] == 0 and found["REL, noise_selected"] == 1 / 3  # its loss fell most
+    assert found["attention, auroc"] == pytest.approx(2 / 3) and found["attention, noise_selected"] == 1 / 3
+    assert found["excess loss, auroc"] == pytest.approx(2.5 / 3)
+    assert found["probability, auroc"] == pytest.approx(2 / 3)  # e^-3 - e^-9 is little, but more than nothing
 
 
 def test_planted_faults_are_those_of_real_data_and_marked(llama, tmp_path):
@@ -123,53 +124,49 @@ def test_a_typo_swaps_two_letters_of_a_longer_word(llama, rows):
     assert of_all > 10
 
 
-@pytest.mark.slow  # 65 trainings
-def test_a_study_of_objectives_reports_what_each_keeps(llama, tmp_path, monkeypatch, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl")
+@pytest.mark.slow  # 42 trainings
+def test_a_study_reports_what_each_method_keeps_and_trains_nothing_twice(llama, tmp_path, monkeypatch, capsys):
+    rows, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
     rows.write_text(rows.read_text() * 3)
-    argv = ["study", "--model", str(llama), "--data", str(rows), "--out", str(tmp_path / "out"), "--samples", "24"]
-    argv += [
-        "--objectives",
-        "--only",
-        "full,sstoken,surprise,dft,rho1,oracle,both-3-0,base-3-0,ranked,auto,own",
-        "--lrs",
-        "0.001",
-        "--seeds",
-        "1",
-    ]
-    monkeypatch.setattr(study, "STEPS", (1, 6))
-    monkeypatch.setattr(sys, "argv", argv)
-    for registry in (study.OBJECTIVES, study.baselines.METHODS):
-        for name in study.VARIANTS:
-            monkeypatch.setitem(registry, name, None)  # taken out again
+    argv = ["study", "--model", str(llama), "--data", str(rows), "--out", str(out), "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--only", "full,sstoken,surprise,dft,rho1,oracle,auto"])
+    monkeypatch.setattr(study, "ROWS", 24)
+    monkeypatch.setattr(report, "STEPS", (1, 6))
     study.main()
-    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-seed0.json")}
-    assert len(found) == 6 * 11 - 1  # on clean data there is nothing that an oracle could know
-    of = {(record["kind"], record["method"]): record for record in found.values()}
+    found = [json.loads(line) for line in (out / "trainings.jsonl").read_text().splitlines()]
+    assert len(found) == 6 * 7 and "rho1 held-out loss" in capsys.readouterr().out
+    of = {(record["kind"], record["method"]): record for record in found}
     for kind in ("vocabulary", "words", "faults", "typos", "half"):
-        assert of[kind, "oracle"]["noise_kept"] == 0 == of[kind, "oracle"]["noise_weight"]
+        assert of[kind, "oracle"]["noise kept"] == 0 == of[kind, "oracle"]["noise in weight"]
         assert of[kind, "oracle"]["kept"] == pytest.approx(1 - of[kind, "oracle"]["noise"])
-        assert of[kind, "full"]["noise_weight"] == pytest.approx(of[kind, "full"]["noise"])
+        assert of[kind, "full"]["noise in weight"] == pytest.approx(of[kind, "full"]["noise"])
         assert 0.6 <= of[kind, "sstoken"]["kept"] < 0.65 and of[kind, "dft"]["kept"] == 1
-        assert of[kind, "full"]["held_out_before"] == of[kind, "oracle"]["held_out_before"]
-        assert of[kind, "ranked"]["kept"] <= of[kind, "base-3-0"]["kept"] >= of[kind, "both-3-0"]["kept"] > 0
-        assert of[kind, "auto"]["kept"] <= of[kind, "surprise"]["kept"] and of[kind, "own"]["kept"] > 0.5
-    assert of["clean", "full"]["noise_kept"] is None and of["clean", "full"]["noise"] == 0
-    assert "kept" in capsys.readouterr().out
-    table = (tmp_path / "out" / "tables.md").read_text()
-    best = min((record["held_out_after"], name) for (kind, name), record in of.items() if kind == "words")[1]
+        assert of[kind, "full"]["loss before"] == of[kind, "oracle"]["loss before"]
+        assert of[kind, "auto"]["kept"] <= of[kind, "surprise"]["kept"]
+        followed = [method for k, method in of if k == kind and "REL, auroc" in of[k, method]]
+        assert followed == (["full", "sstoken", "auto"] if kind in TOKENS else [])
+    assert len(of["words", "auto"]["attention, noise_selected"]) == 2 and "noise" not in of["clean", "full"]
+    table = (out / "tables.md").read_text()
+    best = min((record["loss after"], name) for (kind, name), record in of.items() if kind == "words")[1]
     assert re.search(r"\| words \| 0.001 \| ([\w-]+) \|", table)[1] == best
-    assert (tmp_path / "out" / "objectives.png").stat().st_size > 10_000
+    for name in ("objectives", "auroc", "noise_selected"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(study.Setting, "train", lambda *given: pytest.fail("trained again"))
+    (out / "tables.md").unlink()
+    study.main()
+    assert (out / "tables.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", [*argv, "--report", "--data", str(rows.rename(tmp_path / "others.jsonl"))])
+    with pytest.raises(UserError, match="trainings.jsonl holds trainings of another model or data"):
+        study.main()
 
 
 def test_what_a_method_alone_keeps_by_hand():
-    weights = {"full": [[1] * 10, [1] * 2], "stm": [[1, 0, 1] + [0] * 7, [0, 1]], "profit": [[1, 1] + [0] * 8, [0, 0]]}
-    weights["dft"] = [[0.1] * 9 + [0.0], [0.9, 0.1]]
-    weights["surprise"] = [[1] * 9 + [0], [1, 1]]  # keeps eleven of twelve, and takes nothing from the others
-    clean = {"kind": "clean", "seed": 0, "lr": 1}
-    results = [clean | {"method": name, "weights": given} for name, given in weights.items()]
-    results.append(clean | {"lr": 0.1, "method": "eaft", "weights": weights["full"]})  # at another rate
-    results.append(clean | {"method": "own", "weights": weights["full"]})  # a variant
-    text = report.only_kept(results, [["a", "b", "c", *"vvvvvv", "w"], ["d", "c"]])
+    weights = {"full": [1] * 12, "stm": [1, 0, 1, *[0] * 7, 0, 1], "profit": [1, 1, *[0] * 10]}
+    weights["dft"] = [*[0.1] * 9, 0.0, 0.9, 0.1]
+    weights["surprise"] = [*[1] * 9, 0, 1, 1]  # keeps eleven of twelve, and takes nothing from the others
+    results = [{"method": name, "weights": given} for name, given in weights.items()]
+    results.append({"method": "eaft"})  # with another seed
+    text = report.only_kept(results, ["a", "b", "c", *"vvvvvv", "w", "d", "c"])
     expected = {"stm": "'c' (2)", "profit": "'b' (1)", "dft": "'d' (1)", "surprise": "leaves out: 'w' (1)"}
     assert text.splitlines()[2:] == [f"| {name} | {found} |" for name, found in expected.items()]
