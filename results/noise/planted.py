@@ -1,4 +1,4 @@
-"""Noise planted in the answers: random tokens, words from elsewhere, faults of real rows, typos, swapped answers."""
+"""Noise planted in the answers: other tokens, typos, and faults as real rows have them."""
 
 import random
 import re
@@ -18,12 +18,12 @@ KINDS = {
     "half": "half of all answers swapped",
 }
 TOKENS = ("vocabulary", "words")  # the kinds that replace single tokens
-FAULTS = {"clean": (0, 0, 0), "faults": (0.2, 0.1, 0.2), "half": (0.5, 0, 0)}  # shares of rows, see `with_faults`
+FAULTS = {"clean": (0, 0, 0), "faults": (0.2, 0.1, 0.2), "half": (0.5, 0, 0)}
 BOILERPLATE = ["As an AI language model, I am happy to help with that. ", "Sure! Here is the answer to your question: "]
 
 
 def plant(kind: str, examples: list[data.Example], tokenizer, seed: int) -> tuple[list[data.Example], list[Tensor]]:
-    """Samples of one prompt and one answer with noise of a kind; and of each response token whether it is noise."""
+    """Samples of one prompt and one answer with noise of a kind, and masks (L_resp,) of the noise."""
     rng, answers = random.Random(f"{kind} {seed}"), [e.ids[e.response].tolist() for e in examples]
     if kind in TOKENS:
         changed = with_other_tokens(answers, tokenizer, rng, kind)
@@ -40,7 +40,7 @@ def plant(kind: str, examples: list[data.Example], tokenizer, seed: int) -> tupl
 
 
 def with_other_tokens(answers: list[list[int]], tokenizer, rng: random.Random, kind: str) -> list[tuple]:
-    """A share SHARE of the tokens replaced, but for end tokens: the ids of each answer, and which are noise."""
+    """A share SHARE of the tokens replaced, but no end token: each answer's ids, and its noise."""
     found, backend = [], tokenizer.backend
     special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
     vocabulary = sorted(set(range(tokenizer.vocab_size)) - special)
@@ -58,10 +58,7 @@ def with_other_tokens(answers: list[list[int]], tokenizer, rng: random.Random, k
 
 
 def with_faults(answers: list[list[int]], tokenizer, rng: random.Random, shares: tuple) -> list[tuple]:
-    """Noise as real data has it: answers to another row, answers cut in the middle, phrases in front that say nothing.
-
-    shares: of the rows that get each. Noise is all of a swapped answer, the end token that comes too early, the phrase.
-    """
+    """Answers swapped, cut, or with an empty phrase in front, in these shares of the rows."""
     order = rng.sample(range(len(answers)), len(answers))
     counts = [round(share * len(order)) for share in shares]
     swapped, cut, wrapped = (order[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(3))
@@ -80,7 +77,7 @@ def with_faults(answers: list[list[int]], tokenizer, rng: random.Random, shares:
 
 
 def with_typos(answer: list[int], tokenizer: data.Tokenizer, rng: random.Random) -> tuple[list[int], list[bool]]:
-    """Two neighbouring letters inside a word swapped, in a share SHARE of the words of five letters and more."""
+    """Two letters inside a word swapped, in a share SHARE of the words of five letters and more."""
     ended = answer[-1:] == [tokenizer.eos_id]
     text = tokenizer.decode(answer[: len(answer) - ended])
     words = [m for m in re.finditer(r"[^\W\d_]{5,}", text) if len(set(m[0][1:-1])) > 1]

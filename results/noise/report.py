@@ -1,4 +1,4 @@
-"""What the trainings of the study say: tables and figures, from a dict a training (`study.Setting.train`)."""
+"""Tables and figures of the study, from a record a training (`study.Setting.train`)."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,8 +12,9 @@ from support import command
 
 STEPS = (1, 3, 6, 12)  # at which the scores are measured
 MEASURES = {"auroc": 0.5, "noise_selected": 0.2}  # and what chance has
-OUTCOMES = ["loss before", "loss after", "beside", "kept", "noise in weight", "fall on clean", "fall on noise"]
-NOTE = "\nLosses are of held-out clean rows. Beside: the loss after, less the lower one of full and oracle.\n\n"
+OUTCOMES = ["loss before", "loss after", "beside", "kept", "noise in weight"]
+OUTCOMES += ["fall on clean", "fall on noise"]
+NOTE = "\nBeside: the loss after, less the lower one of full and oracle.\n\n"
 LABELS = {"sstoken": "ssToken", "auto": "ssToken, --rho auto", "oracle": "full, on clean tokens"}
 COLOURS = {"full": "black", "oracle": "tab:green", "sstoken": "tab:orange", "auto": "tab:blue"}
 
@@ -53,8 +54,9 @@ def only_kept(results: list[dict], words: list[str]) -> str:
     kept = {}
     for record in results:
         if "weights" in record and record["method"] not in ("full", "random"):
-            least = 0 if {*record["weights"]} <= {0, 1} else mean(record["weights"])
-            kept[record["method"]] = {place for place, weight in enumerate(record["weights"]) if weight > least}
+            weights = np.array(record["weights"])
+            least = 0 if {*weights} <= {0, 1} else weights.mean()
+            kept[record["method"]] = {*np.flatnonzero(weights > least)}
     narrow = {name for name, places in kept.items() if len(places) < 0.9 * len(words)}
     text = "| trained by | tokens that it alone keeps, the most frequent first |\n| --- | --- |\n"
     for name, places in kept.items():
@@ -67,7 +69,7 @@ def only_kept(results: list[dict], words: list[str]) -> str:
 
 
 def score_figure(results: list[dict], scores: list[str], chance: float) -> Figure:
-    """Each score over the steps: a row of panels for each kind of noise and rate, a column for each method."""
+    """Each score over the steps: a row for each kind of noise and rate, a column for each method."""
     rows, columns = sorted(grouped(results, "kind", "lr")), [*grouped(results, "method")]
     figure = Figure((3.3 * len(columns), 2.5 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
@@ -85,7 +87,7 @@ def score_figure(results: list[dict], scores: list[str], chance: float) -> Figur
 
 
 def outcome_figure(results: list[dict]) -> Figure:
-    """The change of the held-out loss, a dot a seed, a panel a kind. The method whose worst kind is best is on top."""
+    """The change of the held-out loss, a dot a seed. On top is the method whose worst kind is best."""
     change = {}
     for record in results:
         of_method = change.setdefault(record["method"], {kind: [] for kind in KINDS})
@@ -106,7 +108,7 @@ def outcome_figure(results: list[dict]) -> Figure:
 
 
 def write_report(results: list[dict], methods: list[str], words: list[str], folder: Path):
-    """tables.md and the figures. methods: those in the figure of the outcomes and in `only_kept`; words: as there."""
+    """tables.md and the figures; of the outcomes a figure, and `only_kept`, of `methods` alone."""
     for found in grouped(results, "kind", "lr", "seed").values():
         best = [record["loss after"] for record in found if record["method"] in ("full", "oracle")]
         for record in found if best else ():
@@ -114,9 +116,9 @@ def write_report(results: list[dict], methods: list[str], words: list[str], fold
     shown = [record for record in results if record["method"] in methods]
     text = table(results, OUTCOMES) + NOTE + only_kept(shown, words)
     for measure, chance in MEASURES.items():
-        scores = [*dict.fromkeys(key for record in results for key in record if key.endswith(measure))]
-        scored = [record for record in results if {*scores} <= record.keys()]
-        if scores:
+        scored = [record for record in results if f"REL, {measure}" in record]
+        if scored:
+            scores = [key for key in scored[0] if key.endswith(measure)]
             text += f"\nAfter {STEPS[-1]} steps:\n\n" + table(scored, scores)
             score_figure(scored, scores, chance).savefig(folder / f"{measure}.png", dpi=130)
     highest = max(record["lr"] for record in shown)

@@ -2,11 +2,8 @@
 
     python results/noise/study.py --model DIR --data rows.jsonl --out DIR
 
-Each method trains on rows with planted noise (`planted.KINDS`). The oracle is told which tokens are clean. Recorded are
-the loss on held-out clean rows, which tokens a method keeps, and how much of its weight lies on noise. In the trainings
-of FOLLOWED, on noise of single tokens, every score is computed at some steps (`measure`).
-
-Each training is a line of trainings.jsonl in --out and is not run again. Tables and figures are made from these lines.
+The oracle trains on clean tokens alone. results/README.md says what is recorded.
+A training is a line of trainings.jsonl in --out, and is not run again.
 """
 
 import itertools
@@ -37,16 +34,15 @@ from support import command, machine
 from support.files import check, write_lines
 
 RHO, GAMMA = 0.6, 0.5  # train.py's defaults
-ROWS, LENGTH = 48, 256  # to train on, of so many tokens; as many more for the reference, half as many held out
-# The methods, by their flags of train.py
-METHODS = {"full": "--method full", "sstoken": "", "probability": "--gain probability", "auto": "--rho auto"}
-FOLLOWED = tuple(METHODS)
-METHODS |= {"random": "--method random", "rho1": "--method rho1 --reference-data -", "oracle": "--method full"}
-METHODS |= {name: f"--method {name}" for name in OBJECTIVES}
+ROWS, LENGTH = 48, 256  # to train on; as many more for the reference, half held out
+METHODS = {name: f"--method {name}" for name in ("full", "random", *OBJECTIVES)}  # by their flags
+METHODS |= {"sstoken": "", "probability": "--gain probability", "auto": "--rho auto"}
+METHODS |= {"rho1": "--method rho1 --reference-data -", "oracle": "--method full"}
+FOLLOWED = ("full", "sstoken", "probability", "auto")  # the scores, in trainings by these
 
 
 def measure(nll: list, attention: list, history: list, reference: list, noise: list[Tensor]) -> dict[str, float]:
-    """For each score: the AUROC of clean over noise, mean over samples, and the share of noise in the selection."""
+    """Of each score: the mean AUROC of clean over noise, and the share of noise in the selection."""
     found = {}
     for current, att, his, ref, noisy in zip(nll, attention, history, reference, noise, strict=True):  # (L_resp,)
         rel = retrospective_excess_loss(current, his)
@@ -59,15 +55,17 @@ def measure(nll: list, attention: list, history: list, reference: list, noise: l
             "relative": normalize(rel / his.clamp(min=1e-6)),
         }
         for name, values in scores.items():
-            found.setdefault(f"{name}, noise_selected", []).extend(noisy[select(values, RHO)].tolist())
+            selected = noisy[select(values, RHO)].tolist()
+            found.setdefault(f"{name}, noise_selected", []).extend(selected)
             if noisy.any():
-                above = torch.sign(values[~noisy].unsqueeze(1) - values[noisy])  # (clean, noisy): 1, -1, or 0 for a tie
-                found.setdefault(f"{name}, auroc", []).append((1 + above.double().mean().item()) / 2)
+                above = values[~noisy].unsqueeze(1) - values[noisy]  # ties count half
+                auroc = (1 + above.sign().double().mean().item()) / 2
+                found.setdefault(f"{name}, auroc", []).append(auroc)
     return {key: fmean(values) for key, values in found.items()}
 
 
 class Setting:
-    """One kind of data with one rate and one seed: what is known before any training, computed once."""
+    """One kind of data with one rate and one seed: what is known before any training."""
 
     def __init__(self, args, model, tokenizer, examples: list[data.Example], kind: str, lr: float, seed: int):
         self.model, self.record = model, {"kind": kind, "lr": lr, "seed": seed}
@@ -82,13 +80,13 @@ class Setting:
         others = auto.behind_other_prompts(self.examples, seed)
         self.filter = auto.filter_answers(self.examples, self.base, response_losses(model, others))
         self.fit("full", examples[ROWS : 2 * ROWS], FrozenLosses())
-        self.reference = response_losses(model, self.examples)  # of a model that was trained on other, clean rows
+        self.reference = response_losses(model, self.examples)  # of a model of other, clean rows
 
     def held_out_loss(self) -> float:
         return torch.cat(response_losses(self.model, self.held_out)).mean().item()
 
     def fit(self, method: str, examples: list[data.Example], frozen: FrozenLosses, log=lambda line: None) -> Tensor:
-        """Train new adapters. Returns the weight of every response token in the last epoch; log is called each step."""
+        """Train new adapters. Returns the weight of every response token in the last epoch."""
         make_real, chosen = baselines.make_selection, {}
 
         def make_selection(model, sizes, run, frozen):
@@ -112,7 +110,7 @@ class Setting:
         return torch.cat([chosen[i].float().cpu() for i in range(len(examples))])
 
     def train(self, method: str) -> dict:
-        """A training's record: its loss, what its method kept and, in those of FOLLOWED, what every score sees."""
+        """A training's record: its loss, what its method kept, what the scores saw."""
         record, noise = self.record | {"method": method}, torch.cat(self.noise)
 
         def log(line):
@@ -122,7 +120,8 @@ class Setting:
                 for key, value in measure(nll, last_layer, self.base, self.reference, self.noise).items():
                     record.setdefault(key, []).append(value)
                 fall = torch.cat(self.base) - torch.cat(nll)
-                record["fall on clean"], record["fall on noise"] = (fall[of].mean().item() for of in (~noise, noise))
+                record["fall on clean"] = fall[~noise].mean().item()
+                record["fall on noise"] = fall[noise].mean().item()
                 self.model.train()
 
         base = self.described if method in OBJECTIVES else self.base
@@ -132,7 +131,8 @@ class Setting:
         record |= {"loss after": self.held_out_loss(), "kept": (weights != 0).float().mean().item()}
         record["noise in weight"] = (weights[noise].sum() / weights.sum()).item()
         if noise.any():
-            record |= {"noise": noise.float().mean().item(), "noise kept": (weights[noise] != 0).float().mean().item()}
+            record["noise"] = noise.float().mean().item()
+            record["noise kept"] = (weights[noise] != 0).float().mean().item()
         elif record["seed"] == 0:
             record["weights"] = [round(weight, 3) for weight in weights.tolist()]
         if method == "auto":
@@ -151,7 +151,7 @@ def main():
     add("--seeds", type=int, default=3)
     add("--report", action="store_true", help="only write tables and figures from what is there")
     args = parser.parse_args()
-    path, setting = Path(args.out) / "trainings.jsonl", {"model": Path(args.model).name, "data": Path(args.data).name}
+    path, setting = Path(args.out) / "trainings.jsonl", [Path(args.model).name, Path(args.data).name]
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = data.load_tokenizer(args.model)
     examples, _ = data.load_examples(args.data, tokenizer, LENGTH, ROWS * 5 // 2)
