@@ -1,11 +1,11 @@
 """What the paper compares ssToken with (Sec. 4.1): Full, Random, RHO-1, TokenCleaning in both variants.
 
-All go through train.py's loop. A selection is made before training starts (`PrecomputedSelection`) or in every step
-(`ExcessOfCurrent`, `Objective`); each has the form of `train.SSToken`. Below: the reference model, a run by its method,
-which flag is for which method.
+All go through train.py's loop, with selections of `train.SSToken`'s form, made before training or in every step.
+Below them: the reference model, a run by its method, which method reads which flag.
 """
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -20,7 +20,7 @@ import data
 import lora
 from model import Transformer, load_model
 from paper import auto
-from paper.frozen import FrozenLosses, cached_losses
+from paper.frozen import HISTORY, FrozenLosses, cached_losses
 from paper.objectives import OBJECTIVES, inputs_of, token_weights
 from paper.self_evolving import PARTS, train_in_parts
 from sstoken import excess_loss, select, share_of
@@ -30,16 +30,14 @@ from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, check_fits, fi
 from support.files import UserError, read_log
 from support.kernels import STATISTICS, PredictionStatistics
 
-# --------------------------------------------------------------------------------- masks made before training starts
-
 
 def select_everything(sizes: list[int], rho: float, seed: int, excess=None) -> list[Tensor]:
-    """Full fine-tuning: every response token of samples with `sizes` response tokens, one bool tensor a sample."""
+    """Full fine-tuning: every response token, of samples with `sizes` of them; a bool tensor a sample."""
     return [torch.ones(size, dtype=torch.bool) for size in sizes]
 
 
 def select_at_random(sizes: list[int], rho: float, seed: int, excess=None) -> list[Tensor]:
-    """The paper's Uniform Random: exactly ceil(rho * N) of the pool's N response tokens, drawn once from the seed."""
+    """Uniform Random: exactly ceil(rho * N) of the pool's N response tokens, drawn once from the seed."""
     total = sum(sizes)
     selected = torch.zeros(total, dtype=torch.bool)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -53,9 +51,9 @@ def select_in_each_sample(sizes: list[int], rho: float, seed: int, excess: list[
 
 
 def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess: list[Tensor] | None) -> list[Tensor]:
-    """TokenCleaning: the floor(rho * N) of the pool's N response tokens whose excess loss is highest; ties: the first.
+    """TokenCleaning: the floor(rho * N) of the pool's N tokens with the highest excess loss; of ties the first.
 
-    A sample may lose all its tokens. Without a reference, as in the first part of self-evolving, all are taken.
+    A sample may lose all its tokens. Without a reference, as in self-evolving's first part, all are taken.
     """
     if excess is None:
         return select_everything(sizes, rho, seed)
@@ -66,6 +64,11 @@ def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess: list[Ten
     selected = torch.zeros(len(best_first), dtype=torch.bool)
     selected[best_first[:count]] = True
     return list(selected.split(sizes))
+
+
+def select_by_current(known: dict) -> Tensor:
+    """RHO-1 as its own paper has it: by the excess loss (Eq. 2) of the current model, in every step."""
+    return select(excess_loss(known["nll"], known["reference_nll"]), known["rho"])
 
 
 # What each method selects before training starts; None: it selects anew in every step
@@ -81,113 +84,81 @@ WITH_REFERENCE = ("rho1", "tokencleaning")
 OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample would undo what they rank
 
 
-# --------------------------------------------------------------------------------- selections, in train.SSToken's form
-
-
 class PrecomputedSelection:
-    """A selection that was made before training started: a bool tensor (L_resp,) a sample, on the host."""
+    """A selection that was made before training: a bool tensor (L_resp,) a sample, on the host."""
 
     history = statistics = None
 
     def __init__(self, masks: list[Tensor]):
         self.masks, self.counts = masks, [int(mask.sum()) for mask in masks]
 
-    def start(self, step: int, seen: int):
-        pass
-
-    def look_back(self, samples: list[int], ids: Tensor, response: Tensor):
-        pass
-
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
         return [self.masks[i].to(nll.device, non_blocking=True) for i in samples]
 
-    def update(self, step: int):
-        pass
+    def nothing(self, *given):
+        """What there is to do at the other places of the loop."""
 
-    def close(self):
-        pass
-
-
-class ExcessOfCurrent(PrecomputedSelection):
-    """RHO-1 as its own paper has it: the excess loss (Eq. 2) of the current model over the reference, in every step."""
-
-    def __init__(self, reference: list[Tensor], rho: float):
-        self.reference, self.rho = reference, rho
-        self.counts = [share_of(rho, len(nll)) for nll in reference]
-
-    def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
-        reference = [self.reference[i].to(nll.device, non_blocking=True) for i in samples]
-        parts = zip(nll.split([len(ref) for ref in reference]), reference, strict=True)
-        return [select(excess_loss(current, ref), self.rho) for current, ref in parts]
+    start = look_back = update = close = nothing
 
 
-class Objective(PrecomputedSelection):
-    """One of OBJECTIVES that asks for something of the current model, in every step. frozen: of the base model.
+class StepwiseSelection(PrecomputedSelection):
+    """A selection that is made in every step.
 
-    How many tokens a sample keeps is known before only where rho says it; otherwise, where --loss-mean batch weighs
-    samples by that, it counts all of its response tokens, with --rho auto those of answers that belong to their prompt.
+    inputs: what it is made of. weigh: from all that is known of a sample to its tokens' weights (L_resp,).
+    --loss-mean batch needs counts before the step. Without a rho all tokens count, or all of answers that are kept.
     """
 
-    def __init__(self, sizes: list[int], args: argparse.Namespace, frozen: FrozenLosses):
-        self.sizes, self.args, self.frozen = sizes, args, frozen
-        self.method = "surprise" if args.rho == "auto" else args.method
-        self.counts = [share_of(args.rho, size) for size in sizes] if "rho" in inputs_of(self.method) else sizes
+    def __init__(self, sizes: list[int], frozen: FrozenLosses, inputs: set, rho: float, weigh: Callable):
+        self.sizes, self.frozen, self.rho, self.weigh = sizes, frozen, rho, weigh
+        self.counts = [share_of(rho, size) for size in sizes] if "rho" in inputs else sizes
         if frozen.answer_masks:
             self.counts = [int(mask.sum()) for mask in frozen.answer_masks]
-        described = inputs_of(self.method) & STATISTICS.keys()
-        self.statistics = PredictionStatistics(sorted(described)) if described else None
+        names = sorted(inputs & STATISTICS.keys())
+        self.statistics = PredictionStatistics(names) if names else None
 
     def choose(self, samples: list[int], response: Tensor, nll: Tensor) -> list[Tensor]:
         current = {"nll": nll} | (self.statistics.collect(nll) if self.statistics else {})
         parts = {name: values.split([self.sizes[i] for i in samples]) for name, values in current.items()}
         found = []
         for place, i in enumerate(samples):
-            known = {name: values[place] for name, values in parts.items()} | self.frozen.of_base(i, nll.device)
-            mask = self.frozen.answer_masks[i].to(nll.device, non_blocking=True) if self.frozen.answer_masks else True
-            found.append(token_weights(self.method, known | {"rho": self.args.rho}, mask))
+            known = {name: values[place] for name, values in parts.items()} | {"rho": self.rho}
+            found.append(self.weigh(known | self.frozen.known(i, nll.device)))
         return found
 
 
-def make_selection(
-    model, sizes: list[int], args: argparse.Namespace, frozen: FrozenLosses
-) -> PrecomputedSelection | None:
-    """The selection of the method that `args` names for samples with `sizes` response tokens; None: it is ssToken's."""
-    if args.method in OBJECTIVES and inputs_of(args.method) <= {"history_nll", "history_entropy", "history_spread"}:
-        return PrecomputedSelection([token_weights(args.method, frozen.of_base(i, "cpu")) for i in range(len(sizes))])
-    if args.rho == "auto" or args.method in OBJECTIVES:
-        return Objective(sizes, args, frozen)
+def make_selection(model, sizes: list[int], args, frozen: FrozenLosses) -> PrecomputedSelection | None:
+    """The selection of a run's method for samples with `sizes` response tokens; None: it is ssToken's."""
+    method = "surprise" if args.rho == "auto" else args.method
+    if method in OBJECTIVES:
+        weigh, inputs = functools.partial(token_weights, method), inputs_of(method)
+        if inputs <= set(HISTORY):
+            return PrecomputedSelection([weigh(frozen.known(i, "cpu")) for i in range(len(sizes))])
+        return StepwiseSelection(sizes, frozen, inputs, args.rho, weigh)
     if args.excess == "current" and frozen.reference:
-        return ExcessOfCurrent(frozen.reference, args.rho)
-    if not METHODS[args.method]:
-        return None
-    pairs = zip(frozen.base, frozen.reference, strict=True) if frozen.reference else None
-    excess = [excess_loss(base, better) for base, better in pairs] if pairs else None
-    return PrecomputedSelection(METHODS[args.method](sizes, args.rho, args.seed, excess))
+        return StepwiseSelection(sizes, frozen, {"nll", "rho"}, args.rho, select_by_current)
+    excess, choose = None, METHODS[method]
+    if frozen.reference:
+        excess = list(map(excess_loss, frozen.base, frozen.reference))
+    return PrecomputedSelection(choose(sizes, args.rho, args.seed, excess)) if choose else None
 
 
 def reads_kept_history(args: argparse.Namespace) -> bool:
-    """Whether ssToken's history losses are to come from --cache: those of a fixed base model can."""
+    """Whether ssToken's history losses come from --cache: those of a fixed base model can."""
     scores = args.method == "sstoken" and args.rho not in ("auto", 1)
     return bool(args.cache and scores and args.history == "base" and args.gamma)
 
 
-# ----------------------------------------------------------------------------------------------- the reference model
-
-
-def find_reference(name: str) -> Path:
-    """The folder of a --reference, local or on the hub: of an adapter, or of a whole model."""
-    folder = find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
-    if not any((folder / file).exists() for file in ("adapter_config.json", "config.json")):
-        raise UserError(f"--reference {name} holds neither an adapter_config.json nor a config.json")
-    return folder
-
-
 def is_adapter(name: str) -> bool:
-    return (find_reference(name) / "adapter_config.json").exists()
+    """Whether a --reference is an adapter. UserError if it is no whole model either."""
+    folder = find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
+    found = [file for file in ("adapter_config.json", "config.json") if (folder / file).exists()]
+    if not found:
+        raise UserError(f"--reference {name} holds neither an adapter_config.json nor a config.json")
+    return found[0] == "adapter_config.json"
 
 
 def check_reference_model(model: Transformer, reference: str, examples: list[data.Example]):
-    """UserError for a --reference that cannot be used, before anything is computed: its weights' names and shapes."""
+    """UserError, before anything is computed, for a --reference whose weights do not fit."""
     if is_adapter(reference):
         read_adapter(find_adapter(reference), lora.decoder_linears(model))
     else:
@@ -195,29 +166,27 @@ def check_reference_model(model: Transformer, reference: str, examples: list[dat
 
 
 def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
-    """UserError if the model that --reference names cuts texts into other ids; adapters may come without tokenizer."""
-    folder = find_reference(args.reference)
-    if is_adapter(args.reference) and not (folder / "tokenizer.json").exists():
+    """UserError if --reference cuts texts into other ids; an adapter may have no tokenizer."""
+    if is_adapter(args.reference) and not (find_adapter(args.reference) / "tokenizer.json").exists():
         return
-    theirs = data.load_tokenizer(args.reference)
-    parts = [json.loads(tokenizer.backend.to_str()) for tokenizer in (ours, theirs)]
-    same = all(parts[0][part] == parts[1][part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"))
-    if not same or (ours.eos_id, ours.prefix) != (theirs.eos_id, theirs.prefix):
+
+    def parts(tokenizer):
+        told = json.loads(tokenizer.backend.to_str())
+        told = [told[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+        return told, tokenizer.eos_id, tokenizer.prefix
+
+    if parts(ours) != parts(data.load_tokenizer(args.reference)):
         raise UserError(f"--reference {args.reference} has another tokenizer than {args.model}: losses do not compare")
 
 
-def reference_losses(
-    model: Transformer, examples: list[data.Example], args: argparse.Namespace, device
-) -> tuple[list[Tensor], float]:
-    """L_ref of Eq. 2 from the model that --reference names, and the seconds that it took, loading included.
-
-    An adapter takes the place of the adapters of `model`, which are new ones afterwards.
-    """
-    start, adapter = time.perf_counter(), None
+def reference_losses(model: Transformer, examples, args) -> tuple[list[Tensor], float]:
+    """L_ref of Eq. 2 by --reference, and its seconds with loading. Adapters of `model` are lost."""
+    start, device, adapter = time.perf_counter(), model.lm_head.weight.device, None
     if is_adapter(args.reference):
         reference, adapter = lora.load_adapter(model, args.reference), find_adapter(args.reference)
     else:
-        reference = load_model(args.reference, getattr(torch, args.dtype), "meta" if args.shard else device)
+        place = "meta" if args.shard else device
+        reference = load_model(args.reference, getattr(torch, args.dtype), place)
         check_fits(reference, args.reference, examples)
         if args.shard:
             ranks.shard(reference, reference.model.layers[-1], device)
@@ -225,55 +194,39 @@ def reference_losses(
     found, seconds = cached_losses(reference, adapter, examples, args)
     if adapter:
         lora.remove_lora(model)
-        lora.new_adapters(model, args)
     return found, loading + seconds
 
 
-# ------------------------------------------------------------------------------------------------- a run, by its method
-
-
-def run_method(
-    model: Transformer,
-    examples: list[data.Example],
-    reference_examples: list[data.Example],
-    args: argparse.Namespace,
-    folder: Path,
-    fit: Callable,
-) -> tuple[float, dict]:
+def run_method(model, examples, reference_examples, args, folder: Path, fit: Callable) -> tuple[float, dict]:
     """Compute what the method ranks by, and train by it.
 
-    reference_examples: what a reference model is to be trained on first, into folder/reference, if one is.
+    reference_examples: samples to train a reference model on first, into folder/reference.
     fit: (samples, frozen, args, folder) trains the adapters that the model has, and returns the steps that it took.
     Returns the seconds that losses of frozen models took, and, with --rho auto, what it did, for the record.
     """
-    device, seconds = model.lm_head.weight.device, 0.0
-    base = reference = None
-    ranks_by_base = args.method in ("self-evolving", *WITH_REFERENCE) and args.excess == "static"
-    if args.rho == "auto" or ranks_by_base or reads_kept_history(args) or "history_nll" in inputs_of(args.method):
-        described = "history_entropy" in inputs_of(args.method)
+    base, reference, seconds, taken, inputs = None, None, 0.0, 0.0, inputs_of(args.method)
+    of_the_pool = args.method in (*OVER_THE_POOL, *WITH_REFERENCE) and args.excess == "static"
+    if args.rho == "auto" or of_the_pool or "history_nll" in inputs or reads_kept_history(args):
+        described = "history_entropy" in inputs
         base, seconds = cached_losses(model, None, examples, args, described)  # new adapters change nothing
     if args.rho == "auto":
         return train_by_itself(model, examples, base, seconds, args, folder, fit)
+    if args.method == "self-evolving":
+        return seconds + train_in_parts(model, examples, base, args, folder, fit), {}
     if reference_examples:
         plain = argparse.Namespace(**vars(args) | {"method": "full", "excess": "static"})
         fit(reference_examples, FrozenLosses(), plain, folder / "reference")
         reference, taken = cached_losses(model, folder / "reference", examples, args)
-        lora.new_adapters(model, args)
-        seconds += taken
     elif args.method in WITH_REFERENCE:
-        reference, taken = reference_losses(model, examples, args, device)
-        seconds += taken
-    if args.method == "self-evolving":
-        return seconds + train_in_parts(model, examples, base, args, folder, fit), {}
+        reference, taken = reference_losses(model, examples, args)
+    if reference:
+        lora.new_adapters(model, args)
     fit(examples, FrozenLosses(base, reference), args, folder)
-    return seconds, {}
+    return seconds + taken, {}
 
 
 def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, folder: Path, fit: Callable):
-    """--rho auto: drop answers that do not belong to their prompt, train on the rest, say what was dropped.
-
-    base: the base model's losses, which took `seconds`. Returns as `run_method` does.
-    """
+    """--rho auto: drop answers that do not belong to their prompt, train on the rest."""
     others = auto.behind_other_prompts(examples, args.seed)
     elsewhere, taken = cached_losses(model, None, others, args) if others else ([], 0.0)
     found = auto.filter_answers(examples, base, elsewhere)
@@ -287,10 +240,8 @@ def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, f
     kept = f"{n - dropped:,} of {n:,} answers belong to their prompt, {dropped:,} do not"
     kept = f"all {n:,} answers are kept: {found.reason}" if found.reason else kept
     ranks.say(f"--rho auto: {kept}; of the tokens of those kept, {surprise:.1%} were dropped as surprise")
-    return seconds + taken, {"answers": n, "dropped": dropped, "reason": found.reason, "surprise": round(surprise, 6)}
-
-
-# --------------------------------------------------------------------------------------------------------- the flags
+    record = {"answers": n, "dropped": dropped, "reason": found.reason}
+    return seconds + taken, record | {"surprise": round(surprise, 6)}
 
 
 def add_flags(parser):
@@ -298,17 +249,15 @@ def add_flags(parser):
     add = parser.group("reference model (rho1, tokencleaning)")
     # fmt: off
     add("--reference", metavar="NAME|DIR",
-        help="the reference of Eq. 2: an adapter of --model (a run's folder), or a whole model with the same tokenizer")
+        help="the reference of Eq. 2: an adapter of --model, or a whole model with the same tokenizer")
     add("--reference-data", metavar="SOURCE[,SOURCE...]",
-        help="train the reference first, as --method full does (with this method's --loss-mean), on these rows, into "
-        "OUT/reference")
+        help="train the reference first on these rows, as --method full does, into OUT/reference")
     add("--reference-top", type=int, bound="at least 1", metavar="K",
-        help="train it on the K best-rated rows of --reference-data (default: of --data); Sec. 4.1: 10000 of the pool. "
-        "With --method full: train on those of --data, and so make a reference")
+        help="train the reference on the K best-rated rows of --reference-data, or else of --data (Sec. 4.1: 10000). "
+        "With --method full: train on those of --data")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
     add("--excess", choices=("static", "current"), default="static",
-        help="for rho1: excess loss of the base model over the reference, as the paper's baselines were run, or of the "
-        "current model, as in the paper of RHO-1")
+        help="for rho1: whose loss less the reference's; of the base model, or of the current one as in RHO-1's paper")
     # fmt: on
 
 
@@ -321,38 +270,34 @@ READS["--rho"] = tuple(name for name in METHODS if "rho" in inputs_of(name) or n
 
 
 def reads(method: str, flag: str) -> bool:
-    """Whether a method reads a flag of train.py; auto: sstoken with --rho auto, which reads none of the score's."""
+    """Whether a method reads a flag of train.py; auto: sstoken with --rho auto."""
     if method == "auto":
         return flag not in OF_THE_SCORE and reads("sstoken", flag)
     return method in READS.get(flag, METHODS)
 
 
 def check_flags(args: argparse.Namespace, given: list[str]):
-    """UserError where the method lacks what it ranks by, or is `given` a flag that it does not read.
-
-    Fills in --loss-mean.
-    """
+    """UserError for flags that do not go together. Sets --loss-mean."""
     if args.rho == "auto" and args.method != "sstoken":
         raise UserError(f"--rho auto is for --method sstoken; {args.method} takes a share, or none")
+    method, name = args.method, f"--method {args.method}"
+    if args.rho == "auto":
+        method, name = "auto", "--rho auto"
     for flag in given:
-        if not reads("auto" if args.rho == "auto" else args.method, flag):
-            name = "--rho auto" if args.rho == "auto" else f"--method {args.method}"
+        if not reads(method, flag):
             raise UserError(f"{flag} has no effect with {name}; it is for --method {' or '.join(READS[flag])}")
     for flag, kind in (("--ema-alpha", "ema"), ("--history-every", "checkpoint")):
         if flag in given and args.history != kind:
             raise UserError(f"{flag} has no effect with --history {args.history}; it is for {kind}")
-    if args.reference and (args.reference_data or args.reference_top):
+    trained = args.reference_data or args.reference_top
+    if args.reference and trained:
         raise UserError("--reference names a model that is there: it does not go with --reference-data or -top")
-    if args.method in WITH_REFERENCE and not (args.reference or args.reference_data or args.reference_top):
+    if args.method in WITH_REFERENCE and not (args.reference or trained):
         raise UserError(f"--method {args.method} needs --reference DIR, or --reference-data or -top to train one")
     if args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS:
         raise UserError(f"--max-steps {args.max_steps} leaves some of self-evolving's {PARTS} parts untrained")
-    if args.method in OVER_THE_POOL:
-        if args.loss_mean == "sample":
-            raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
-        args.loss_mean = "batch"
-    args.loss_mean = args.loss_mean or "sample"
+    if args.method in OVER_THE_POOL and args.loss_mean == "sample":
+        raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
+    args.loss_mean = args.loss_mean or ("batch" if args.method in OVER_THE_POOL else "sample")
     if args.shard and args.reference and is_adapter(args.reference):
-        raise UserError(
-            f"--shard wants a whole model as --reference, {args.reference} is an adapter (train.py --merge)"
-        )
+        raise UserError(f"--shard cannot use the adapter --reference {args.reference}: merge it (train.py --merge)")

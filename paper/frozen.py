@@ -1,4 +1,4 @@
-"""Losses of models that stay as they are while another trains: the base model's and a reference's, token by token."""
+"""Token losses of models that stay as they are while another trains: of the base model and of a reference."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,34 +14,35 @@ from support.files import UserError
 from support.kernels import PredictionStatistics
 from support.losses import kept_losses, losses_key
 
-SCORING_BATCH = 4  # samples a pass, whatever the run's micro-batches are
+SCORING_BATCH = 4  # samples a pass
+HISTORY = ("history_nll", "history_entropy", "history_spread")  # of the base model, as objectives name them
 
 
 class FrozenLosses(NamedTuple):
-    """Losses of models that stay as they are while another trains: a (L_resp,) tensor a sample, on the host, or None.
+    """What models that stay as they are say of each sample's response tokens: (L_resp,) on the host, or None.
 
-    base: before training; where they are asked for, (3, L_resp): losses, entropy and spread of what was predicted.
-    reference: L_ref of Eq. 2. answer_masks: no losses, but which tokens are of an answer that --rho auto keeps, bool.
+    base: losses before training, or (3, L_resp), all of HISTORY. reference: L_ref of Eq. 2.
+    answer_masks: bool, no losses: which tokens are of an answer that --rho auto keeps.
     """
 
     base: list[Tensor] | None = None
     reference: list[Tensor] | None = None
     answer_masks: list[Tensor] | None = None
 
-    def of_base(self, sample: int, device) -> dict[str, Tensor]:
-        """What is known of the base model's predictions of a sample, by the names that objectives ask for."""
-        if not self.base:
-            return {}
-        rows = self.base[sample].to(device, non_blocking=True)
-        names = ("history_nll", "history_entropy", "history_spread")
-        return dict(zip(names, rows.view(-1, rows.shape[-1]), strict=False))
+    def known(self, sample: int, device) -> dict[str, Tensor]:
+        """All of one sample, on `device`: of HISTORY what there is, "reference_nll", "answers"."""
+        found = {}
+        if self.base:
+            found |= zip(HISTORY, torch.atleast_2d(self.base[sample]), strict=False)
+        if self.reference:
+            found["reference_nll"] = self.reference[sample]
+        if self.answer_masks:
+            found["answers"] = self.answer_masks[sample]
+        return {name: values.to(device, non_blocking=True) for name, values in found.items()}
 
 
 def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
-    """The passes in which all that is kept is computed: sample indices, SCORING_BATCH at most in one.
-
-    They depend on `examples` alone, so the same weights always give the same bits.
-    """
+    """Passes of SCORING_BATCH samples at most, by indices. They depend on `examples` alone, so bits stay the same."""
     lengths = [len(e.ids) for e in examples]
     return next(data.plan_batches(lengths, max(1, len(lengths)), SCORING_BATCH, seed=0), [])
 
@@ -50,8 +51,7 @@ def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
 def response_losses(model: Transformer, examples: list[data.Example], described: bool = False) -> list[Tensor]:
     """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
 
-    described: (3, L_resp) instead, with the entropy and the spread of each token's predicted distribution below. All
-    ranks take part in `scoring_passes`, and each returns all.
+    described: (3, L_resp) instead, all of HISTORY. All ranks share the passes, and each returns all.
     """
     training, device, found = model.training, model.lm_head.weight.device, {}
     statistics = PredictionStatistics(["entropy", "spread"]) if described else None
@@ -69,14 +69,12 @@ def response_losses(model: Transformer, examples: list[data.Example], described:
 
 
 def check_losses(model: Transformer, found: dict[int, Tensor]):
-    """UserError if a model has no finite loss for a token of some samples: {sample: (L_resp,) losses}."""
+    """UserError if a loss is no finite number; found: {sample: (L_resp,) losses}."""
     if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
         raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
 
 
-def cached_losses(
-    model: Transformer, adapter: Path | None, examples, args, described: bool = False
-) -> tuple[list[Tensor], float]:
+def cached_losses(model, adapter: Path | None, examples, args, described=False) -> tuple[list[Tensor], float]:
     """`response_losses` of a frozen model, by way of --cache, and their seconds; adapter: the folder of its adapter."""
     cache, key = Path(args.cache) if args.cache else None, ""
     if cache and ranks.first_rank():

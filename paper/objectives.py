@@ -4,13 +4,10 @@ A function gets what it names of one sample's response tokens, (L_resp,) float32
 bool where it keeps or drops a token, else float32. A sample's loss is then the mean of weight * nll over the tokens
 with a weight (`sstoken.selected_loss`). No weight carries a gradient. What can be asked for:
 
-    nll, entropy, spread, top_entropy               of the current model: the token's loss, and of the distribution p
-                                                    that it predicts H = -sum p log p, sigma = sqrt(sum p (log p)^2 -
-                                                    H^2), and the H of the 20 likeliest tokens alone
+    nll, entropy, spread, top_entropy               of the current model: the loss, and of the predicted distribution
+                                                    H, sigma (`support.kernels`) and the H of the 20 likeliest tokens
     history_nll, history_entropy, history_spread    the same of the base model
     rho                                             --rho
-
-What asks for the base model alone is the same in every step, and made once.
 """
 
 import inspect
@@ -25,11 +22,7 @@ from support.kernels import TOP
 
 
 def probability_gain(nll: Tensor, history_nll: Tensor) -> Tensor:
-    """An extension, not in the paper, in REL's place: P_theta - P_his, the gain in probability, not in its logarithm.
-
-    Of a token that both models find impossible REL can be large: 1e-6 to 1e-3 is 6.9 nats, as much as any learnable
-    token has to gain. In probability it is nothing.
-    """
+    """An extension, not in the paper, in REL's place: the gain in probability, P_theta - P_his."""
     return torch.exp(-nll) - torch.exp(-history_nll)
 
 
@@ -43,10 +36,7 @@ def dft(nll: Tensor) -> Tensor:
 
 
 def eaft(top_entropy: Tensor) -> Tensor:
-    """Entropy-adaptive fine-tuning (arXiv 2601.02151): the entropy of the 20 likeliest tokens over its maximum, ln 20.
-
-    Tools differ by that factor: LLaMA-Factory divides by 3, axolotl once did by nothing. Ours is the paper's.
-    """
+    """Entropy-adaptive fine-tuning (arXiv 2601.02151): the entropy of the 20 likeliest tokens, over its maximum."""
     return top_entropy / math.log(TOP)
 
 
@@ -65,7 +55,7 @@ def profit(nll: Tensor) -> Tensor:
 
 
 def rel_reversed(nll: Tensor, history_nll: Tensor, rho: float) -> Tensor:
-    """REL (Eq. 3) the other way round: the share rho that has gained least, as those hold who drop what is learned."""
+    """REL (Eq. 3) the other way round: the share rho that has gained least."""
     return select(-retrospective_excess_loss(nll, history_nll), rho)
 
 
@@ -77,9 +67,8 @@ def low_loss(nll: Tensor, rho: float) -> Tensor:
 def surprise(nll: Tensor, entropy: Tensor, spread: Tensor) -> Tensor:
     """Keep what the current model can account for: nll - H <= 3 sigma. An extension, of this project.
 
-    A token drawn from the model's own distribution has loss H on average and deviates from that by sigma; whoever knows
-    both needs no rho. Three sigma is the usual bound for outliers; what is left is the share that the run finds itself.
-    The base model's H and sigma do where it knows the task; one that is sure of something else drops what is to learn.
+    The loss of a token that is drawn from the model's own distribution is H on average, and deviates from it by sigma.
+    Three sigma is the usual bound for outliers. So no rho is needed.
     """
     return nll - entropy <= 3 * spread
 
@@ -100,7 +89,7 @@ def inputs_of(method: str) -> set[str]:
     return set(inspect.signature(OBJECTIVES[method]).parameters) if method in OBJECTIVES else set()
 
 
-def token_weights(method: str, known: dict, mask: Tensor | bool = True) -> Tensor:
-    """The objective's weights, 0 outside `mask`. All are 0 where no token but the last, the end token, has a weight."""
-    weights = OBJECTIVES[method](**{name: known[name] for name in inputs_of(method)}) * mask
+def token_weights(method: str, known: dict) -> Tensor:
+    """The objective's weights, 0 outside known["answers"]. All are 0 where only the last, the end token, has one."""
+    weights = OBJECTIVES[method](**{name: known[name] for name in inputs_of(method)}) * known.get("answers", True)
     return weights * (weights[:-1] != 0).any()

@@ -21,12 +21,11 @@ PARTS = 5
 
 
 def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace, folder: Path, fit: Callable) -> float:
-    """TokenCleaning's self-evolving variant: PARTS parts of the pool, one after the other, each with new adapters.
+    """Train on PARTS parts of the pool, one after the other. Returns the seconds that the references' losses took.
 
-    The first part trains on all its tokens. For each further one the model so far, its adapters frozen into it, becomes
-    the reference: the part's tokens are ranked by excess loss of the base model over it. `fit` trains the adapters,
-    with a warm-up and a decay of their own, into folder/part-1, ...; together they are written to `folder` as one
-    adapter. Returns the seconds that the references' losses took.
+    The first part trains on all its tokens. Then the model so far, its adapters frozen into it, is the reference of the
+    next part: its tokens are ranked by excess loss of the base model over it. `fit` trains each part's new adapters,
+    with their own warm-up and decay, into folder/part-1, ... All together are written to `folder` as one adapter.
     """
     order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
     for number in range(1, PARTS + 1):
@@ -43,8 +42,7 @@ def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace
         fit(samples, frozen, argparse.Namespace(**vars(args) | {"max_steps": steps}), done[-1])
         if ranks.first_rank():
             lines = [line | {"part": i} for i, part in enumerate(done, 1) for line in read_log(part)]
-            lines = [line | {"step": step} for step, line in enumerate(lines, 1)]
-            write_lines(folder / "log.jsonl", lines)
+            write_lines(folder / "log.jsonl", [line | {"step": step} for step, line in enumerate(lines, 1)])
     if ranks.first_rank():
         join_adapters(done, folder)
     return seconds
@@ -68,10 +66,9 @@ class StackedLoRA(lora.LoRALinear):
 
 @torch.no_grad()
 def freeze_adapters(model: Transformer):
-    """Make the adapters part of the frozen model, in place, and leave new ones on top of them.
+    """Freeze the adapters, in place, and put new ones on top of them.
 
-    As `lora.merge` does, but beside the weights instead of in them: in bfloat16 most updates of a short training are
-    smaller than half of a weight's last digit, and adding them would change nothing.
+    They stay beside the weights: in bfloat16 most updates are less than half of a weight's last digit.
     """
     for layer in lora.lora_layers(model).values():
         A, B = getattr(layer, "earlier", (layer.lora_A[:0], layer.lora_B[:, :0]))
@@ -81,17 +78,14 @@ def freeze_adapters(model: Transformer):
 
 
 def join_adapters(folders: list[Path], folder: Path):
-    """Write as one adapter those of `folders`, each of them trained on top of all before it (`freeze_adapters`).
+    """Write as one adapter those of `folders`, each of them trained on top of all before it.
 
-    Their updates add up: with the A stacked and the B side by side, one product is the sum of theirs. So the rank is
-    the sum of their ranks, and alpha grows with it.
+    With the A stacked and the B side by side, one product is the sum of theirs; rank and alpha add up.
     """
     parts = [load_file(part / "adapter_model.safetensors") for part in folders]
     config = read_json(folders[0] / "adapter_config.json")
-    tensors = {
-        name: torch.cat([part[name] for part in parts], dim=0 if name.endswith("lora_A.weight") else 1)
-        for name in parts[0]
-    }
+    dims = {name: 0 if name.endswith("lora_A.weight") else 1 for name in parts[0]}
+    tensors = {name: torch.cat([part[name] for part in parts], dim) for name, dim in dims.items()}
     for key in ("r", "lora_alpha"):
         config[key] *= len(folders)
     write_adapter(folder, tensors, config)

@@ -65,7 +65,8 @@ def test_a_sample_of_which_nothing_but_its_end_is_kept_is_worth_nothing():
     assert token_weights("profit", {"nll": torch.full((3,), 9.0)}).tolist() == [0, 0, 0]
     assert token_weights("profit", {"nll": torch.tensor([9.0, 9.0, 0.1])}).tolist() == [0, 0, 0]
     assert token_weights("dft", {"nll": torch.tensor([0.0])}).tolist() == [0]  # an end token alone
-    found = token_weights("stm", {"history_nll": torch.tensor([9.0, 0.0, 0.0])}, mask=torch.tensor([True, False, True]))
+    known = {"history_nll": torch.tensor([9.0, 0.0, 0.0]), "answers": torch.tensor([True, False, True])}
+    found = token_weights("stm", known)
     assert found.tolist() == [False, False, False] and found.dtype == torch.bool
 
 
