@@ -169,13 +169,11 @@ def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
     """UserError if --reference cuts texts into other ids; an adapter may have no tokenizer."""
     if is_adapter(args.reference) and not (find_adapter(args.reference) / "tokenizer.json").exists():
         return
-
-    def parts(tokenizer):
-        told = json.loads(tokenizer.backend.to_str())
-        told = [told[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
-        return told, tokenizer.eos_id, tokenizer.prefix
-
-    if parts(ours) != parts(data.load_tokenizer(args.reference)):
+    theirs = data.load_tokenizer(args.reference)
+    told = [json.loads(tokenizer.backend.to_str()) for tokenizer in (ours, theirs)]
+    parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+    same = all(told[0][part] == told[1][part] for part in parts)
+    if not same or (ours.eos_id, ours.prefix) != (theirs.eos_id, theirs.prefix):
         raise UserError(f"--reference {args.reference} has another tokenizer than {args.model}: losses do not compare")
 
 
@@ -291,11 +289,11 @@ def check_flags(args: argparse.Namespace, given: list[str]):
             raise UserError(f"{flag} has no effect with --history {args.history}; it is for {kind}")
     trained = args.reference_data or args.reference_top
     if args.reference and trained:
-        raise UserError("--reference names a model that is there: it does not go with --reference-data or -top")
+        raise UserError("--reference is a model that is there: it does not go with --reference-data or -top")
     if args.method in WITH_REFERENCE and not (args.reference or trained):
-        raise UserError(f"--method {args.method} needs --reference DIR, or --reference-data or -top to train one")
+        raise UserError(f"--method {args.method} needs --reference, or --reference-data or -top to train one")
     if args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS:
-        raise UserError(f"--max-steps {args.max_steps} leaves some of self-evolving's {PARTS} parts untrained")
+        raise UserError(f"--max-steps {args.max_steps} leaves some of the {PARTS} parts untrained")
     if args.method in OVER_THE_POOL and args.loss_mean == "sample":
         raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
     args.loss_mean = args.loss_mean or ("batch" if args.method in OVER_THE_POOL else "sample")
