@@ -50,7 +50,7 @@ def select_in_each_sample(sizes: list[int], rho: float, seed: int, excess: list[
     return [select(token_excess, rho) for token_excess in excess]
 
 
-def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess: list[Tensor] | None) -> list[Tensor]:
+def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess=None) -> list[Tensor]:
     """TokenCleaning: the floor(rho * N) of the pool's N tokens with the highest excess loss; of ties the first.
 
     A sample may lose all its tokens. Without a reference, as in self-evolving's first part, all are taken.
@@ -67,21 +67,21 @@ def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess: list[Ten
 
 
 def select_by_current(known: dict) -> Tensor:
-    """RHO-1 as its own paper has it: by the excess loss (Eq. 2) of the current model, in every step."""
+    """RHO-1 as its own paper has it: by the excess loss (Eq. 2) of the current model."""
     return select(excess_loss(known["nll"], known["reference_nll"]), known["rho"])
 
 
-# What each method selects before training starts; None: it selects anew in every step
+# What each method selects before training; None: it selects in every step
 METHODS = {
     "sstoken": None,
     "full": select_everything,
     "random": select_at_random,
-    "rho1": select_in_each_sample,  # with --excess current, anew in every step too
+    "rho1": select_in_each_sample,  # with --excess current, `select_by_current`
     "tokencleaning": select_in_the_pool,
     "self-evolving": select_in_the_pool,  # of each of PARTS parts, see `train_in_parts`
 } | OBJECTIVES
 WITH_REFERENCE = ("rho1", "tokencleaning")
-OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample would undo what they rank
+OVER_THE_POOL = ("tokencleaning", "self-evolving")  # a mean within each sample would undo it
 
 
 class PrecomputedSelection:
@@ -199,7 +199,7 @@ def run_method(model, examples, reference_examples, args, folder: Path, fit: Cal
     """Compute what the method ranks by, and train by it.
 
     reference_examples: samples to train a reference model on first, into folder/reference.
-    fit: (samples, frozen, args, folder) trains the adapters that the model has, and returns the steps that it took.
+    fit: (samples, frozen, args, folder) trains the model's adapters, and returns the steps that it took.
     Returns the seconds that losses of frozen models took, and, with --rho auto, what it did, for the record.
     """
     base, reference, seconds, taken, inputs = None, None, 0.0, 0.0, inputs_of(args.method)
