@@ -1,4 +1,4 @@
-"""Sources -> rows, and the account of what is not read of them.
+"""Sources -> rows, and an account of what is not used of them.
 
 A source is a file, a folder, or a data set on the hub: NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT.
 """
@@ -14,8 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet
@@ -23,30 +22,27 @@ import pyarrow.parquet
 from support.checkpoint import find_folder
 from support.files import UserError, check, read_json, readable, told
 
-KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several in one folder the first is read
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # behind the kind: rows.jsonl.gz
-ENDS = [f".{kind}{packed}" for kind in KINDS for packed in ("", *OPENERS)]
-ENDING = re.compile(r"\.(?:(parquet|arrow)|(jsonl|ndjson|csv|json)(?:\.(?:gz|bz2|xz))?)$", re.IGNORECASE)
-WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
-SPACE, DECODER = re.compile(r"\s*"), json.JSONDecoder()
-csv.field_size_limit(2**31 - 1)
+KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # a split is read from the first of them that it has
+OPENERS = {None: open, "gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # by the ending of a packed file
+ENDING = re.compile(rf"\.({'|'.join(KINDS)})(?:\.(gz|bz2|xz))?$", re.IGNORECASE)
 # No files of rows: hidden ones, editors' copies (~x), what a system (__x/) or a library keeps for itself
-HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/|(config|dataset_infos?|dataset_dict)\.json$)")
+HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/|(config|dataset_infos?|dataset_dict|state)\.json$)")
+WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
+csv.field_size_limit(2**31 - 1)
 
 
 class Account:
-    """What is not used of the rows as they are given: for a run's first lines, its record, and --skip-bad-rows."""
+    """What is not used of the rows: for a run's first lines, its record, and --skip-bad-rows."""
 
     def __init__(self, skip_bad_rows: bool | None = None):
-        """skip_bad_rows: None where there is no such flag to point to."""
-        self.skip_bad_rows = skip_bad_rows
-        self.dropped, self.cut = 0, 0  # samples that keep no response token within --max-length, and that it cuts
-        self.passed_over = {"columns": {}, "keys of messages": {}, "files": {}}  # each dict's keys, as they came up
-        self.skipped = {}  # reason: how many rows, and where the first is
-        self.left_out = []  # of each sample of which a chat template leaves something out: where it is, and what
+        self.skip_bad_rows = skip_bad_rows  # None where the script has no such flag
+        self.dropped, self.cut = 0, 0  # samples without a response token within --max-length; samples cut there
+        self.passed_over = {"columns": {}, "keys of messages": {}, "files": {}}  # names, as the keys of each dict
+        self.skipped = {}  # reason: (number of rows, where the first is)
+        self.left_out = []  # (where, text) of each sample of which the chat template leaves a text out
 
     def refuse(self, where: str, reason: str):
-        """A row that cannot be used: a UserError, or with --skip-bad-rows one more to be counted."""
+        """UserError for a row that cannot be used. With --skip-bad-rows it is counted instead."""
         if not self.skip_bad_rows:
             way_on = "; --skip-bad-rows leaves such rows out" if self.skip_bad_rows is False else ""
             raise UserError(f"{where}: {reason}{way_on}")
@@ -54,7 +50,7 @@ class Account:
         self.skipped[visible(reason)] = (count + 1, first)
 
     def each(self, source: str, conversations: list, encode: Callable, left_out: Callable | None) -> list:
-        """What `encode` makes of each conversation that it can use; left_out: what it leaves out of one's text."""
+        """encode(conversation) of each one that can be used. left_out(conversation): the text that is not encoded."""
         found = []
         for number, messages in enumerate(conversations, 1):
             where = f"{source}, conversation {number}"
@@ -67,16 +63,15 @@ class Account:
         return found
 
     def pass_over(self, what: str, names):
-        """Take note of columns, keys or files that are not read since they change neither the text nor the mask."""
+        """Note columns, keys or files that are not read, since they change neither the text nor the mask."""
         self.passed_over[what] |= dict.fromkeys(map(visible, names))
 
     def lengths(self, max_length: int) -> str:
-        """What became of samples that are longer than that."""
         cut = f"; {self.cut:,} cut there, their ends lost" if self.cut else ""
         return f"{self.dropped:,} dropped, without a response token in the first {max_length:,}{cut}"
 
     def lines(self) -> list[str]:
-        """What a user is told, a line each."""
+        """What the user is told, a line each."""
         found = [f"{what} passed over: {', '.join(names)}" for what, names in self.passed_over.items() if names]
         found += [f"skipped: {count:,} rows, the first {at}: {reason}" for reason, (count, at) in self.skipped.items()]
         what = f"passed over by the chat template: part of {len(self.left_out):,} samples, the first "
@@ -90,42 +85,35 @@ class Account:
 
 
 def visible(text) -> str:
-    """A text that any stream can write: what is no character (half a pair, a byte of a path) as its escape."""
+    """A text that any stream can write: half a surrogate pair, or a byte that is no UTF-8, becomes its escape."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def kind_of(path: Path | str) -> str | None:
-    """What a file's name says that it holds, one of KINDS; None if it says no such thing."""
-    found = ENDING.search(str(path).lower())
-    return found and (found[1] or found[2])
+    """The one of KINDS that a file's name says, or None."""
+    found = ENDING.search(str(path))
+    return found and found[1].lower()
 
 
 def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
     """The rows of a file of one of KINDS, one by one. A UserError names the file and, where it can, the line."""
     kind, account = kind_of(path), account or Account()
-    with told(f"{path} cannot be read"):  # by a reader's error, the system's, or that of a date that nobody has
+    with told(f"{path} cannot be read"):  # also where a date is none that Python has
         readable(path, sys.maxsize)
         if kind in ("parquet", "arrow"):
-            for batch in _batches(path, kind):
+            for batch in BATCHES[kind](path):
                 batch.validate(full=True)
                 yield from batch.to_pylist()
         else:
             read = _csv_rows if kind == "csv" else _json_rows
-            with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            with OPENERS[ENDING.search(path.name.lower())[2]](path, "rt", encoding="utf-8-sig", newline="") as file:
                 yield from read(file, path, account)
 
 
-def _batches(path: Path, kind: str) -> Iterable[pyarrow.RecordBatch]:
-    """Of parquet, or of Arrow's stream format, in which the library datasets saves, or its file format."""
-    if kind == "parquet":
-        return pyarrow.parquet.ParquetFile(path).iter_batches()
-    file = pyarrow.memory_map(str(path))
-    try:
-        return pyarrow.ipc.open_stream(file)
-    except pyarrow.ArrowInvalid:
-        file.seek(0)
-        reader = pyarrow.ipc.open_file(file)
-        return map(reader.get_batch, range(reader.num_record_batches))
+BATCHES = {
+    "parquet": lambda path: pyarrow.parquet.ParquetFile(path).iter_batches(),
+    "arrow": lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))),  # as the library datasets saves
+}
 
 
 def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
@@ -141,21 +129,23 @@ def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
 
 
 def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
-    """Rows of JSON: objects, an array of them, or an object that has them under a name of WRAPPERS.
+    """Rows of JSON: one on each line; or one value, a row or a list of rows, which may stand under a name of WRAPPERS.
 
-    What a file holds tells which, not its name. Of objects in lines only those that are asked for are read.
+    The content tells which, not the file's name. Of rows on lines only those that are asked for are read.
     """
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     head = list(itertools.islice(lines, 2))
     if len(head) == 1 or (head and _parsed(head[0][1])[1]):
         head += lines
-        values, broken = _parsed("".join(line for _, line in head), _values)
+        value, broken = _parsed("".join(line for _, line in head))
         if not broken:
-            yield from values if len(values) > 1 else _unwrapped(values[0], path)
+            named = [value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)]
+            value = named[0] if len(named) == 1 else value
+            yield from value if isinstance(value, list) else [value]
             return
-        if path.suffix.lower() == ".json" and isinstance(broken, json.JSONDecodeError):
+        if kind_of(path) == "json" and isinstance(broken, json.JSONDecodeError):
             account.refuse(f"{path}, line {head[: broken.lineno][-1][0]}", f"not JSON ({broken.msg})")
-            del head[0]
+            return
     for number, line in itertools.chain(head, lines):
         row, broken = _parsed(line)
         if broken:
@@ -164,122 +154,60 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
             yield row
 
 
-def _parsed(text: str, read: Callable = json.loads) -> tuple:
-    """What `read` makes of a text, or None, and the error if it is not JSON."""
+def _parsed(text: str) -> tuple:
+    """The value of a JSON text and None, or None and the error."""
     try:
-        return read(text), None
+        return json.loads(text), None
     except (ValueError, RecursionError) as reason:
         return None, reason
 
 
-def _values(text: str) -> list:
-    """The JSON values of a text, one behind the other on as many lines as each may take."""
-    found, place = [], 0
-    while (place := SPACE.match(text, place).end()) < len(text):
-        value, place = DECODER.raw_decode(text, place)
-        found.append(value)
-    return found
+def choose_files(name: str, folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
+    """The files in a folder that hold the rows of a split, all of one kind. Others at its top are noted.
 
-
-def _unwrapped(value, path: Path) -> list:
-    """The rows of a file that holds one JSON value."""
-    if not isinstance(value, dict):
-        return value if isinstance(value, list) else [value]
-    named = [name for name in WRAPPERS if isinstance(value.get(name), list)]
-    if len(named) > 1:
-        raise UserError(f"{path} has rows under several names, {', '.join(named)}: give each a file of its own")
-    return value[named[0]] if named else [value]
-
-
-def files_below(folder: Path) -> list[str]:
-    """The files of rows in a folder and below, by their paths there; as for datasets none that is hidden or a copy."""
+    A path says its split, and by a folder above it the configuration: train.csv, train-00000-of-00002.parquet,
+    main/train/0.arrow. If no split is named, it is train; if no path says that, the split is all files at the top.
+    Raises UserError where there is no such file, or where the configuration is not named and there are several.
+    """
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return [str(path) for path in paths if kind_of(path) and not HIDDEN.search(path.as_posix())]
-
-
-def of_one_kind(paths: list[str]) -> list[str]:
-    """Of files of rows those of the first of KINDS that there is."""
-    return next((found for kind in KINDS if (found := [path for path in paths if kind_of(path) == kind])), [])
-
-
-def split_patterns(split: str, configuration: str | None) -> list[str]:
-    """The paths that a split's files may have, without their ends: split, split-*, split/*, there or in a folder."""
-    folders = (f"{configuration}/",) if configuration else ("", "*/")
-    return [f"{folder}{split}{rest}" for folder in folders for rest in ("", "-*", "/*")]
-
-
-def choose_files(name: str, paths: list[str], split: str, configuration: str | None) -> list[str]:
-    """Those of a data set's files of rows that a split is read from."""
-    patterns = split_patterns(split, configuration)
-    found = of_one_kind([path for path in paths if any(fnmatch(ENDING.sub("", path), glob) for glob in patterns)])
-    if len({os.path.dirname(path) for path in found}) > 1:
-        raise UserError(f"{name} has several configurations, not one: write {' or '.join(choices(name, found))}")
-    return found
-
-
-def choices(name: str, paths: list[str]) -> list[str]:
-    """How a user names each split that a data set's files of rows are of, by their paths there."""
-    parts = (re.sub(r"-\d+(-of-\d+)?$|/\d+$", "", ENDING.sub("", path)).split("/") for path in paths)
-    named = (":".join([name, *({*folders[:1]} - {"data"}), split]) for *folders, split in parts)
-    return list(dict.fromkeys(named))
-
-
-def no_split(name: str, split: str, configuration: str | None, paths: Iterable[str]) -> UserError:
-    wanted = f"a split named {split}" + (f" of configuration {configuration}" if configuration else "")
-    known = f"; it has {', '.join(found)}" if (found := choices(name, sorted(paths))) else ""
-    return UserError(f"{name} has no {', '.join(KINDS)} file of {wanted}{known}")
+    paths = [path.as_posix() for path in paths if kind_of(path) and not HIDDEN.search(path.as_posix())]
+    says = re.compile(rf"(?:(.*)/)?{re.escape(split or 'train')}(?:[-/].*)?")
+    found = {path: match[1] for path in paths if (match := says.fullmatch(ENDING.sub("", path)))}
+    found = {path: part for path, part in found.items() if configuration in (None, part)}
+    if not found and not split:
+        found = {path: None for path in paths if "/" not in path}
+    of = f" of configuration {configuration}" if configuration else ""
+    check(found, f"{name} has no {', '.join(KINDS)} file of a split named {split or 'train'}{of}")
+    kind = min(map(kind_of, found), key=KINDS.index)
+    found = {path: part for path, part in found.items() if kind_of(path) == kind}
+    parts = [f"{name}:{part}:{split or 'train'}" for part in dict.fromkeys(found.values())]
+    check(len(parts) == 1, f"{name} has several configurations, not one: write {' or '.join(parts)}")
+    state = (folder / next(iter(found))).with_name("state.json")
+    if state.exists():  # save_to_disk lists its files there; others beside it are a cache of the library's
+        with told(f"{state} cannot be read"):
+            names = {file["filename"] for file in read_json(state)["_data_files"]}
+        check(names <= {os.path.basename(path) for path in found}, f"{state} lists files that are not beside it")
+        found = [path for path in found if os.path.basename(path) in names]
+    account.pass_over("files", [str(folder / path) for path in paths if "/" not in path and path not in found])
+    return [folder / path for path in found]
 
 
 def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
     """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
     from huggingface_hub import list_repo_files  # here, as in support/checkpoint.py
 
-    problem, patterns = None, [pattern + end for pattern in split_patterns(split, configuration) for end in ENDS]
+    folders, problems = (f"{configuration}/",) if configuration else ("", "*/"), []
+    patterns = [f"{folder}{split}{rest}.{kind}*" for folder in folders for rest in ("", "-*", "/*") for kind in KINDS]
     for revision in (None, "refs/convert/parquet"):
         try:
             folder = find_folder(name, patterns, revision, repo_type="dataset")
+            return choose_files(name, folder, split, configuration, Account())
         except UserError as reason:  # offline, either of the two may be what the cache holds
-            problem = problem or reason
-            continue
-        paths = files_below(folder)
-        if found := choose_files(name, paths, split, configuration):
-            return [folder / path for path in found]
-        if not problem:
-            with contextlib.suppress(Exception):  # whatever it is: this is only to help with another error
-                paths = filter(kind_of, list_repo_files(name, repo_type="dataset"))
-            problem = no_split(name, split, configuration, paths)
-    raise problem
-
-
-def names_in(path: Path, key: str) -> list[str]:
-    """The names of files or folders beside `path`, which save_to_disk wrote, that it lists: texts, or "filename"s."""
-    held = read_json(path).get(key)
-    names = [one.get("filename") if isinstance(one, dict) else one for one in held] if isinstance(held, list) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{path} names no {key} of its own folder")
-    return names
-
-
-def folder_files(folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
-    """The files of rows in a local folder: what save_to_disk wrote, a data set as on the hub, or files beside another.
-
-    The split is train unless one is asked for, or all files where no name says that. Others are passed over.
-    """
-    name, wanted = str(folder), split or "train"
-    if saved := (folder / "dataset_dict.json").exists():
-        splits = names_in(folder / "dataset_dict.json", "splits")
-        if wanted not in splits:
-            raise UserError(f"{name} has no split {wanted}; it has {', '.join(f'{name}:{split}' for split in splits)}")
-        folder = folder / wanted
-    if saved or (folder / "state.json").exists():
-        return [folder / file for file in names_in(folder / "state.json", "_data_files")]
-    paths = files_below(folder)
-    beside = [path for path in paths if "/" not in path]
-    found = choose_files(name, paths, wanted, configuration) or of_one_kind([] if split else beside)
-    if not found:
-        raise no_split(name, wanted, configuration, paths)
-    account.pass_over("files", [str(folder / path) for path in beside if path not in found])
-    return [folder / path for path in found]
+            problems.append(reason)
+    with contextlib.suppress(Exception):  # whatever it is: the list is only a help beside the error
+        files = {re.sub(r"-\d+-of-\d+", "-*", path) for path in list_repo_files(name, repo_type="dataset")}
+        problems[0] = UserError(f"{problems[0]}; its files: {', '.join(sorted(filter(kind_of, files)))}")
+    raise problems[0]
 
 
 def source_names(sources: str) -> list[str]:
@@ -294,36 +222,36 @@ def source_names(sources: str) -> list[str]:
 
 
 def find_files(source: str, account: Account) -> list[Path]:
-    """The files that hold a source's rows; UserError that says what to write where it is not one split of one set."""
-    if "://" in source and not os.path.exists(source):
-        raise UserError(f"{source}: no addresses; name a file, a folder or a data set of the hub (OWNER/NAME)")
-    if visible(source) != source or (len(source) > 300 and not os.path.exists(source)):
-        raise UserError(f"{visible(source)[:80]}: its name is not UTF-8, or too long for any file or data set")
+    """The files that hold a source's rows. Raises UserError where it is not one split of one data set."""
     name, *rest = [source] if os.path.exists(source) else source.split(":")
     path, split, configuration = Path(name), rest[-1] if rest else None, rest[0] if len(rest) > 1 else None
-    if len(rest) > 2 or not all([name, *rest]):
-        raise UserError(f"{source}: a data set is named NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT")
-    if os.path.isdir(name):  # not Path's: it raises where a name is too long
-        return folder_files(path, split, configuration, account)
-    if os.path.isfile(name) and not kind_of(path):
-        raise UserError(f"{source} is no .{', .'.join(KINDS)} file, as it is or packed ({', '.join(OPENERS)})")
-    if kind_of(path):
-        check(not rest, f"{source}: {name} is one file, it has no split {split}")
-        with told(f"{name} cannot be read"):
+    form = "a file, a folder, or a data set of the hub, NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT"
+    check(len(rest) < 3 and all([name, *rest]) and "://" not in source, f"{source} is no source: name {form}")
+    with told(f"{source:.80} cannot be read"):
+        if path.is_dir():
+            return choose_files(name, path, split, configuration, account)
+        if kind_of(path):
+            check(not rest, f"{source}: {name} is one file, it has no split {split}")
             return [readable(path, sys.maxsize)]
-    if name.count("/") == 2 and not name.startswith(("/", ".")):
-        of, part = name.rsplit("/", 1)
-        raise UserError(f"{name} is no file; a configuration of {of} is {of}:{part}:train")
-    return hub_files(name, split or "train", configuration)
+        check(not path.exists(), f"{source} is no .{', .'.join(KINDS)} file, plain or packed (.gz, .bz2, .xz)")
+        return hub_files(name, split or "train", configuration)
 
 
 def load_rows(source: str, limit: int | None = None, account: Account | None = None) -> list[dict]:
     """The first `limit` rows (default: all) of a source, of its split train where none is named."""
     account = account or Account()
     rows = (row for path in find_files(source, account) for row in read_file(path, account))
-    if not (rows := list(itertools.islice(rows, limit))):
-        raise UserError(f"{source} has no rows" + " that can be used" * bool(account.skipped))
+    rows = list(itertools.islice(rows, limit))
+    check(rows, f"{source} has no rows" + " that can be used" * bool(account.skipped))
     return rows
+
+
+def rating(row, field: str) -> float | None:
+    """The number in column `field` of a row, also where it is spelled as text (.csv); None if there is none."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError, KeyError):
+        number = float(row[field])
+        return None if isinstance(row[field], bool) or math.isnan(number) else number
+    return None
 
 
 def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Account) -> dict[str, list[dict]]:
@@ -331,17 +259,15 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
 
     Raises UserError with source and row where a row has no number there, or where there are fewer rows.
     """
-    ratings = {}  # of each row that has one, by its source and number
+    ratings = {}  # by source and number of the row
     for source in rows:
         for number, row in enumerate(rows[source], 1):
-            rating = row.get(field) if isinstance(row, dict) else None
-            with contextlib.suppress(ValueError, TypeError, OverflowError):  # .csv has text only
-                if not (isinstance(rating, bool) or math.isnan(value := float(rating))):
-                    ratings[source, number] = value
-            if (source, number) not in ratings:
-                account.refuse(f"{source}, row {number}", f"column {field} holds {rating!r:.60}, not a rating")
-    check(len(ratings) >= top, f"{', '.join(rows)}: {len(ratings)} rated rows, {top} are to be taken")
-    best = set(sorted(ratings, key=ratings.get, reverse=True)[:top])
+            ratings[source, number] = rating(row, field)
+            if ratings[source, number] is None:
+                account.refuse(f"{source}, row {number}", f"column {field} holds no rating, which is a number")
+    rated = [place for place in ratings if ratings[place] is not None]
+    check(len(rated) >= top, f"{', '.join(rows)}: {len(rated)} rated rows, {top} are to be taken")
+    best = set(sorted(rated, key=ratings.get, reverse=True)[:top])
     return {name: [row for i, row in enumerate(found, 1) if (name, i) in best] for name, found in rows.items()}
 
 

@@ -1,37 +1,34 @@
-"""How a script starts and ends: from this, its first import, on Ctrl-C leaves no traceback, and no stream fails."""
+"""How a script ends: a mistake has one line, Ctrl-C no traceback, a closed pipe no word."""
 
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+
+from torch import distributed
+
+from support import command, files, machine, ranks, runs
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
 
-started = Path(getattr(sys.modules["__main__"], "__file__", None) or "/")
-# Not for a program of somebody else that imports ours, nor where Ctrl-C is ignored, as behind nohup
-ours = started.is_file() and b"run_script(main)" in started.read_bytes()
-if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items() if ours else ():
-    # A missing stream is the null device, before another file gets its number; what one cannot write is spelled, \xe9
-    stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
-    stream.reconfigure(encoding="utf-8" if mode == "r" else None, errors="backslashreplace")
-    setattr(sys, name, stream)
+
+def open_streams():
+    """Make a missing stream the null device. What a stream cannot write is spelled out, such as \\xe9."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):  # no test's stand-in
+            stream.reconfigure(encoding="utf-8" if mode == "r" else None, errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main; a mistake of the user's ends it with status 2 and one line, after a traceback with --debug.
+    """Run a script's main. A UserError ends it with status 2 and one line; with --debug, its traceback comes first.
 
-    Any other error is one of ours, and has a traceback. Where the reader has gone (`| head`) it ends without a word.
+    Any other error is a fault of ours and keeps its traceback. Where the reader has gone (`| head`) nothing is said.
     """
-    from torch import distributed  # here, since what is above is to run before torch is imported
-
-    from support import command, files, machine, ranks, runs
-
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_streams()
     machine.reuse_memory()
     status = 0
     try:
@@ -57,5 +54,4 @@ def run_script(main: Callable[[], None]):
         status = 128 + number
     if distributed.is_initialized():  # not after an error: the others may never come to the same place
         distributed.destroy_process_group()
-    if status:
-        sys.exit(status)
+    sys.exit(status)

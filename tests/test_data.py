@@ -89,7 +89,7 @@ def test_openassistant_paths_that_end_unanswered():
 
 def test_openassistants_root_that_is_deleted_gives_nothing_and_a_reply_is_checked_as_a_row_is():
     assert conversations([{"prompt": TREE | {"deleted": True}}]) == []
-    with pytest.raises(UserError, match="a message has weight, which is not implemented"):
+    with pytest.raises(UserError, match="key weight of a message changes what is trained on"):
         conversations([{"prompt": node("q", "prompter", node("a", "assistant") | {"weight": 0})}])
 
 
@@ -143,13 +143,13 @@ def slow_paths(node):
 
 
 def test_openassistants_paths_are_those_of_the_definition_in_random_trees():
-    rng = random.Random(0)
+    rng, names = random.Random(0), itertools.count()
 
     def grow(depth, role):
         other = {"prompter": "assistant", "assistant": "prompter"}[role]
         replies = [grow(depth - 1, other) for _ in range(rng.randrange(4) if depth else 0)]
         gone = rng.random() < 0.2
-        return node(rng.choice("abc"), role, *replies, rank=rng.choice([None, 0, 1, 2]), deleted=gone)
+        return node(str(next(names)), role, *replies, rank=rng.choice([None, 0, 1, 2]), deleted=gone)
 
     for _ in range(200):
         tree = grow(6, "prompter") | {"deleted": False}

@@ -142,12 +142,12 @@ REFUSED = {
     "column weight beside instruction/output": ALPACA | {"weight": 0.1},
     "column loss_mask beside messages": {"messages": [QUESTION, ANSWER], "loss_mask": [0, 1]},
     "column documents beside messages": {"messages": [QUESTION, ANSWER], "documents": [{"text": "D"}]},
-    "column label says which answers are wanted": {"prompt": "Q", "completion": "A", "label": True},
+    "column label beside prompt.completion says which answers": {"prompt": "Q", "completion": "A", "label": True},
     "history is no list of": ALPACA | {"history": "earlier"},
-    "a message has function_call": {"messages": [QUESTION, assistant("", function_call={"name": "f"})]},
-    "a message has reasoning_content": {"messages": [QUESTION, assistant("A", reasoning_content="hm")]},
-    "a message has images": {"messages": [user("Q", images=["a.png"]), ANSWER]},
-    "a message has train_detail": {"conversations": [gpt("A", train_detail=[{"begin_offset": 0}])]},
+    "key function_call of a message": {"messages": [QUESTION, assistant("", function_call={"name": "f"})]},
+    "key reasoning_content of a message": {"messages": [QUESTION, assistant("A", reasoning_content="hm")]},
+    "key images of a message": {"messages": [user("Q", images=["a.png"]), ANSWER]},
+    "key train_detail of a message": {"conversations": [gpt("A", train_detail=[{"begin_offset": 0}])]},
     "a message has weight 2": {"messages": [QUESTION, assistant("A", weight=2)]},
     "a message has train 'no'": {"messages": [QUESTION, assistant("A", train="no")]},
     "the user's content has a part of type input_audio": {"messages": [user([{"type": "input_audio"}]), ANSWER]},
@@ -155,12 +155,12 @@ REFUSED = {
     "a message has weight \\[1, 0\\]": {"messages": [QUESTION, assistant("A", weight=[1, 0])]},
     "a message has loss_scale 0.5": {"messages": [QUESTION, assistant("A", loss_scale=0.5)]},
     "a message has loss 1, trainable 0, which disagree": {"messages": [QUESTION, assistant("A", loss=1, trainable=0)]},
-    "a message has mask": {"messages": [QUESTION, assistant("A", mask=False)]},
-    "a message has ignore_loss": {"messages": [QUESTION, assistant("A", ignore_loss=True)]},
-    "a message has isTrained": {"messages": [QUESTION, assistant("A", isTrained=False)]},
-    "a message has unsupervised": {"messages": [QUESTION, assistant("A", unsupervised="1")]},
-    "a message has label": {"messages": [QUESTION, assistant("A", label=False)]},
-    "a part of the assistant's content has loss_weight": {
+    "key mask of a message": {"messages": [QUESTION, assistant("A", mask=False)]},
+    "key ignore_loss of a message": {"messages": [QUESTION, assistant("A", ignore_loss=True)]},
+    "key isTrained of a message": {"messages": [QUESTION, assistant("A", isTrained=False)]},
+    "key unsupervised of a message": {"messages": [QUESTION, assistant("A", unsupervised="1")]},
+    "key label of a message says which": {"messages": [QUESTION, assistant("A", label=False)]},
+    "key loss_weight of a part of the assistant's content": {
         "messages": [QUESTION, assistant([{"type": "text", "text": "A", "loss_weight": 0.0}])]
     },
     "column trainable beside instruction/output": ALPACA | {"trainable": 0},
@@ -172,7 +172,7 @@ REFUSED = {
     "the system's content is bool": ALPACA | {"system": False},
     "history is no list of .* but int": ALPACA | {"history": 0},
     "messages is no list of messages, nor .* but str": {"messages": "[{'role': 'user'}]"},
-    "nor JSON or lists of one length .* but dict": {"messages": {"role": ["user"], "content": ["Q", "A"]}},
+    "nor JSON or lists of one length, but dict": {"messages": {"role": ["user"], "content": ["Q", "A"]}},
     "messages is no list of messages, nor .* but int": {"messages": 5},
     "a message is NoneType": {"messages": [QUESTION, None, ANSWER]},
     "a message is list": {"messages": [["Q", "A"]]},
@@ -196,7 +196,7 @@ def _plain(row):
 @pytest.mark.parametrize("value", [True, 0, 1.0, "False", "TRUE", " 0", "1.0", -1, "no", "undesirable"])
 @pytest.mark.parametrize("name", ["label", "Label", "kto_tag", "KTO-tag"])
 def test_ktos_label_is_preference_data_in_any_spelling(name, value):
-    with pytest.raises(UserError, match=f"column {name} says which answers are wanted"):
+    with pytest.raises(UserError, match=f"column {name} beside instruction.output says which answers are wanted"):
         conversations([ALPACA | {name: value}])
 
 
