@@ -1,5 +1,6 @@
-"""Questions in words and answers as they are written, of a base model and of adapters beside it."""
+"""Questions in words, and the answers of a base model and of adapters beside it, as they are written."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
@@ -11,7 +12,7 @@ LONGEST = 512  # tokens of an answer
 
 
 def answer(model, tokenizer, prompt: list[int], write: Callable[[str], None]) -> str:
-    """What greedy decoding writes after `prompt`; write() is given the pieces of it as they come."""
+    """What greedy decoding writes after the ids `prompt`. write(piece) gets each new piece of it as it comes."""
     longest, said = min(LONGEST, max(1, model.config.max_position_embeddings - len(prompt))), ""
 
     def show(tokens: list[int], ended: bool = False) -> bool:
@@ -27,34 +28,29 @@ def answer(model, tokenizer, prompt: list[int], write: Callable[[str], None]) ->
     return said
 
 
-def questions(text: str) -> Iterator[str | None]:
-    """The one question, or lines of the terminal or of a pipe; None where an empty line ends a conversation."""
-    if text:
-        yield text
-    while not text:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        if not (line := sys.stdin.readline()):
-            return
-        yield line.strip() or None
+def lines() -> Iterator[str]:
+    """The lines that come from the terminal or from a pipe."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "").strip()
 
 
 def converse(model, tokenizer, text: str, who: list[str], become: list[Callable], encode: Callable[[list], list[int]]):
-    """Print everyone's answers to `text`, or to the questions on stdin, of which each sees those before it.
+    """Print everyone's answers to `text`, or to the lines on stdin: one conversation until an empty line.
 
     who, become: each one's name, and what makes `model` that one. encode: messages -> the ids that ask for an answer.
     """
     context, talks = model.config.max_position_embeddings, [[] for _ in who]
-    room = context - min(LONGEST, context // 4)  # the rest is the answer's; older turns than fit are left out
+    room = context - min(LONGEST, context // 4)  # the rest is the answer's
 
     def write(piece: str):
         print(piece.translate(SHOWN), end="", flush=True)
 
-    for question in questions(text):
+    for question in [text] if text else lines():
+        if not question:
+            talks = [[] for _ in who]
+            continue
         for name, change, talk in zip(who, become, talks, strict=True):
-            if question is None:
-                talk.clear()
-                continue
             change()
             talk.append({"role": "user", "content": question})
             while len(prompt := encode(talk)) > room and len(talk) > 1:

@@ -49,16 +49,12 @@ def check_regular(path: Path):
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises UserError naming the file when it is missing or holds anything else."""
-    try:
+    with told(f"{path} cannot be read as JSON"):
+        check(path.exists(), f"{path.parent} has no {path.name}")
         value = json.loads(text := readable(path).read_text(encoding="utf-8"))
         if re.search(r"\\u[dD][89a-fA-F]", text):  # half a surrogate pair is no text that can be shown or written
             json.dumps(value, ensure_ascii=False).encode()
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as reason:
-        raise UserError(f"{path} cannot be read as JSON: {reason}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
+        check(isinstance(value, dict), f"{path} holds no JSON object")
     return value
 
 
@@ -102,7 +98,7 @@ def check_writable(path: Path):
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
     """write(a temporary name), then give the file its name: `path` is whole or not there. Errors as `writing`'s.
 
-    others_write: other processes may write the same file at the same time; the first one stays.
+    others_write: other processes may write the same file at the same time.
     """
     temporary = path.with_name(path.name + (f".{os.uname().nodename}.{os.getpid()}.tmp" if others_write else ".tmp"))
     with writing(path):
@@ -112,8 +108,7 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
             os.umask(umask := os.umask(0))
             temporary.chmod(0o666 & ~umask)  # as any new file; safetensors' own are for their owner alone
             _to_disk(temporary)  # first the content, then the name
-            with contextlib.suppress(FileExistsError):
-                (os.link if others_write else os.replace)(temporary, path)
+            os.replace(temporary, path)
             _to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
@@ -135,7 +130,6 @@ def write_json(path: Path, value):
 
 
 def write_lines(path: Path, values: list[dict]):
-    """Write JSON, a line for each value."""
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 

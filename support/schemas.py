@@ -99,40 +99,33 @@ def listed(value, wrong: str) -> list:
     return value
 
 
-def text_of(role: str, content) -> str:
-    """A message's content: a text, or a list of parts that are all text, which stand one behind the other."""
+def message(role, content) -> Message:
+    """A message by its role, whatever its name there, and its content: a text, or a list of parts that are all text."""
+    role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
+    check(role in ("system", *SPEAKERS), f"role {role!r:.60} is not system, user or assistant")
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         for part in content:
             check(part.get("type") == "text", f"the {role}'s content has a part of type {part.get('type')}, not text")
             about_the_row(part, {"type", "text"}, f"key {{}} of a part of the {role}'s content", *OF_MESSAGES)
-        return "".join(text_of(role, part.get("text")) for part in content)
+        content = "".join(message(role, part.get("text"))["content"] for part in content)
     check(isinstance(content, str), f"the {role}'s content is {type(content).__name__}, not text")
     check(visible(content) == content, f"the {role}'s content holds half of a surrogate pair, which is no character")
-    return content
-
-
-def message(role, content) -> Message:
-    """A message by its role, whatever its name there, and its content."""
-    role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
-    check(role in ("system", *SPEAKERS), f"role {role!r:.60} is not system, user or assistant")
-    return {"role": role, "content": text_of(role, content)}
+    return {"role": role, "content": content}
 
 
 def turn(given: dict, account: Account) -> Message:
     """A message from an object of a list. KEYS name its role and its content, marks say whether it is supervised."""
     check(isinstance(given, dict), f"a message is {type(given).__name__}, not an object with a role and a content")
     keys = first_there(KEYS, given) or KEYS[0]
-    named = [key for key in given if isinstance(MEANING.get(plain(key)), bool)]
-    marks = {key: flag(given[key]) for key in named if not absent(given[key])}
+    marks = {key: MEANING.get(plain(key)) for key, value in given.items() if not absent(value)}
+    marks = {key: flag(given[key]) is meaning for key, meaning in marks.items() if isinstance(meaning, bool)}
     account.pass_over("keys of messages", about_the_row(given, {*keys, *marks}, "key {} of a message", *OF_MESSAGES))
     found = message(*map(given.get, keys))
     said = "a message has " + ", ".join(f"{key} {given[key]!r:.60}" for key in marks)
-    supervised = {mark is MEANING[plain(key)] for key, mark in marks.items()}
-    check(None not in marks.values(), f"{said}: it is supervised or not, 1 or 0")
-    check(len(supervised) <= 1, f"{said}, which disagree")
-    answer = found["role"] == "assistant"
-    check(answer or True not in supervised, f"{said}: only the assistant's messages are supervised")
-    return found | ({"weight": 0} if answer and False in supervised else {})
+    check(None not in map(flag, map(given.get, marks)), f"{said}: it is supervised or not, 1 or 0")
+    check(len(set(marks.values())) <= 1, f"{said}, which disagree")
+    check(found["role"] == "assistant" or True not in marks.values(), f"{said}: only the assistant's are supervised")
+    return found | ({"weight": 0} if found["role"] == "assistant" and False in marks.values() else {})
 
 
 def turns(value, what: str, account: Account, texts: bool = False) -> list[Message]:
@@ -152,7 +145,7 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
     extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema]]
     check(len(extras) <= 1, "both input and context: one of them is the text that follows the instruction")
     for name in extras:
-        question[-1]["content"] += "\n" + text_of("user", row[name])
+        question[-1]["content"] += "\n" + message("user", row[name])["content"]
     wrong = "history is no list of [question, answer]"  # LLaMA-Factory's: earlier turns, supervised as any other
     earlier = [] if absent(row.get("history")) else listed(row["history"], wrong)
     check(all(isinstance(pair, list) and len(pair) == 2 for pair in earlier), wrong)
@@ -164,9 +157,8 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
 def find_schema(row: dict) -> tuple[str, ...]:
     """The columns that tell the row's schema. Raises UserError with its columns if it is of none."""
     check(isinstance(row, dict), f"a {type(row).__name__}, not an object with columns")
-    if isinstance(row.get("prompt"), dict) and row.get("completion") is None:
-        return TREE
-    schema = first_there((NODE, *SCHEMAS), row)
+    tree = isinstance(row.get("prompt"), dict) and row.get("completion") is None
+    schema = TREE if tree else first_there((NODE, *SCHEMAS), row)
     check(schema, f"columns {', '.join(sorted(map(str, row)))} fit no schema ({KNOWN}): rename them to one of these")
     return schema
 
@@ -184,8 +176,8 @@ def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[
         return []
     found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account, True)
     for first in (message("system", row[name]) for name in SYSTEM if not absent(row.get(name))):
-        if found and found[0]["role"] == "system" and found[0] != first:
-            raise UserError("a column for the system message beside a conversation that has another one")
+        other = found and found[0]["role"] == "system" and found[0] != first
+        check(not other, "a column for the system message beside a conversation that has another one")
         found = found if found[:1] == [first] else [first, *found]
     return [found]
 
@@ -225,14 +217,13 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
     for number, row in enumerate(rows, 1):
         try:
             schema = find_schema(row)
-            if schema != (first := first or schema):
-                columns = f"columns {', '.join(sorted(map(str, row)))}, row 1 has {'/'.join(first)}"
-                raise UserError(f"{columns}: a source is to hold one schema ({KNOWN})")
+            first = first or schema
+            check(schema == first, f"{'/'.join(schema)}, row 1 has {'/'.join(first)}: a source is to hold one schema")
             found += read_row(row, schema, account)
             if schema == NODE:
                 name, parent = row["message_id"], row["parent_id"]
-                if absent(name) or name in numbers:
-                    raise UserError(f"message_id {name!r:.60} is empty, or another row's as well")
+                new = not absent(name) and name not in numbers
+                check(new, f"message_id {name!r:.60} is empty, or another row's as well")
                 replies[None if absent(parent) else parent].append(row | {"replies": replies[name]})
                 numbers[name] = number
         except (AttributeError, TypeError, KeyError, ValueError) as reason:

@@ -27,6 +27,10 @@ OPENERS = {None: open, "gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # by 
 ENDING = re.compile(rf"\.({'|'.join(KINDS)})(?:\.(gz|bz2|xz))?$", re.IGNORECASE)
 # No files of rows: hidden ones, editors' copies (~x), what a system (__x/) or a library keeps for itself
 HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/|(config|dataset_infos?|dataset_dict|state)\.json$)")
+BATCHES = {
+    "parquet": lambda path: pyarrow.parquet.ParquetFile(path).iter_batches(),
+    "arrow": lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))),  # as the library datasets saves
+}
 WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
 csv.field_size_limit(2**31 - 1)
 
@@ -100,7 +104,7 @@ def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
     kind, account = kind_of(path), account or Account()
     with told(f"{path} cannot be read"):  # also where a date is none that Python has
         readable(path, sys.maxsize)
-        if kind in ("parquet", "arrow"):
+        if kind in BATCHES:
             for batch in BATCHES[kind](path):
                 batch.validate(full=True)
                 yield from batch.to_pylist()
@@ -110,16 +114,9 @@ def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
                 yield from read(file, path, account)
 
 
-BATCHES = {
-    "parquet": lambda path: pyarrow.parquet.ParquetFile(path).iter_batches(),
-    "arrow": lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))),  # as the library datasets saves
-}
-
-
 def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
     """Rows of comma-separated text, whose first row names the columns."""
     reader = csv.DictReader(file, strict=True)
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for row in reader:
         if None in row or None in row.values():
             reason = f"not {len(reader.fieldnames)} columns, as the first row names them"
@@ -174,8 +171,7 @@ def choose_files(name: str, folder: Path, split: str | None, configuration: str 
     says = re.compile(rf"(?:(.*)/)?{re.escape(split or 'train')}(?:[-/].*)?")
     found = {path: match[1] for path in paths if (match := says.fullmatch(ENDING.sub("", path)))}
     found = {path: part for path, part in found.items() if configuration in (None, part)}
-    if not found and not split:
-        found = {path: None for path in paths if "/" not in path}
+    found = found or dict.fromkeys(path for path in paths if not split and "/" not in path)
     of = f" of configuration {configuration}" if configuration else ""
     check(found, f"{name} has no {', '.join(KINDS)} file of a split named {split or 'train'}{of}")
     kind = min(map(kind_of, found), key=KINDS.index)
@@ -211,14 +207,10 @@ def hub_files(name: str, split: str = "train", configuration: str | None = None)
 
 
 def source_names(sources: str) -> list[str]:
-    """Comma-separated sources; where a name with a comma in it exists, it is one name."""
-    found, rest = [], sources.split(",")
-    while rest:
-        size = next((n for n in range(len(rest), 1, -1) if os.path.exists(",".join(rest[:n]).strip())), 1)
-        found.append(",".join(rest[:size]).strip())
-        rest = rest[size:]
-    check(any(found), f"--data names no source: {sources!r}")
-    return [name for name in found if name]
+    """The sources in a comma-separated list."""
+    found = [name.strip() for name in sources.split(",") if name.strip()]
+    check(found, f"--data names no source: {sources!r}")
+    return found
 
 
 def find_files(source: str, account: Account) -> list[Path]:
@@ -259,13 +251,10 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
 
     Raises UserError with source and row where a row has no number there, or where there are fewer rows.
     """
-    ratings = {}  # by source and number of the row
-    for source in rows:
-        for number, row in enumerate(rows[source], 1):
-            ratings[source, number] = rating(row, field)
-            if ratings[source, number] is None:
-                account.refuse(f"{source}, row {number}", f"column {field} holds no rating, which is a number")
+    ratings = {(name, i): rating(row, field) for name, found in rows.items() for i, row in enumerate(found, 1)}
     rated = [place for place in ratings if ratings[place] is not None]
+    for source, number in [place for place in ratings if ratings[place] is None]:
+        account.refuse(f"{source}, row {number}", f"column {field} holds no rating, which is a number")
     check(len(rated) >= top, f"{', '.join(rows)}: {len(rated)} rated rows, {top} are to be taken")
     best = set(sorted(rated, key=ratings.get, reverse=True)[:top])
     return {name: [row for i, row in enumerate(found, 1) if (name, i) in best] for name, found in rows.items()}
@@ -273,5 +262,5 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
 
 def add_flags(parser, group: str = "model and data"):
     """What is done about rows that cannot be used."""
-    add = parser.group(group)
-    add("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and say how many and why")
+    say = "leave out rows that cannot be used, and say how many and why"
+    parser.group(group)("--skip-bad-rows", action="store_true", help=say)

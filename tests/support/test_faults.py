@@ -357,7 +357,7 @@ DATA = [
     ("unknown schema", rows({"question": "Q", "answer": "A"}),
         "row 1: columns answer, question fit no schema (messages; conversations; prompt/completion; instruction/out"),
     ("mixed schemas", rows(EXCHANGE, {"instruction": "Q", "output": "A"}),
-        "row 2: columns instruction, output, row 1 has prompt/completion: a source is to hold one schema (messages;"),
+        "row 2: instruction/output, row 1 has prompt/completion: a source is to hold one schema"),
     ("half of the rows of no schema", rows(EXCHANGE, {"prompt": "Q"}), "row 2: columns prompt fit no schema (messages"),
     ("messages are no list", rows({"messages": "Q"}), "row 1: messages is no list of messages, nor JSON or lists of"),
     ("messages of two forms", rows({"messages": ["Q", {}]}), "row 1: a message is str, not an object with a role"),
