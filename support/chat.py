@@ -53,11 +53,10 @@ def converse(model, tokenizer, text: str, who: list[str], become: list[Callable]
         for name, change, talk in zip(who, become, talks, strict=True):
             change()
             talk.append({"role": "user", "content": question})
+            if len(encode(talk)) > room:
+                note(f"the model reads {context} tokens: a conversation of more than {room} loses its beginning")
             while len(prompt := encode(talk)) > room and len(talk) > 1:
-                note(f"a conversation of more than {room} tokens loses its oldest turns: the model reads {context}")
-                del talk[:2]
-            if len(prompt) > room:
-                note(f"a question of {len(prompt)} tokens loses its beginning: the model reads {context}")
+                del talk[:2]  # the oldest question and answer
             write(f"{name}: " if len(who) > 1 else "")
             talk.append({"role": "assistant", "content": answer(model, tokenizer, prompt[-room:], write)})
             print(flush=True)

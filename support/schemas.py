@@ -6,7 +6,6 @@ about the row (id, source, score, ...) and is passed over. The run's first lines
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import re
@@ -20,7 +19,7 @@ Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, and
 SPEAKERS = ("user", "assistant")  # in the order in which they speak
 ROLES = {"human": "user", "prompter": "user", "developer": "system"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model"), "assistant")
-KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))  # a message's role and text
+KEYS = ("role", "from", "content", "value")  # of a message: its role and its content
 SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a system message
 # Columns that tell a schema, and those that it reads besides: one is a list of messages, two a question and an answer
 SCHEMAS = {
@@ -31,8 +30,8 @@ SCHEMAS = {
     ("instruction", "response"): (*SYSTEM, "history", "input", "context"),  # Dolly
 }
 KNOWN = "; ".join("/".join(columns) for columns in SCHEMAS) + "; OpenAssistant's trees"
-TREE, NODE = ("prompt",), ("message_id", "parent_id", "text", "role")  # OpenAssistant, a tree or a message a row
-TREE_READS = {*NODE, "prompt", "replies", "rank", "deleted"}
+TREE, NODE = ("prompt",), ("message_id", "text", "role")  # OpenAssistant, a tree or a message a row
+TREE_READS = {*NODE, "parent_id", "prompt", "replies", "rank", "deleted"}
 # What a column, or a key of a message, means by its name. True, False: a mark, and its value that says "supervised"
 MEANING = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 OF_MESSAGES = ("changes", "changes a message")
@@ -82,20 +81,11 @@ def about_the_row(given: dict, reads: set[str], place: str, *changes: str) -> li
     return found
 
 
-def first_there(options, given: dict) -> tuple[str, ...] | None:
-    """The first of several tuples of keys that are all filled, or else all there."""
-    filled = {key for key, value in given.items() if value is not None}
-    return next((keys for there in (filled, given.keys()) for keys in options if there >= set(keys)), None)
-
-
 def listed(value, wrong: str) -> list:
-    """A list, as it is, as a text of JSON, or as an object of lists, one for each key. Else UserError(wrong)."""
+    """A list, as it is or as a text of JSON. Raises UserError(wrong) for any other value."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(value) if isinstance(value, str) else value
-        columns = {key: held for key, held in value.items() if held is not None} if isinstance(value, dict) else {}
-        if columns and all(isinstance(column, list) for column in columns.values()):
-            value = [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
-    check(isinstance(value, list), f"{wrong}, nor JSON or lists of one length, but {type(value).__name__}")
+    check(isinstance(value, list), f"{wrong}, nor JSON that makes one, but {type(value).__name__}")
     return value
 
 
@@ -114,13 +104,14 @@ def message(role, content) -> Message:
 
 
 def turn(given: dict, account: Account) -> Message:
-    """A message from an object of a list. KEYS name its role and its content, marks say whether it is supervised."""
+    """A message from an object of a list, as OpenAI's or ShareGPT's; marks say whether it is supervised."""
     check(isinstance(given, dict), f"a message is {type(given).__name__}, not an object with a role and a content")
-    keys = first_there(KEYS, given) or KEYS[0]
+    role = given.get("from") if given.get("role") is None else given["role"]
+    content = given.get("value") if given.get("content") is None else given["content"]
     marks = {key: MEANING.get(plain(key)) for key, value in given.items() if not absent(value)}
     marks = {key: flag(given[key]) is meaning for key, meaning in marks.items() if isinstance(meaning, bool)}
-    account.pass_over("keys of messages", about_the_row(given, {*keys, *marks}, "key {} of a message", *OF_MESSAGES))
-    found = message(*map(given.get, keys))
+    account.pass_over("keys of messages", about_the_row(given, {*KEYS, *marks}, "key {} of a message", *OF_MESSAGES))
+    found = message(role, content)
     said = "a message has " + ", ".join(f"{key} {given[key]!r:.60}" for key in marks)
     check(None not in map(flag, map(given.get, marks)), f"{said}: it is supervised or not, 1 or 0")
     check(len(set(marks.values())) <= 1, f"{said}, which disagree")
@@ -128,18 +119,15 @@ def turn(given: dict, account: Account) -> Message:
     return found | ({"weight": 0} if found["role"] == "assistant" and False in marks.values() else {})
 
 
-def turns(value, what: str, account: Account, texts: bool = False) -> list[Message]:
-    """The messages of a list of objects or, with `texts`, of texts that user and assistant say in turn (LIMA)."""
-    found = listed(value, f"{what} is no list of messages")
-    if texts and all(isinstance(text, str) for text in found):
-        return [message(role, text) for role, text in zip(itertools.cycle(SPEAKERS), found, strict=False)]
-    return [turn(given, account) for given in found]
+def turns(value, what: str, account: Account) -> list[Message]:
+    """The messages of a list of objects."""
+    return [turn(given, account) for given in listed(value, f"{what} is no list of messages")]
 
 
 def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Message]:
     """A question and its answer, each a text or messages; Alpaca's input or Dolly's context is a line of its own."""
     question, answer = (
-        turns(row[name], name, account) if isinstance(row[name], list | dict) else [message(role, row[name])]
+        turns(row[name], name, account) if isinstance(row[name], list) else [message(role, row[name])]
         for name, role in zip(schema, SPEAKERS, strict=True)
     )
     extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema]]
@@ -154,15 +142,6 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
     return said + [given | {"weight": 0} if given["role"] == "assistant" else given for given in question] + answer
 
 
-def find_schema(row: dict) -> tuple[str, ...]:
-    """The columns that tell the row's schema. Raises UserError with its columns if it is of none."""
-    check(isinstance(row, dict), f"a {type(row).__name__}, not an object with columns")
-    tree = isinstance(row.get("prompt"), dict) and row.get("completion") is None
-    schema = TREE if tree else first_there((NODE, *SCHEMAS), row)
-    check(schema, f"columns {', '.join(sorted(map(str, row)))} fit no schema ({KNOWN}): rename them to one of these")
-    return schema
-
-
 def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[Message]]:
     """The conversations of a row: one, or of an OpenAssistant tree each of its paths."""
     row = row | row["prompt"] if schema == TREE else row
@@ -174,7 +153,7 @@ def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[
     if schema == NODE:  # checked here, and read once its tree is whole
         tree_conversations({**row, "role": "user", "replies": [row | {"replies": []}]})
         return []
-    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account, True)
+    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account)
     for first in (message("system", row[name]) for name in SYSTEM if not absent(row.get(name))):
         other = found and found[0]["role"] == "system" and found[0] != first
         check(not other, "a column for the system message beside a conversation that has another one")
@@ -212,23 +191,30 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
     Raises UserError with source, row (from 1) and columns where one fits no schema of SCHEMAS or OpenAssistant's, or
     another than those before it; an account that skips bad rows counts them instead.
     """
-    account, found, first, schema = account or Account(), [], None, ()
+    account, found, first = account or Account(), [], None
     numbers, replies = {}, defaultdict(list)  # of OpenAssistant's messages by their ids; the roots reply to None
     for number, row in enumerate(rows, 1):
         try:
-            schema = find_schema(row)
+            check(isinstance(row, dict), f"a {type(row).__name__}, not an object with columns")
+            filled = {name for name, value in row.items() if value is not None}
+            columns = ", ".join(sorted(map(str, filled)))
+            tree = isinstance(row.get("prompt"), dict) and "completion" not in filled
+            schema = TREE if tree else next((names for names in (NODE, *SCHEMAS) if filled >= set(names)), None)
+            check(schema, f"columns {columns} fit no schema ({KNOWN}): rename them to one of these")
             first = first or schema
-            check(schema == first, f"{'/'.join(schema)}, row 1 has {'/'.join(first)}: a source is to hold one schema")
+            check(schema == first, f"columns {columns}, row 1 has {'/'.join(first)}: a source is to hold one schema")
             found += read_row(row, schema, account)
             if schema == NODE:
-                name, parent = row["message_id"], row["parent_id"]
+                name, parent = row["message_id"], row.get("parent_id")
                 new = not absent(name) and name not in numbers
                 check(new, f"message_id {name!r:.60} is empty, or another row's as well")
                 replies[None if absent(parent) else parent].append(row | {"replies": replies[name]})
                 numbers[name] = number
+        except UserError as reason:
+            account.refuse(f"{source}, row {number}", str(reason))
         except (AttributeError, TypeError, KeyError, ValueError) as reason:
-            what = f"{'/'.join(schema)} does not hold what this schema has there ({type(reason).__name__}: {reason})"
-            account.refuse(f"{source}, row {number}", str(reason) if isinstance(reason, UserError) else what)
+            what = f"{'/'.join(schema)} does not hold what this schema has there"
+            account.refuse(f"{source}, row {number}", f"{what} ({type(reason).__name__}: {reason})")
     reached = [*replies[None]]
     for node in reached:
         reached += node["replies"]

@@ -190,8 +190,6 @@ def choose_files(name: str, folder: Path, split: str | None, configuration: str 
 
 def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
     """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
-    from huggingface_hub import list_repo_files  # here, as in support/checkpoint.py
-
     folders, problems = (f"{configuration}/",) if configuration else ("", "*/"), []
     patterns = [f"{folder}{split}{rest}.{kind}*" for folder in folders for rest in ("", "-*", "/*") for kind in KINDS]
     for revision in (None, "refs/convert/parquet"):
@@ -200,10 +198,7 @@ def hub_files(name: str, split: str = "train", configuration: str | None = None)
             return choose_files(name, folder, split, configuration, Account())
         except UserError as reason:  # offline, either of the two may be what the cache holds
             problems.append(reason)
-    with contextlib.suppress(Exception):  # whatever it is: the list is only a help beside the error
-        files = {re.sub(r"-\d+-of-\d+", "-*", path) for path in list_repo_files(name, repo_type="dataset")}
-        problems[0] = UserError(f"{problems[0]}; its files: {', '.join(sorted(filter(kind_of, files)))}")
-    raise problems[0]
+    raise UserError(f"{problems[0]}; huggingface.co/datasets/{name} lists its files")
 
 
 def source_names(sources: str) -> list[str]:

@@ -14,21 +14,17 @@ from support import command, files, machine, ranks, runs
 CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
-def open_streams():
-    """Make a missing stream the null device. What a stream cannot write is spelled out, such as \\xe9."""
-    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
-        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper):  # no test's stand-in
-            stream.reconfigure(encoding="utf-8" if mode == "r" else None, errors="backslashreplace")
-        setattr(sys, name, stream)
-
-
 def run_script(main: Callable[[], None]):
     """Run a script's main. A UserError ends it with status 2 and one line; with --debug, its traceback comes first.
 
     Any other error is a fault of ours and keeps its traceback. Where the reader has gone (`| head`) nothing is said.
     """
-    open_streams()
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        # A missing stream is the null device. A character that a stream cannot write becomes its escape, \xe9
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):  # no test's stand-in
+            stream.reconfigure(encoding="utf-8" if mode == "r" else None, errors="backslashreplace")
+        setattr(sys, name, stream)
     machine.reuse_memory()
     status = 0
     try:

@@ -119,7 +119,7 @@ def test_openassistants_roots_and_flags_as_a_table_has_them(root):
         ([oasst("X", "y"), oasst("y", "X")], 3, "leads to no root"),
         ([oasst("X", "X")], 3, "leads to no root"),
         ([oasst("b", "Q")], 3, "message_id 'b' is empty, or another row's"),
-        ([oasst("x", "Q") | {"message_id": None}], 3, "message_id None is empty"),
+        ([oasst("x", "Q") | {"message_id": None}], 3, "columns parent_id, role, text fit no schema"),
         ([oasst("x", "Q", weight=0)], 3, "column weight beside message_id"),
         ([oasst("x", "Q", rank="best")], 3, "could not convert string to float: 'best'"),
         ([{"message_id": "x"}], 3, "columns message_id fit no schema"),
@@ -177,7 +177,7 @@ WRONG_ROWS = {
     "row 1: the assistant's content is NoneType": {"messages": [user("Q"), assistant(None)]},
     "row 1: a str, not an object": "text",
     "row 1: the user's content is list, not text": {"instruction": "Q", "input": ["a"], "output": "A"},
-    "row 1: the user's content is NoneType, not text": {"instruction": None, "input": "I", "output": "A"},
+    "row 1: columns input, output fit no schema": {"instruction": None, "input": "I", "output": "A"},
     "row 1: the assistant's content holds half of a surrogate pair": {"prompt": "Q", "completion": "bad \ud83d end"},
 }
 

@@ -47,20 +47,21 @@ def test_a_reader_that_goes_away_ends_a_script_without_a_word(script, rows, tmp_
 
 STREAMS = r"""
 import os, sys
-from support.start import open_streams
-open_streams()
-file = open("file", "w")
-print(repr(sys.stdin.readline()))
-print("caf\u00e9 \udcff", flush=True)
-print("caf\u00e9", file=sys.stderr)
-for number in (1, 2):  # as a library that is no Python may
-    os.write(number, b"raw")
-file.write("kept")
+from support.start import run_script
+def main():
+    file = open("file", "w")
+    print(repr(sys.stdin.readline()))
+    print("caf\u00e9 \udcff", flush=True)
+    print("caf\u00e9", file=sys.stderr)
+    for number in (1, 2):  # as a library that is no Python may
+        os.write(number, b"raw")
+    file.write("kept")
+run_script(main)
 """
 
 
 def streams(folder, redirect: str, **environment) -> subprocess.CompletedProcess:
-    """A script that opens its streams as ours do, and then uses them all; sh's `redirect` is what they are."""
+    """A script that uses all its streams; sh's `redirect` is what they are."""
     (folder / "script.py").write_text(STREAMS)
     command = f"printf 'caf\\351 caf\\303\\251\\n' | {sys.executable} script.py {redirect}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
