@@ -32,7 +32,7 @@ def lines() -> Iterator[str]:
     """The lines that come from the terminal or from a pipe."""
     with contextlib.suppress(EOFError):
         while True:
-            yield input("> " if sys.stdin.isatty() else "").strip()
+            yield input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
 
 
 def converse(model, tokenizer, text: str, who: list[str], become: list[Callable], encode: Callable[[list], list[int]]):

@@ -126,37 +126,26 @@ def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
 
 
 def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
-    """Rows of JSON: one on each line; or one value, a row or a list of rows, which may stand under a name of WRAPPERS.
+    """Rows of JSON, one on each line. A .json may also be one value: a row, or a list of rows, as it is or in WRAPPERS.
 
-    The content tells which, not the file's name. Of rows on lines only those that are asked for are read.
+    Of rows on lines only those that are asked for are read.
     """
-    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    head = list(itertools.islice(lines, 2))
-    if len(head) == 1 or (head and _parsed(head[0][1])[1]):
-        head += lines
-        value, broken = _parsed("".join(line for _, line in head))
-        if not broken:
-            named = [value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)]
-            value = named[0] if len(named) == 1 else value
-            yield from value if isinstance(value, list) else [value]
-            return
-        if kind_of(path) == "json" and isinstance(broken, json.JSONDecodeError):
-            account.refuse(f"{path}, line {head[: broken.lineno][-1][0]}", f"not JSON ({broken.msg})")
-            return
-    for number, line in itertools.chain(head, lines):
-        row, broken = _parsed(line)
-        if broken:
-            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(broken, 'msg', broken)})")
+    filled = filter(str.strip, file)
+    first, second = next(filled, ""), next(filled, "")
+    file.seek(0)
+    if kind_of(path) == "json" and not (second and re.fullmatch(r"\s*\{.*\}\s*", first)):
+        value = json.load(file)  # its error names the line
+        held = [value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)]
+        value = held[0] if len(held) == 1 else value
+        yield from value if isinstance(value, list) else [value]
+        return
+    for number, line in ((number, line) for number, line in enumerate(file, 1) if line.strip()):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as reason:
+            account.refuse(f"{path}, line {number}", f"not JSON ({getattr(reason, 'msg', reason)})")
         else:
             yield row
-
-
-def _parsed(text: str) -> tuple:
-    """The value of a JSON text and None, or None and the error."""
-    try:
-        return json.loads(text), None
-    except (ValueError, RecursionError) as reason:
-        return None, reason
 
 
 def choose_files(name: str, folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:

@@ -106,7 +106,6 @@ FORMS = {
     "pretty.json": "\n" + json.dumps(ROWS, indent=2),
     "named.json": json.dumps({"version": "1.0", "data": ROWS}, indent=2),
     "named-on-one-line.json": json.dumps({"train": ROWS}),
-    "array.jsonl": json.dumps(ROWS, indent=2),
     "lines.json": LINES,
     "LOUD.JSONL": LINES,
     "rows.ndjson": LINES,
@@ -138,9 +137,13 @@ def test_one_object_is_one_row_and_a_broken_line_is_named_by_its_number(tmp_path
     assert load_rows(str(tmp_path / "one.json")) == ROWS[:1]
     (tmp_path / "first.jsonl").write_text('{"prompt": \n' + LINES)
     (tmp_path / "third.jsonl").write_text("\n" + LINES[: LINES.index("\n") + 1] + "{]\n")
-    (tmp_path / "pretty.json").write_text(json.dumps(ROWS, indent=2)[:-20])
-    for name, line in {"first.jsonl": 1, "third.jsonl": 3, "pretty.json": 20}.items():
-        with pytest.raises(UserError, match=f"{name}, line {line}: not JSON"):
+    (tmp_path / "pretty.json").write_text("\n\n" + json.dumps(ROWS, indent=2)[:-20])
+    for name, line in {
+        "first.jsonl": ", line 1: not JSON",
+        "third.jsonl": ", line 3: not",
+        "pretty.json": ".* line 22 ",
+    }.items():
+        with pytest.raises(UserError, match=f"{name}{line}"):
             load_rows(str(tmp_path / name))
     (tmp_path / "two.json").write_text('{"data": [],\n"train": []}')
     assert load_rows(str(tmp_path / "two.json")) == [{"data": [], "train": []}]  # which fits no schema
