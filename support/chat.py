@@ -1,8 +1,7 @@
 """Questions in words, and the answers of a base model and of adapters beside it, as they are written."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from support.command import SHOWN
 from support.decoding import generate, generation_settings
@@ -28,13 +27,6 @@ def answer(model, tokenizer, prompt: list[int], write: Callable[[str], None]) ->
     return said
 
 
-def lines() -> Iterator[str]:
-    """The lines that come from the terminal or from a pipe."""
-    with contextlib.suppress(EOFError):
-        while True:
-            yield input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
-
-
 def converse(model, tokenizer, text: str, who: list[str], become: list[Callable], encode: Callable[[list], list[int]]):
     """Print everyone's answers to `text`, or to the lines on stdin: one conversation until an empty line.
 
@@ -46,7 +38,9 @@ def converse(model, tokenizer, text: str, who: list[str], become: list[Callable]
     def write(piece: str):
         print(piece.translate(SHOWN), end="", flush=True)
 
-    for question in [text] if text else lines():
+    if not text and sys.stdin.isatty():
+        note("ask on one line; an empty line begins a new conversation; Ctrl-D ends")
+    for question in map(str.strip, [text] if text else sys.stdin):
         if not question:
             talks = [[] for _ in who]
             continue
@@ -64,6 +58,5 @@ def converse(model, tokenizer, text: str, who: list[str], become: list[Callable]
 
 def add_flags(parser):
     """A question instead of tasks."""
-    say = "no tasks: ask this in the run's template, and print what the base and each adapter answer; without a text: "
-    say += "lines of the terminal or a pipe, one conversation until an empty line"
+    say = "ask this instead of tasks; without a text: lines of stdin, each empty line begins a new conversation"
     parser.group("model")("--ask", nargs="?", const="", metavar="TEXT", help=say)

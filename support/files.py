@@ -96,10 +96,7 @@ def check_writable(path: Path):
 
 
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
-    """write(a temporary name), then give the file its name: `path` is whole or not there. Errors as `writing`'s.
-
-    others_write: other processes may write the same file at the same time.
-    """
+    """Write `path` whole or not at all, by write(temporary). others_write: so may other processes at the same time."""
     temporary = path.with_name(path.name + (f".{os.uname().nodename}.{os.getpid()}.tmp" if others_write else ".tmp"))
     with writing(path):
         check_regular(path)

@@ -7,7 +7,6 @@ about the row (id, source, score, ...) and is passed over. The run's first lines
 import contextlib
 import functools
 import json
-import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -34,9 +33,7 @@ TREE, NODE = ("prompt",), ("message_id", "text", "role")  # OpenAssistant, a tre
 TREE_READS = {*NODE, "parent_id", "prompt", "replies", "rank", "deleted"}
 # What a column, or a key of a message, means by its name. True, False: a mark, and its value that says "supervised"
 MEANING = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-OF_MESSAGES = ("changes", "changes a message")
 SOUNDS = re.compile(r"(?<![a-z])(un|non)?(loss(es)?|train|mask|weight|supervis|ignor)")  # how unknown marks are named
-NOTHING = ([], {}, "[]", "{}", "null")  # how what would change something says that it does not apply
 FLAGS = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
 WANTED = {*FLAGS, *"-1 -1.0 yes no y n t f good bad desirable undesirable".split()}  # the values of a label
 
@@ -57,21 +54,17 @@ def flag(value) -> bool | None:
     return FLAGS.get(str(value).strip().lower())
 
 
-def about_the_row(given: dict, reads: set[str], place: str, *changes: str) -> list[str]:
-    """The names outside `reads` that say nothing of the text or the mask. changes: meanings of names that do.
-
-    Raises UserError for the first name that does: one of these, a mark, a label, or what sounds like a mark.
-    """
+def about_the_row(given: dict, reads: set[str], place: str, changes=("changes", "changes a message")) -> list[str]:
+    """The names outside `reads`. UserError for one that changes the text or the mask, as the meanings `changes` do."""
     found, words = [], "changes what is trained on, and is not implemented"
     for key, value in given.items():
-        name = plain(key)
-        meaning = MEANING.get(name)
+        meaning = MEANING.get(name := plain(key))
         if key in reads:
             continue
         if isinstance(meaning, bool):
             wrong = flag(value) is not meaning
         elif meaning in changes:
-            wrong = value not in NOTHING and (value is not False or name == "mask")
+            wrong = value not in ([], {}, "[]", "{}", "null") and (value is not False or name == "mask")
         elif meaning == "label" and str(value).strip().lower() in WANTED:
             wrong, words = True, "says which answers are wanted: that is preference data, not supervised rows"
         else:
@@ -96,7 +89,7 @@ def message(role, content) -> Message:
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         for part in content:
             check(part.get("type") == "text", f"the {role}'s content has a part of type {part.get('type')}, not text")
-            about_the_row(part, {"type", "text"}, f"key {{}} of a part of the {role}'s content", *OF_MESSAGES)
+            about_the_row(part, {"type", "text"}, f"key {{}} of a part of the {role}'s content")
         content = "".join(message(role, part.get("text"))["content"] for part in content)
     check(isinstance(content, str), f"the {role}'s content is {type(content).__name__}, not text")
     check(visible(content) == content, f"the {role}'s content holds half of a surrogate pair, which is no character")
@@ -110,7 +103,7 @@ def turn(given: dict, account: Account) -> Message:
     content = given.get("value") if given.get("content") is None else given["content"]
     marks = {key: MEANING.get(plain(key)) for key, value in given.items() if not absent(value)}
     marks = {key: flag(given[key]) is meaning for key, meaning in marks.items() if isinstance(meaning, bool)}
-    account.pass_over("keys of messages", about_the_row(given, {*KEYS, *marks}, "key {} of a message", *OF_MESSAGES))
+    account.pass_over("keys of messages", about_the_row(given, {*KEYS, *marks}, "key {} of a message"))
     found = message(role, content)
     said = "a message has " + ", ".join(f"{key} {given[key]!r:.60}" for key in marks)
     check(None not in map(flag, map(given.get, marks)), f"{said}: it is supervised or not, 1 or 0")
@@ -120,7 +113,6 @@ def turn(given: dict, account: Account) -> Message:
 
 
 def turns(value, what: str, account: Account) -> list[Message]:
-    """The messages of a list of objects."""
     return [turn(given, account) for given in listed(value, f"{what} is no list of messages")]
 
 
@@ -147,7 +139,7 @@ def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[
     row = row | row["prompt"] if schema == TREE else row
     changes = ("changes", "changes a prompt") if schema == ("prompt", "completion") else ("changes",)
     reads, place = {*schema, *SCHEMAS.get(schema, TREE_READS)}, f"column {{}} beside {'/'.join(schema)}"
-    account.pass_over("columns", about_the_row(row, reads, place, *changes))
+    account.pass_over("columns", about_the_row(row, reads, place, changes))
     if schema == TREE:
         return tree_conversations(row)
     if schema == NODE:  # checked here, and read once its tree is whole
@@ -168,16 +160,15 @@ def kept(nodes: list[dict] | None) -> list[dict]:
 def tree_conversations(root: dict) -> list[list[Message]]:
     """Every path of an OpenAssistant tree from its root to a last answer, each one conversation.
 
-    Of assistant replies the one ranked best (lowest; unranked last) is followed, of user replies each. Deleted messages
-    are left out, and so are questions that nobody answered.
+    Of assistant replies the one ranked best (lowest; unranked last) is followed. What is deleted is left out.
     """
     found, waiting = [], [(node, []) for node in kept([root])]
     while waiting:
         node, before = waiting.pop()
-        about_the_row(node, TREE_READS, "key {} of a message", "changes")
+        about_the_row(node, TREE_READS, "key {} of a message", ("changes",))
         path, replies = [*before, message(node["role"], node["text"])], kept(node.get("replies"))
         if path[-1]["role"] == "user":  # so the replies are the assistant's
-            ranks = [math.inf if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
+            ranks = [float("inf") if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
             replies = [replies[ranks.index(min(ranks))]] if replies else []
         elif not any(kept(reply.get("replies")) for reply in replies):
             found.append(path)
@@ -186,10 +177,9 @@ def tree_conversations(root: dict) -> list[list[Message]]:
 
 
 def conversations(rows: list[dict], source: str = "data", account: Account | None = None) -> list[list[Message]]:
-    """Rows of any known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
+    """Rows of one known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
 
-    Raises UserError with source, row (from 1) and columns where one fits no schema of SCHEMAS or OpenAssistant's, or
-    another than those before it; an account that skips bad rows counts them instead.
+    A row that cannot be read is a UserError with source and row (from 1), or counted by an account that skips them.
     """
     account, found, first = account or Account(), [], None
     numbers, replies = {}, defaultdict(list)  # of OpenAssistant's messages by their ids; the roots reply to None
@@ -206,20 +196,18 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
             found += read_row(row, schema, account)
             if schema == NODE:
                 name, parent = row["message_id"], row.get("parent_id")
-                new = not absent(name) and name not in numbers
-                check(new, f"message_id {name!r:.60} is empty, or another row's as well")
+                unique = name not in numbers and not absent(name)
+                check(unique, f"message_id {name!r:.60} is empty, or another row's as well")
                 replies[None if absent(parent) else parent].append(row | {"replies": replies[name]})
                 numbers[name] = number
         except UserError as reason:
             account.refuse(f"{source}, row {number}", str(reason))
         except (AttributeError, TypeError, KeyError, ValueError) as reason:
-            what = f"{'/'.join(schema)} does not hold what this schema has there"
-            account.refuse(f"{source}, row {number}", f"{what} ({type(reason).__name__}: {reason})")
+            account.refuse(f"{source}, row {number}", f"{'/'.join(schema)} cannot be read: {reason!r}")
     reached = [*replies[None]]
     for node in reached:
         reached += node["replies"]
         del numbers[node["message_id"]]
     for number in numbers.values():
-        what = "its parent_id leads to no root: a message above it is missing, or they stand in a circle"
-        account.refuse(f"{source}, row {number}", what)
+        account.refuse(f"{source}, row {number}", "its parent_id leads to no root: a message is missing")
     return found + [path for root in replies[None] for path in tree_conversations(root)]

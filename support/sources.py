@@ -1,7 +1,4 @@
-"""Sources -> rows, and an account of what is not used of them.
-
-A source is a file, a folder, or a data set on the hub: NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT.
-"""
+"""Sources -> rows. A source is a file, a folder, or a hub data set: NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT."""
 
 import bz2
 import contextlib
@@ -10,7 +7,6 @@ import gzip
 import itertools
 import json
 import lzma
-import math
 import os
 import re
 import sys
@@ -42,7 +38,7 @@ class Account:
         self.skip_bad_rows = skip_bad_rows  # None where the script has no such flag
         self.dropped, self.cut = 0, 0  # samples without a response token within --max-length; samples cut there
         self.passed_over = {"columns": {}, "keys of messages": {}, "files": {}}  # names, as the keys of each dict
-        self.skipped = {}  # reason: (number of rows, where the first is)
+        self.skipped = {}  # reason: where the rows are
         self.left_out = []  # (where, text) of each sample of which the chat template leaves a text out
 
     def refuse(self, where: str, reason: str):
@@ -50,8 +46,7 @@ class Account:
         if not self.skip_bad_rows:
             way_on = "; --skip-bad-rows leaves such rows out" if self.skip_bad_rows is False else ""
             raise UserError(f"{where}: {reason}{way_on}")
-        count, first = self.skipped.get(visible(reason), (0, visible(where)))
-        self.skipped[visible(reason)] = (count + 1, first)
+        self.skipped.setdefault(visible(reason), []).append(visible(where))
 
     def each(self, source: str, conversations: list, encode: Callable, left_out: Callable | None) -> list:
         """encode(conversation) of each one that can be used. left_out(conversation): the text that is not encoded."""
@@ -77,14 +72,14 @@ class Account:
     def lines(self) -> list[str]:
         """What the user is told, a line each."""
         found = [f"{what} passed over: {', '.join(names)}" for what, names in self.passed_over.items() if names]
-        found += [f"skipped: {count:,} rows, the first {at}: {reason}" for reason, (count, at) in self.skipped.items()]
+        found += [f"skipped: {len(at):,} rows, the first {at[0]}: {reason}" for reason, at in self.skipped.items()]
         what = f"passed over by the chat template: part of {len(self.left_out):,} samples, the first "
         return found + [f"{what}{where}: {text[:80]!r}" for where, text in self.left_out[:1]]
 
     def record(self) -> dict:
         """The same for run.json."""
         found = {"dropped": self.dropped, "cut": self.cut, "left_out": len(self.left_out)}
-        found["skipped"] = {reason: count for reason, (count, _) in self.skipped.items()}
+        found["skipped"] = {reason: len(places) for reason, places in self.skipped.items()}
         return found | {"passed_over": {what: list(names) for what, names in self.passed_over.items() if names}}
 
 
@@ -119,17 +114,13 @@ def _csv_rows(file, path: Path, account: Account) -> Iterator[dict]:
     reader = csv.DictReader(file, strict=True)
     for row in reader:
         if None in row or None in row.values():
-            reason = f"not {len(reader.fieldnames)} columns, as the first row names them"
-            account.refuse(f"{path}, line {reader.line_num}", reason)
+            account.refuse(f"{path}, line {reader.line_num}", f"not {len(reader.fieldnames)} columns, as the first row")
         else:
             yield row
 
 
 def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
-    """Rows of JSON, one on each line. A .json may also be one value: a row, or a list of rows, as it is or in WRAPPERS.
-
-    Of rows on lines only those that are asked for are read.
-    """
+    """Rows of JSON, one on each line; of .json also one value: a row, or a list of rows, as it is or in WRAPPERS."""
     filled = filter(str.strip, file)
     first, second = next(filled, ""), next(filled, "")
     file.seek(0)
@@ -149,11 +140,10 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
 
 
 def choose_files(name: str, folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
-    """The files in a folder that hold the rows of a split, all of one kind. Others at its top are noted.
+    """The files in a folder that hold the rows of a split, all of one kind. UserError where there are none.
 
     A path says its split, and by a folder above it the configuration: train.csv, train-00000-of-00002.parquet,
     main/train/0.arrow. If no split is named, it is train; if no path says that, the split is all files at the top.
-    Raises UserError where there is no such file, or where the configuration is not named and there are several.
     """
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     paths = [path.as_posix() for path in paths if kind_of(path) and not HIDDEN.search(path.as_posix())]
@@ -226,15 +216,12 @@ def rating(row, field: str) -> float | None:
     """The number in column `field` of a row, also where it is spelled as text (.csv); None if there is none."""
     with contextlib.suppress(ValueError, TypeError, OverflowError, KeyError):
         number = float(row[field])
-        return None if isinstance(row[field], bool) or math.isnan(number) else number
+        return None if isinstance(row[field], bool) or number != number else number
     return None
 
 
 def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Account) -> dict[str, list[dict]]:
-    """Of the rows of several sources together, the `top` with the highest number in column `field`; ties: the first.
-
-    Raises UserError with source and row where a row has no number there, or where there are fewer rows.
-    """
+    """The `top` rows of all sources with the highest rating; of equals the first. UserError for a row without one."""
     ratings = {(name, i): rating(row, field) for name, found in rows.items() for i, row in enumerate(found, 1)}
     rated = [place for place in ratings if ratings[place] is not None]
     for source, number in [place for place in ratings if ratings[place] is None]:

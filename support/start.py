@@ -11,8 +11,6 @@ from torch import distributed
 
 from support import command, files, machine, ranks, runs
 
-CLOSED_PIPE = 128 + signal.SIGPIPE
-
 
 def run_script(main: Callable[[], None]):
     """Run a script's main. A UserError ends it with status 2 and one line; with --debug, its traceback comes first.
@@ -33,10 +31,7 @@ def run_script(main: Callable[[], None]):
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python flushes when it ends
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
-        sys.exit(CLOSED_PIPE)
+        os._exit(128 + signal.SIGPIPE)  # at once: a usual exit would write the rest
     except files.UserError as mistake:
         if "--debug" in sys.argv:
             mistake.__suppress_context__ = False  # what it was made from as well
