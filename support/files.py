@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+LINE = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")  # numbers in each log line
+
 
 class UserError(ValueError):
     """A mistake in what the user gave (a file, a row, a flag, a tensor); its message says what and where."""
@@ -42,7 +44,7 @@ def readable(path: Path, most: int = 2**28) -> Path:
 
 
 def check_regular(path: Path):
-    """OSError where `path` is a folder, a pipe or a device, which can neither be read nor replaced as a file."""
+    """OSError where `path` is a folder, a pipe or a device."""
     if path.exists() and not path.is_file():
         raise OSError("Is a directory" if path.is_dir() else "it is no regular file")
 
@@ -76,7 +78,7 @@ def is_count(value) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """A context in which an error of the system (full disk, no permission) becomes a UserError that names `path`."""
+    """A context in which an error of the system becomes a UserError: `path` cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as reason:
@@ -96,7 +98,7 @@ def check_writable(path: Path):
 
 
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
-    """Write `path` whole or not at all, by write(temporary). others_write: so may other processes at the same time."""
+    """Write `path` whole or not at all, by write(temporary). others_write: other processes may write it too."""
     temporary = path.with_name(path.name + (f".{os.uname().nodename}.{os.getpid()}.tmp" if others_write else ".tmp"))
     with writing(path):
         check_regular(path)
@@ -128,9 +130,6 @@ def write_json(path: Path, value):
 
 def write_lines(path: Path, values: list[dict]):
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
-
-
-LINE = ("step", "loss", "lr", "tokens", "response_tokens", "selected_tokens", "seconds")  # numbers in each log line
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -55,7 +55,7 @@ def flag(value) -> bool | None:
 
 
 def about_the_row(given: dict, reads: set[str], place: str, changes=("changes", "changes a message")) -> list[str]:
-    """The names outside `reads`. UserError for one that changes the text or the mask, as the meanings `changes` do."""
+    """The names outside `reads`. UserError for one that changes the text or the mask, such as `changes`."""
     found, words = [], "changes what is trained on, and is not implemented"
     for key, value in given.items():
         meaning = MEANING.get(name := plain(key))
@@ -83,7 +83,7 @@ def listed(value, wrong: str) -> list:
 
 
 def message(role, content) -> Message:
-    """A message by its role, whatever its name there, and its content: a text, or a list of parts that are all text."""
+    """A message by its role and its content, which is a text or a list of parts that are all text."""
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     check(role in ("system", *SPEAKERS), f"role {role!r:.60} is not system, user or assistant")
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
@@ -130,8 +130,8 @@ def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Messa
     earlier = [] if absent(row.get("history")) else listed(row["history"], wrong)
     check(all(isinstance(pair, list) and len(pair) == 2 for pair in earlier), wrong)
     said = [message(role, text) for pair in earlier for role, text in zip(SPEAKERS, pair, strict=True)]
-    # the answers of a prompt are not supervised
-    return said + [given | {"weight": 0} if given["role"] == "assistant" else given for given in question] + answer
+    asked = [given | {"weight": 0} if given["role"] == "assistant" else given for given in question]  # not supervised
+    return said + asked + answer
 
 
 def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[Message]]:
@@ -168,8 +168,7 @@ def tree_conversations(root: dict) -> list[list[Message]]:
         about_the_row(node, TREE_READS, "key {} of a message", ("changes",))
         path, replies = [*before, message(node["role"], node["text"])], kept(node.get("replies"))
         if path[-1]["role"] == "user":  # so the replies are the assistant's
-            ranks = [float("inf") if absent(reply.get("rank")) else float(reply["rank"]) for reply in replies]
-            replies = [replies[ranks.index(min(ranks))]] if replies else []
+            replies = sorted(replies, key=lambda r: float("inf") if absent(r.get("rank")) else float(r["rank"]))[:1]
         elif not any(kept(reply.get("replies")) for reply in replies):
             found.append(path)
         waiting += [(reply, path) for reply in reversed(replies)]
@@ -177,9 +176,9 @@ def tree_conversations(root: dict) -> list[list[Message]]:
 
 
 def conversations(rows: list[dict], source: str = "data", account: Account | None = None) -> list[list[Message]]:
-    """Rows of one known schema -> conversations, each a list of messages. A row is one conversation, a tree several.
+    """Rows of one known schema -> conversations, each a list of messages. A tree is several conversations.
 
-    A row that cannot be read is a UserError with source and row (from 1), or counted by an account that skips them.
+    Raises UserError with source and row (from 1) where one cannot be read. An account that skips it counts it.
     """
     account, found, first = account or Account(), [], None
     numbers, replies = {}, defaultdict(list)  # of OpenAssistant's messages by their ids; the roots reply to None
@@ -196,8 +195,7 @@ def conversations(rows: list[dict], source: str = "data", account: Account | Non
             found += read_row(row, schema, account)
             if schema == NODE:
                 name, parent = row["message_id"], row.get("parent_id")
-                unique = name not in numbers and not absent(name)
-                check(unique, f"message_id {name!r:.60} is empty, or another row's as well")
+                check(name not in numbers and not absent(name), f"message_id {name!r:.60} is empty or not unique")
                 replies[None if absent(parent) else parent].append(row | {"replies": replies[name]})
                 numbers[name] = number
         except UserError as reason:

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from support.checkpoint import find_folder
 from support.files import UserError, check, read_json, readable, told
 
-KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # a split is read from the first of them that it has
+KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several, the first is read
 OPENERS = {None: open, "gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # by the ending of a packed file
 ENDING = re.compile(rf"\.({'|'.join(KINDS)})(?:\.(gz|bz2|xz))?$", re.IGNORECASE)
 # No files of rows: hidden ones, editors' copies (~x), what a system (__x/) or a library keeps for itself
@@ -49,7 +49,7 @@ class Account:
         self.skipped.setdefault(visible(reason), []).append(visible(where))
 
     def each(self, source: str, conversations: list, encode: Callable, left_out: Callable | None) -> list:
-        """encode(conversation) of each one that can be used. left_out(conversation): the text that is not encoded."""
+        """encode(conversation) of each one that can be used. left_out(conversation): text that it loses."""
         found = []
         for number, messages in enumerate(conversations, 1):
             where = f"{source}, conversation {number}"
@@ -84,7 +84,7 @@ class Account:
 
 
 def visible(text) -> str:
-    """A text that any stream can write: half a surrogate pair, or a byte that is no UTF-8, becomes its escape."""
+    """A text that any stream can write: what is no character becomes its escape."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -151,8 +151,8 @@ def choose_files(name: str, folder: Path, split: str | None, configuration: str 
     found = {path: match[1] for path in paths if (match := says.fullmatch(ENDING.sub("", path)))}
     found = {path: part for path, part in found.items() if configuration in (None, part)}
     found = found or dict.fromkeys(path for path in paths if not split and "/" not in path)
-    of = f" of configuration {configuration}" if configuration else ""
-    check(found, f"{name} has no {', '.join(KINDS)} file of a split named {split or 'train'}{of}")
+    wanted = f"a split named {split or 'train'}" + f" of configuration {configuration}" * bool(configuration)
+    check(found, f"{name} has no {', '.join(KINDS)} file of {wanted}")
     kind = min(map(kind_of, found), key=KINDS.index)
     found = {path: part for path, part in found.items() if kind_of(path) == kind}
     parts = [f"{name}:{part}:{split or 'train'}" for part in dict.fromkeys(found.values())]
@@ -168,7 +168,7 @@ def choose_files(name: str, folder: Path, split: str | None, configuration: str 
 
 
 def hub_files(name: str, split: str = "train", configuration: str | None = None) -> list[Path]:
-    """The files of one split of a hub data set: those that its repository holds, else the hub's own parquet copies."""
+    """The files of a split of a hub data set: those of its repository, else the hub's parquet copies."""
     folders, problems = (f"{configuration}/",) if configuration else ("", "*/"), []
     patterns = [f"{folder}{split}{rest}.{kind}*" for folder in folders for rest in ("", "-*", "/*") for kind in KINDS]
     for revision in (None, "refs/convert/parquet"):
@@ -191,8 +191,8 @@ def find_files(source: str, account: Account) -> list[Path]:
     """The files that hold a source's rows. Raises UserError where it is not one split of one data set."""
     name, *rest = [source] if os.path.exists(source) else source.split(":")
     path, split, configuration = Path(name), rest[-1] if rest else None, rest[0] if len(rest) > 1 else None
-    form = "a file, a folder, or a data set of the hub, NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT"
-    check(len(rest) < 3 and all([name, *rest]) and "://" not in source, f"{source} is no source: name {form}")
+    understood = len(rest) < 3 and all([name, *rest]) and "://" not in source
+    check(understood, f"{source} is no file, no folder, and no NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT of the hub")
     with told(f"{source:.80} cannot be read"):
         if path.is_dir():
             return choose_files(name, path, split, configuration, account)

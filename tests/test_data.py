@@ -118,7 +118,7 @@ def test_openassistants_roots_and_flags_as_a_table_has_them(root):
         ([oasst("C", "gone"), oasst("c", "C")], 3, "leads to no root"),
         ([oasst("X", "y"), oasst("y", "X")], 3, "leads to no root"),
         ([oasst("X", "X")], 3, "leads to no root"),
-        ([oasst("b", "Q")], 3, "message_id 'b' is empty, or another row's"),
+        ([oasst("b", "Q")], 3, "message_id 'b' is empty or not unique"),
         ([oasst("x", "Q") | {"message_id": None}], 3, "columns parent_id, role, text fit no schema"),
         ([oasst("x", "Q", weight=0)], 3, "column weight beside message_id"),
         ([oasst("x", "Q", rank="best")], 3, "could not convert string to float: 'best'"),

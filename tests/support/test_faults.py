@@ -338,7 +338,7 @@ DATA = [
     ("a packed file that is cut", packed_and_cut, "rows.jsonl.gz cannot be read: Compressed file ended"),
     ("a file with a split", flags("--data", "AT/rows.jsonl:test"), "is one file, it has no split test"),
     ("a folder without rows", flags("--data", "AT/benchmarks:train"), "csv, json file of a split named train"),
-    ("an address", flags("--data", "https://example.org/rows.jsonl"), "is no source: name a file, a folder, or a data"),
+    ("an address", flags("--data", "https://example.org/rows.jsonl"), "is no file, no folder, and no NAME, NAME:"),
     ("rows under two names", text('{"data": [], "train": []}'), "row 1: columns data, train fit no schema"),
     ("an earlier turn that is no pair", rows(ALPACA | {"history": [["Q"]]}), "row 1: history is no list of [quest"),
     ("tools", rows({"messages": [], "tools": [{"name": "f"}]}), "row 1: column tools beside messages changes what is"),
