@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support.start import run_script
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -36,6 +34,7 @@ from support.decoding import SharedPrefix, check_numbers, generate, generation_s
 from support.files import UserError
 from support.kernels import logits_at_once
 from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
+from support.start import run_script
 
 MAX_NEW_TOKENS = 256  # of an answer whose request names no "max_gen_toks"
 CACHE_SHARE = 32  # written answers take a token a row at a time, so their cache may hold more than a batch

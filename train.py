@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support.start import run_script
-
 import torch
 from torch import Tensor
 
@@ -32,6 +30,7 @@ from support import command, handoff, machine, ranks, runs, sources, templates
 from support.checkpoint import check_fits
 from support.files import UserError, check_writable
 from support.packing import pass_cost
+from support.start import run_script
 
 # ----------------------------------------------------------------------------------------- the schedule of a step
 

@@ -28,8 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.start import run_script
-
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,6 +37,7 @@ from model import Config, Transformer, read_config
 from support.checkpoint import save_model
 from support.decoding import generate
 from support.files import write_json
+from support.start import run_script
 
 # -------------------------------------------------------------------------------------------------- 1. the language
 

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from support.start import run_script
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +27,7 @@ from support.decoding import check_numbers
 from support.files import UserError, check_writable, write_lines
 from support.losses import digest, kept_losses, losses_key
 from support.schemas import Message, conversations
+from support.start import run_script
 
 RATINGS = range(6)
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from support.start import run_script
-
 from data import RELEASED_POOL, load_tokenizer
 from evaluate import prepare
 from model import read_config
@@ -31,6 +29,7 @@ from support.checkpoint import find_checkpoint
 from support.files import UserError, check_writable, read_json, write_json
 from support.losses import Report, files_key, model_key
 from support.sources import Account, find_files, source_names
+from support.start import run_script
 
 ROOT = Path(__file__).parents[1]
 

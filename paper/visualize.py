@@ -22,8 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from support.start import run_script
-
 import torch
 from torch import Tensor
 
@@ -37,6 +35,7 @@ from support import checkpoint, command, machine, templates
 from support.files import UserError, check_writable, write_whole
 from support.kernels import PredictionStatistics
 from support.sources import Account, add_flags, load_rows, source_names
+from support.start import run_script
 
 TEMPLATE = Path(__file__).with_name("visualize.html")
 NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to 32.8, attention in 1 / SHARE, two bytes

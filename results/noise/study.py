@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from support.start import run_script
-
 import report
 from planted import KINDS, TOKENS, plant
 
@@ -32,6 +30,7 @@ from paper.objectives import OBJECTIVES, probability_gain
 from sstoken import excess_loss, normalize, retrospective_excess_loss, score, select
 from support import command, machine
 from support.files import check, write_lines
+from support.start import run_script
 
 RHO, GAMMA = 0.6, 0.5  # train.py's defaults
 ROWS, LENGTH = 48, 256  # to train on; as many more for the reference, half held out

@@ -14,13 +14,12 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from support.start import run_script
-
 import data
 import train
 from paper import baselines, visualize
 from support import command
 from support.sources import load_rows
+from support.start import run_script
 
 ROOT = Path(__file__).parents[2]
 METHODS = {name: ["--method", name] for name in baselines.METHODS}

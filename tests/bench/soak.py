@@ -19,9 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(1, str(Path(__file__).parents[1]))
 
-from support.start import run_script
-
 from support.command import ArgumentParser
+from support.start import run_script
 
 ROOT = Path(__file__).parents[2]
 
