@@ -4,14 +4,13 @@ A column of a row, or a key of a message, is read; or it changes the text or the
 about the row (id, source, score, ...) and is passed over. The run's first lines name what is passed over.
 """
 
-import contextlib
 import functools
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from support.files import UserError, check
+from support.files import UserError, check, told
 from support.sources import Account, visible
 
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, and "weight": 0 if it is not supervised
@@ -76,9 +75,9 @@ def about_the_row(given: dict, reads: set[str], place: str, changes=("changes", 
 
 def listed(value, wrong: str) -> list:
     """A list, as it is or as a text of JSON. Raises UserError(wrong) for any other value."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with told(f"{wrong}, nor its JSON"):
         value = json.loads(value) if isinstance(value, str) else value
-    check(isinstance(value, list), f"{wrong}, nor JSON that makes one, but {type(value).__name__}")
+    check(isinstance(value, list), f"{wrong}, but {type(value).__name__}")
     return value
 
 
@@ -176,22 +175,19 @@ def tree_conversations(root: dict) -> list[list[Message]]:
 
 
 def conversations(rows: list[dict], source: str = "data", account: Account | None = None) -> list[list[Message]]:
-    """Rows of one known schema -> conversations, each a list of messages. A tree is several conversations.
+    """Rows of any known schema -> conversations, each a list of messages. A tree is several conversations.
 
     Raises UserError with source and row (from 1) where one cannot be read. An account that skips it counts it.
     """
-    account, found, first = account or Account(), [], None
+    account, found = account or Account(), []
     numbers, replies = {}, defaultdict(list)  # of OpenAssistant's messages by their ids; the roots reply to None
     for number, row in enumerate(rows, 1):
         try:
             check(isinstance(row, dict), f"a {type(row).__name__}, not an object with columns")
             filled = {name for name, value in row.items() if value is not None}
-            columns = ", ".join(sorted(map(str, filled)))
             tree = isinstance(row.get("prompt"), dict) and "completion" not in filled
             schema = TREE if tree else next((names for names in (NODE, *SCHEMAS) if filled >= set(names)), None)
-            check(schema, f"columns {columns} fit no schema ({KNOWN}): rename them to one of these")
-            first = first or schema
-            check(schema == first, f"columns {columns}, row 1 has {'/'.join(first)}: a source is to hold one schema")
+            check(schema, f"columns {', '.join(sorted(map(str, filled)))} fit no schema ({KNOWN}): rename them")
             found += read_row(row, schema, account)
             if schema == NODE:
                 name, parent = row["message_id"], row.get("parent_id")

@@ -19,8 +19,8 @@ from support.checkpoint import find_folder
 from support.files import UserError, check, read_json, readable, told
 
 KINDS = ("parquet", "arrow", "jsonl", "ndjson", "csv", "json")  # of several, the first is read
-OPENERS = {None: open, "gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # by the ending of a packed file
-ENDING = re.compile(rf"\.({'|'.join(KINDS)})(?:\.(gz|bz2|xz))?$", re.IGNORECASE)
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # of a packed file
+ENDING = re.compile(rf"\.({'|'.join(KINDS)})(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 # No files of rows: hidden ones, editors' copies (~x), what a system (__x/) or a library keeps for itself
 HIDDEN = re.compile(r"(^|/)([.~]|__[^/]*/|(config|dataset_infos?|dataset_dict|state)\.json$)")
 BATCHES = {
@@ -28,7 +28,7 @@ BATCHES = {
     "arrow": lambda path: pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))),  # as the library datasets saves
 }
 WRAPPERS = ("data", "train", "rows", "examples", "instances")  # {"data": [row, ...]}
-csv.field_size_limit(2**31 - 1)
+csv.field_size_limit(2**31 - 1)  # csv and json are Python's: pyarrow's make dates and numbers of texts
 
 
 class Account:
@@ -105,7 +105,7 @@ def read_file(path: Path, account: Account | None = None) -> Iterator[dict]:
                 yield from batch.to_pylist()
         else:
             read = _csv_rows if kind == "csv" else _json_rows
-            with OPENERS[ENDING.search(path.name.lower())[2]](path, "rt", encoding="utf-8-sig", newline="") as file:
+            with OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="") as file:
                 yield from read(file, path, account)
 
 
@@ -124,7 +124,10 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
     filled = filter(str.strip, file)
     first, second = next(filled, ""), next(filled, "")
     file.seek(0)
-    if kind_of(path) == "json" and not (second and re.fullmatch(r"\s*\{.*\}\s*", first)):
+    lines = kind_of(path) != "json"
+    with contextlib.suppress(ValueError, RecursionError):  # a second line, and the first is JSON
+        lines = lines or (second and json.loads(first))
+    if not lines:
         value = json.load(file)  # its error names the line
         held = [value[name] for name in WRAPPERS if isinstance(value, dict) and isinstance(value.get(name), list)]
         value = held[0] if len(held) == 1 else value
@@ -140,7 +143,7 @@ def _json_rows(file, path: Path, account: Account) -> Iterator[dict]:
 
 
 def choose_files(name: str, folder: Path, split: str | None, configuration: str | None, account: Account) -> list[Path]:
-    """The files in a folder that hold the rows of a split, all of one kind. UserError where there are none.
+    """The files in a folder that hold the rows of a split, all of one kind. UserError if there are none.
 
     A path says its split, and by a folder above it the configuration: train.csv, train-00000-of-00002.parquet,
     main/train/0.arrow. If no split is named, it is train; if no path says that, the split is all files at the top.

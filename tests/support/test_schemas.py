@@ -166,10 +166,10 @@ REFUSED = {
     "the user's content is int": ALPACA | {"input": 0},
     "the system's content is bool": ALPACA | {"system": False},
     "history is no list of .* but int": ALPACA | {"history": 0},
-    "messages is no list of messages, nor .* but str": {"messages": "[{'role': 'user'}]"},
-    "nor JSON that makes one, but dict": {"messages": {"role": ["user"], "content": ["Q", "A"]}},
+    "messages is no list of messages, nor its JSON: ": {"messages": "[{'role': 'user'}]"},
+    "messages is no list of messages, but dict": {"messages": {"role": ["user"], "content": ["Q", "A"]}},
     "a message is str, not an object": {"messages": ["Q", "A"]},
-    "messages is no list of messages, nor .* but int": {"messages": 5},
+    "messages is no list of messages, but int": {"messages": 5},
     "a message is NoneType": {"messages": [QUESTION, None, ANSWER]},
     "a message is list": {"messages": [["Q", "A"]]},
     "role 'function_call'": {"conversations": [{"from": "function_call", "value": "{}"}]},
@@ -208,6 +208,11 @@ def test_half_a_surrogate_pair_in_a_name_is_told_as_its_escape():
     conversations([ALPACA | {"\ud83d": 1}], "data", account := Account())
     assert account.lines() == ["columns passed over: \\ud83d"]
     json.dumps(account.record(), ensure_ascii=False).encode()
+
+
+def test_rows_of_several_schemas_may_stand_in_one_source():
+    rows = [ALPACA, {"prompt": "Q", "completion": "A"}, {"messages": [QUESTION, ANSWER]}]
+    assert conversations(rows) == 3 * [[QUESTION, ANSWER]]
 
 
 def test_what_is_only_about_the_row_is_passed_over_and_told():

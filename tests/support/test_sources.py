@@ -16,7 +16,7 @@ from hub import run_python, serve
 
 from data import conversations, load_conversations
 from support.files import UserError
-from support.sources import Account, best_rated, load_rows, source_names
+from support.sources import Account, best_rated, load_rows, rating, source_names
 
 
 def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
@@ -105,6 +105,7 @@ FORMS = {
     "blank-line.json": "\n" + json.dumps(ROWS),
     "pretty.json": "\n" + json.dumps(ROWS, indent=2),
     "named.json": json.dumps({"version": "1.0", "data": ROWS}, indent=2),
+    "named-with-its-first-row.json": '{"data": [' + json.dumps(ROWS)[1:].replace("}, {", "}\n, {") + "}",
     "named-on-one-line.json": json.dumps({"train": ROWS}),
     "lines.json": LINES,
     "LOUD.JSONL": LINES,
@@ -262,6 +263,12 @@ def test_ratings_may_be_text_as_a_table_has_them(tmp_path):
         best_rated({"x": rows}, 2, "score", Account())
     account = Account(skip_bad_rows=True)
     assert best_rated({"x": rows}, 4, "score", account) == {"x": rows[:3] + rows[4:]} and account.skipped
+
+
+def test_a_rating_is_a_number_or_its_text():
+    for value, expected in {"3": 3, " 2.5": 2.5, 4: 4, True: None, "": None, "nan": None, None: None}.items():
+        assert rating({"score": value}, "score") == expected, value
+    assert rating({}, "score") is None and rating("a text", "score") is None
 
 
 NAMED = "import sys; from data import load_rows\nfor name in sys.argv[1].split():\n    print(len(load_rows(name)))"
