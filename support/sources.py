@@ -158,8 +158,9 @@ def choose_files(name: str, folder: Path, split: str | None, configuration: str 
     check(found, f"{name} has no {', '.join(KINDS)} file of {wanted}")
     kind = min(map(kind_of, found), key=KINDS.index)
     found = {path: part for path, part in found.items() if kind_of(path) == kind}
-    parts = [f"{name}:{part}:{split or 'train'}" for part in dict.fromkeys(found.values())]
-    check(len(parts) == 1, f"{name} has several configurations, not one: write {' or '.join(parts)}")
+    parts = dict.fromkeys(found.values())  # None: at the top
+    named = " or ".join(f"{name}:{part}:{split or 'train'}" for part in parts if part)
+    check(len(parts) == 1, f"{name} has several configurations, not one: write {named}")
     state = (folder / next(iter(found))).with_name("state.json")
     if state.exists():  # save_to_disk lists its files there; others beside it are a cache of the library's
         with told(f"{state} cannot be read"):
