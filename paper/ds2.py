@@ -2,14 +2,12 @@
 
     python -m paper.ds2 --model NAME|DIR --data SOURCE[,SOURCE...] --top 10000 --out rated.jsonl
 
-Four steps, a section each: a model rates each sample from 0 to 5; each sample gets an embedding; ratings that their
-neighbours contradict are corrected, as often as a transition matrix says that they are wrong; the best rated are
-selected, and among equals those that lie farthest from all others. paper/README.md lists what differs from the authors'
-release (github.com/UCSC-REAL/DS2, on top of Docta). N samples, D the size of an embedding, R = 6 ratings.
+Four steps, a section each. A model rates each sample from 0 to 5. Each sample gets an embedding. Ratings that the
+neighbours contradict are corrected. The best rated samples are selected, and among equals those that lie farthest from
+all others. paper/README.md lists what differs from the authors' release. N samples, D the size of an embedding, R = 6.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from model import Transformer, load_model
 from paper.frozen import scoring_passes
 from support import checkpoint, command, machine, ranks, sources, templates
 from support.decoding import check_numbers
-from support.files import UserError, check_writable, write_lines
+from support.files import UserError, check, check_writable, write_lines
 from support.losses import digest, kept_losses, losses_key
 from support.schemas import Message, conversations
 from support.start import run_script
@@ -58,19 +56,6 @@ def rate(model: Transformer, tokenizer: data.Tokenizer, questions: list[str]) ->
     return torch.tensor([log_p for log_p, _ in found]).view(-1, len(RATINGS)).argmax(dim=1)
 
 
-def read_ratings(rows: list[tuple[str, dict]], field: str) -> Tensor:
-    """The ratings that rows carry in a column, as from a stronger model: (N,) int64. rows: where each is, and it."""
-    found = []
-    for where, row in rows:
-        try:  # .csv has text only
-            found.append(float(row[field]))
-        except (KeyError, ValueError, TypeError, OverflowError):
-            found.append(math.nan)
-        if found[-1] not in RATINGS or isinstance(row[field], bool):
-            raise UserError(f"{where}: column {field} holds {row.get(field)!r:.60}, not a whole number from 0 to 5")
-    return torch.tensor(found).long()
-
-
 # -------------------------------------------------------------------------------------------------- 2. embed
 
 
@@ -92,11 +77,10 @@ TIE = 1e-6  # similarities that differ by less are equal but for rounding
 
 
 def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k nearest neighbours, exactly, of the samples `of`, in the samples `among` (each by default: all).
+    """The k nearest neighbours of the samples `of`, in the samples `among` (each by default: all).
 
     embeddings (N, D) of length 1 -> index and cosine distance, the nearest first, (n, k) each. Nobody is its own
-    neighbour. Where all k are equally near, they are drawn from all that are; otherwise the same k would speak for
-    everyone. In memory are SIMILARITIES at a time, beside a copy of the candidates and the result.
+    neighbour. If all k are equally near, they are drawn from all samples that are as near.
     """
     everyone, generator = torch.arange(len(embeddings)), torch.Generator().manual_seed(len(embeddings))
     of, among = everyone if of is None else of, everyone if among is None else among
@@ -115,9 +99,9 @@ def nearest(embeddings: Tensor, k: int, of: Tensor | None = None, among: Tensor 
 
 
 def nearest_in(subset: Tensor, k: int, embeddings: Tensor, lists: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`nearest` of a subset's samples among themselves, read off longer `lists`: `nearest` of all among all.
+    """`nearest` of a subset among itself, from longer `lists`: `nearest` of all samples among all.
 
-    The first k of a list that are in the subset are the nearest there. A sample with fewer is searched for again.
+    The first k of a list that are in the subset are the nearest. A sample with fewer than k is searched for again.
     """
     member = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, subset, True)
     index, distance = (x[subset] for x in lists)
@@ -148,7 +132,7 @@ def consensus(ratings: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def expected_consensus(T: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The consensus of each order, if a sample and its neighbours have one true rating, and each errs by T on its own.
+    """The consensus of each order, if a sample and its neighbours have the same true rating, and each errs by T.
 
     T (R, R): P(rated j | truly i); p (R,): P(truly i) -> (R,), (R, R), (R, R, R).
     """
@@ -158,8 +142,7 @@ def expected_consensus(T: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def estimate(third: Tensor) -> tuple[Tensor, Tensor]:
     """The transition matrix T (R, R) and the prior p (R,) that explain a consensus (R, R, R) best.
 
-    That is, with the least sum of the norms of the three orders' errors; squares would hardly see what is rare. T and p
-    by softmax, so that rows sum to 1; from near the identity, which says which of the six is which.
+    They minimize the sum of the norms of the errors of the three orders. T starts near the identity.
     """
     seen = third.sum(dim=(1, 2)), third.sum(dim=2), third
     T = (5 * torch.eye(len(RATINGS), dtype=third.dtype)).requires_grad_()
@@ -175,10 +158,10 @@ def estimate(third: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def votes(ratings: Tensor, index: Tensor, distance: Tensor, own: Tensor) -> Tensor:
-    """What a sample's neighbours and itself say of its rating, each by its similarity: (n, R), rows of length 1.
+    """The votes of a sample's neighbours and of itself for each rating: (n, R), rows of length 1.
 
-    ratings (N,); index, distance (n, k): the neighbours; own (n,): the samples' own ratings. A sample is 0 from itself;
-    its own vote counts as if it lay as far before its first neighbour as that lies before the second.
+    ratings (N,); index, distance (n, k): the neighbours; own (n,): the samples' ratings. A vote counts 1 - distance. A
+    sample's distance to itself is extrapolated from those of its first two neighbours.
     """
     found = torch.zeros(len(own), len(RATINGS)).scatter_add_(1, ratings[index], 1 - distance)
     found.scatter_add_(1, own.unsqueeze(1), 1 - (2 * distance[:, :1] - distance[:, 1:2]))
@@ -186,10 +169,9 @@ def votes(ratings: Tensor, index: Tensor, distance: Tensor, own: Tensor) -> Tens
 
 
 def called_wrong(found: Tensor, own: Tensor, wrong: Tensor) -> Tensor:
-    """SimiFeat by ranks (Zhu et al., ICML 2022): within each rating, the share `wrong` that its neighbours back least.
+    """SimiFeat (Zhu et al., ICML 2022): of each rating the share `wrong` that has the fewest votes, (n,) bool.
 
-    found (n, R): `votes`, a row of zeros where nobody votes, which calls nothing wrong; own (n,): ratings; wrong (R,):
-    P(truly another | rated so) -> (n,) bool.
+    found (n, R): `votes`; a sample without votes is not called wrong. own (n,): ratings; wrong (R,): P(wrong | rating).
     """
     doubt = -(found.gather(1, own.unsqueeze(1)).squeeze(1).double() + 1e-8).log()
     called = torch.zeros_like(own, dtype=torch.bool)
@@ -203,9 +185,8 @@ def correct(ratings: Tensor, times: Tensor, calls: Tensor, suggested: Tensor) ->
     """Ratings (N,) with errors replaced, and the confidence of each correction, (N,), 0 where there is no error.
 
     times, calls (N,): in how many epochs a sample was there, and was called wrong; suggested (N, R): how often its
-    neighbours then voted for each rating. An error is what was called wrong in at least half of the epochs. It takes
-    the rating that was suggested most, its own left out, where the share of that among all, times the share of the
-    calls, reaches CONFIDENCE. Both shares are smoothed: one more for each that there can be.
+    neighbours then suggested each rating. What was called wrong in half of its epochs is an error. It takes the other
+    rating that was suggested most, if its share of the suggestions times the share of the calls reaches CONFIDENCE.
     """
     called_share = (calls + 1) / (times + 2)
     share = (suggested + 1) / (suggested.sum(dim=1, keepdim=True) + len(RATINGS))
@@ -215,7 +196,7 @@ def correct(ratings: Tensor, times: Tensor, calls: Tensor, suggested: Tensor) ->
 
 
 def curate(ratings: Tensor, embeddings: Tensor, seed: int = 42) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ratings (N,) in which probable errors have become what their neighbours are rated; confidence (N,), T, p.
+    """Ratings (N,) with probable errors corrected; confidence (N,), T (R, R), p (R,).
 
     embeddings (N, D) of length 1. Raises UserError for fewer samples than the neighbours of one need.
     """
@@ -288,21 +269,20 @@ def parse_arguments(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
-def read_samples(names: str, limit: int | None, account: sources.Account) -> list[tuple[str, dict, list[Message]]]:
-    """Where each row that can be used stands, the row, and its one conversation."""
+def read_samples(names: str, limit: int | None, field: str | None, account: sources.Account) -> list[tuple]:
+    """Each row with its one conversation. With `field`, a row must have a rating from 0 to 5 in this column."""
     found = []
     for source in sources.source_names(names):
-        if source == "pool":
-            raise UserError("pool is conversations without their rows: name its sources")
+        check(source != "pool", "pool is conversations without their rows: name its sources")
         for number, row in enumerate(sources.load_rows(source, limit, account), 1):
-            where = f"{source}, row {number}"
             try:
                 several = conversations([row], source)
-                if len(several) != 1:
-                    raise UserError(f"{len(several)} conversations, it is to hold one")
-                found.append((where, row, *several))
+                check(len(several) == 1, f"{len(several)} conversations, not one")
+                rated = field is None or sources.rating(row, field) in RATINGS
+                check(rated, f"column {field} holds {row.get(field)!r:.60}, not a whole number from 0 to 5")
+                found.append((row, several[0]))
             except UserError as reason:
-                account.refuse(where, str(reason).removeprefix(f"{source}, row 1: "))
+                account.refuse(f"{source}, row {number}", str(reason).removeprefix(f"{source}, row 1: "))
     return found
 
 
@@ -333,35 +313,33 @@ def main(argv: list[str] | None = None):
     check_writable(out)
     account = sources.Account(args.skip_bad_rows)
     tokenizer = data.load_tokenizer(args.model, args.revision, args.template)
-    samples = read_samples(args.data, args.limit, account)
-    if len(samples) < args.top:
-        raise UserError(f"--top {args.top} of {len(samples)} samples: there are not so many")
-    for line in account.lines() if ranks.first_rank() else ():
-        print(line, file=sys.stderr)
-    if args.rating_field:
-        ratings = read_ratings([sample[:2] for sample in samples], args.rating_field)
-
+    samples = read_samples(args.data, args.limit, args.rating_field, account)
+    check(len(samples) >= args.top, f"--top {args.top} of {len(samples)} samples: there are not so many")
+    for line in account.lines():
+        ranks.say(line)
     model = load_model(args.model, getattr(torch, args.dtype), device, args.revision)
-    examples = [data.encode(messages, tokenizer, args.max_length) for _, _, messages in samples]
+    examples = [data.encode(messages, tokenizer, args.max_length) for _, messages in samples]
     checkpoint.check_fits(model, args.model, examples)
-    asked = [question(messages, tokenizer, args.max_length) for _, _, messages in samples]
+    asked = [question(messages, tokenizer, args.max_length) for _, messages in samples]
     cache, kind = Path(f"{out}.kept"), f"{args.dtype} {device.type}"
     key = losses_key(model.folder, None, examples, kind, digest(PART, args.template, *asked))
-    if not args.rating_field:
+    if args.rating_field:
+        ratings = torch.tensor([sources.rating(row, args.rating_field) for row, _ in samples]).long()
+    else:
         ratings = in_parts(cache, f"{key}-ratings", asked, lambda part: rate(model, tokenizer, part)).long()
-    embeddings = in_parts(cache, f"{key}-embeddings", examples, lambda part: embed(model, part))
-    embeddings = F.normalize(embeddings, dim=1)
+    embeddings = F.normalize(in_parts(cache, f"{key}-embeddings", examples, lambda part: embed(model, part)), dim=1)
 
     if not ranks.first_rank():
         return
     curated, _, T, p = curate(ratings, embeddings, args.seed)
     distance = long_tail(embeddings)
     best_first = select(curated, distance, len(samples))
-    rows, columns = [], {"rating": ratings, "curated": curated, "long_tail": distance}
-    for place, i in enumerate(best_first.tolist()):
-        values = {name: column[i].item() for name, column in columns.items()}
-        rows.append({"messages": samples[i][2], **values, "selected": place < args.top, "row": samples[i][1]})
-    write_lines(out, rows)  # the best first, so that --reference-top, which takes the first of equals, takes these
+    rows = []
+    for place, i in enumerate(best_first.tolist()):  # so --reference-top, which takes the first of equals, takes these
+        row, messages = samples[i]
+        scores = {"rating": ratings[i].item(), "curated": curated[i].item(), "long_tail": distance[i].item()}
+        rows.append({"messages": messages, **scores, "selected": place < args.top, "row": row})
+    write_lines(out, rows)
     print(f"rated    {counts(ratings)}")
     print(f"curated  {counts(curated)}; {int((curated != ratings).sum()):,} changed")
     print(f"selected {counts(curated[best_first[: args.top]])}")

@@ -23,9 +23,9 @@ def pass_cost(device: torch.device) -> int:
 def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None) -> list[int]:
     """Where to cut `lengths`, the longest first, into groups of at most `most`, and of so many padded `tokens`.
 
-    A group costs its size times its longest length, and `pass_cost` more. The cuts are the cheapest, head by head.
+    A group costs its size times its longest length, and `pass_cost` more. The sum of costs is the least.
     """
-    best = [(0, 0)]  # of the cheapest way to cut the first n lengths: what it costs, and where its last group starts
+    best = [(0, 0)]  # the cheapest way to cut the first n lengths: its cost, and where its last group starts
     for end in range(1, len(lengths) + 1):
         starts = range(max(0, end - most), end)
         candidates = [i for i in starts if i == end - 1 or not tokens or (end - i) * lengths[i] <= tokens]
@@ -59,16 +59,16 @@ def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, who
 
 
 def encode_contexts(tokenizer, requests: list[tuple[str, dict]], vocab_size: int) -> list[list[int]]:
-    """The ids of each request's context; one whose settings call it "whole" gets no BOS that it does not spell."""
+    """The ids of each request's context; a context with the setting "whole" gets no BOS."""
     whole = {context for context, settings in requests if settings.get("whole")}
     ids = encode_texts(tokenizer, [context for context, _ in requests], vocab_size, whole)
     return [ids[context] for context, _ in requests]
 
 
 def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int, vocab_size=None) -> list[Scored]:
-    """(context, continuation) in tokens, cut on the left to what the model reads.
+    """(context, continuation) in tokens, cut on the left to `context_length`.
 
-    Spaces at a context's end belong to the continuation. The pair is split where the context, encoded alone, ends.
+    Spaces at the end of a context belong to the continuation. The pair is split where the context, encoded alone, ends.
     """
     pairs = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
     texts = [text for context, rest in pairs for text in (context, context + rest)]
@@ -92,13 +92,13 @@ def shared_prefix(requests: list[Scored]) -> list[int]:
 
 
 class Tree:
-    """Requests that begin alike as one sequence: every token they share stands once, each attends to its ancestors."""
+    """Requests that begin alike as one sequence: a shared token stands once, each token attends to its ancestors."""
 
     def __init__(self):
         self.ids: list[int] = []
-        self.parents: list[int] = []  # of each token: where the one before it in its request stands here; -1: nowhere
-        self.depths: list[int] = []  # of each token: its position in its request
-        self.path: list[int] = []  # the tokens of the request that came last
+        self.parents: list[int] = []  # of each token, the place of the token before it; -1: there is none
+        self.depths: list[int] = []  # of each token, its position in its request
+        self.path: list[int] = []  # the places of the last request's tokens
         self.scored: dict[int, list[int]] = {}  # request -> the places that predict its targets
 
     def common(self, inputs: list[int]) -> int:
@@ -118,9 +118,9 @@ class Tree:
 
 
 def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
-    """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
+    """Trees of neighbouring requests, without their first `prefix` tokens.
 
-    A request joins the tree before it where that is cheaper. n tokens cost n * (ratio + n) comparisons of two tokens.
+    A request joins the tree before it if that is cheaper. n tokens cost n * (ratio + n).
     """
 
     def price(n):
@@ -137,7 +137,7 @@ def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
 
 
 def price_ratio(config) -> float:
-    """What a token's way through a layer's weights costs, in comparisons with one other token (multiply-adds)."""
+    """The cost of a layer's weights for one token, in units of the attention of one token to another."""
     heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     weights = config.hidden_size * (2 * heads + 2 * key_heads + 3 * config.intermediate_size)
     return weights / (2 * heads)
@@ -151,9 +151,9 @@ def pack(trees: list[Tree], batch_tokens: int, device: torch.device) -> list[lis
 
 
 def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids and positions (B, L), and the mask (B, 1, n, prefix + L): who the last n tokens may look at.
+    """ids and positions (B, L), and the mask (B, 1, n, prefix + L) of the last n tokens.
 
-    Without a prefix the tokens before those each follow the one before them in all trees, and so are causal.
+    Without a prefix, the tokens before these are a plain sequence in all trees, and so are causal.
     """
     longest = len(batch[0].ids)
     branches = [place for tree in batch for place, parent in enumerate(tree.parents) if parent != place - 1]

@@ -340,7 +340,11 @@ def test_mistakes_are_named(llama, rows, tmp_path):
     }.items():
         with pytest.raises(UserError, match=reason):
             ds2.main([*argv, *flags])
-    with pytest.raises(UserError, match=r"^w: column stars holds 9{60}, not a whole number from 0 to 5$"):
-        ds2.read_ratings([("v", {"stars": "3"}), ("w", {"stars": int("9" * 400)})], "stars")
+    lines = [{"prompt": "Q", "completion": "A", "stars": stars} for stars in ("3", int("9" * 400))]
+    argv[3] = write_lines(tmp_path / "rated.jsonl", lines)
+    with pytest.raises(
+        UserError, match=r"rated.jsonl, row 2: column stars holds 9{60}, not a whole number from 0 to 5"
+    ):
+        ds2.main([*argv, "--rating-field", "stars"])
     with pytest.raises(UserError, match="samples are too few"):
         ds2.curate(torch.zeros(11).long(), torch.randn(11, 4))
