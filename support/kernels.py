@@ -184,9 +184,9 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
 
-    logits_of: (hidden, weight, targets) of `chunk` rows -> logits (n, V) and the targets' (n, 1), float32. The pass also
-    keeps each loss's gradient for its hidden state, (softmax - onehot(target)) weight; `weight` has none. statistics: is
-    called with the log-probabilities (n, V) of each chunk.
+    logits_of: (hidden, weight, targets) of `chunk` rows -> logits (n, V) and the targets' (n, 1), float32. Each loss's
+    gradient for its hidden state, (softmax - onehot(target)) weight, is made in the same pass; `weight` has none.
+    statistics: is called with the log-probabilities (n, V) of each chunk.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, statistics)

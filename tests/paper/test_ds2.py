@@ -218,10 +218,10 @@ def test_selection_takes_ratings_whole_and_fills_the_rest_with_what_lies_farthes
 def test_ratings_and_embeddings_are_transformers_own(llama, rows):
     model, tokenizer = load_model(llama), data.load_tokenizer(llama)
     peer = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    samples = ds2.read_samples(str(rows), 6, Account())
-    asked = [ds2.question(messages, tokenizer, 40) for _, _, messages in samples]
+    samples = ds2.read_samples(str(rows), 6, None, Account())
+    asked = [ds2.question(messages, tokenizer, 40) for _, messages in samples]
     digits = [tokenizer.encode_prompts([str(rating)], with_prefix=False)[0] for rating in ds2.RATINGS]
-    exact, examples = [], [data.encode(messages, tokenizer, 60) for _, _, messages in samples]
+    exact, examples = [], [data.encode(messages, tokenizer, 60) for _, messages in samples]
     with torch.no_grad():
         for text in asked:
             (ids,) = tokenizer.encode_prompts([text])
