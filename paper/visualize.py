@@ -3,8 +3,8 @@
     python -m paper.visualize --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
     python -m paper.visualize --run DIR [--run DIR ...]
 
-The reader moves gamma and rho, and the page selects as sstoken.py does: from the same values, rounded as they are
-stored, in the same order of operations. Its second view are the runs' curves (curves.py), which `--run` shows alone.
+The reader moves gamma and rho, and the page selects as sstoken.py does. The second view shows the curves of runs
+(curves.py); `--run` shows them alone.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import hashlib
 import html
 import itertools
 import json
-import os
 import re
 import sys
 import unicodedata
@@ -30,9 +29,9 @@ import lora
 from model import Transformer, load_model, response_nll, response_places
 from paper import auto, baselines, curves
 from paper.frozen import check_losses, response_losses, scoring_passes
-from sstoken import AttentionProbe, normalize, retrospective_excess_loss, score, select
+from sstoken import AttentionProbe
 from support import checkpoint, command, machine, templates
-from support.files import UserError, check_writable, write_whole
+from support.files import check, check_writable, write_whole
 from support.kernels import PredictionStatistics
 from support.sources import Account, add_flags, load_rows, source_names
 from support.start import run_script
@@ -56,9 +55,7 @@ class Sample(NamedTuple):
     reference: Tensor | None  # L_ref (L_resp,)
     top_entropy: Tensor | None = None  # of the 20 likeliest tokens, (states, L_resp)
     surprise: Tensor | None = None  # (L_theta - H) / sigma of what is predicted, (states, L_resp)
-    answer_mask: Tensor | None = (
-        None  # which tokens are of an answer that belongs to its prompt (--rho auto), (L_resp,)
-    )
+    answer_mask: Tensor | None = None  # which tokens are of an answer that --rho auto keeps, (L_resp,)
     noise: Tensor | None = None  # which tokens the data itself marks, (L_resp,) bool
 
 
@@ -148,32 +145,6 @@ def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Token
     return found
 
 
-def choose(sample: Sample, state: int, layer: int, gamma: float, rho: float) -> tuple[Tensor, Tensor]:
-    """Which response tokens are selected, and which of them are because of attention (they are not at gamma = 1).
-
-    Blue and orange in Appendix D. Eqs. 3, 8, 9 and 11 in float64 on the stored values, as the page computes them.
-    """
-    rel = normalize(retrospective_excess_loss(sample.losses[state].double(), sample.history.double()))
-    attention = sample.attention[state, layer].double() / SHARE
-    selected = select(score(rel, attention, gamma), rho)
-    return selected, selected & ~select(score(rel, attention, 1.0), rho)
-
-
-def highlighted(sample: Sample, selected: Tensor, by_attention: Tensor) -> Iterator[tuple[str, str]]:
-    """The sample's text in stretches (text, kind): prompt, plain, blue or orange."""
-    tokens = zip(selected.tolist(), by_attention.tolist(), strict=True)
-    for part in sample.parts:
-        if isinstance(part, str):
-            yield part, "prompt"
-            continue
-        kinds = []
-        for _, size in part:
-            orange = [of_attention for chosen, of_attention in itertools.islice(tokens, size) if chosen]
-            kinds.append(("orange" if all(orange) else "blue") if orange else "plain")
-        for kind, group in itertools.groupby(zip(part, kinds, strict=True), key=lambda pair: pair[1]):
-            yield "".join(text for (text, _), _ in group), kind
-
-
 # --------------------------------------------------------------------------------------------------------- the page
 
 
@@ -196,13 +167,9 @@ def content(samples: list[Sample], head: dict) -> str:
     rows = []
     for sample in samples:
         row = {"parts": [flat(part) for part in sample.parts]}
-        held = {"losses": sample.losses, "attention": sample.attention, "reference": sample.reference}
-        one = {
-            "topEntropy": sample.top_entropy,
-            "surprise": sample.surprise,
-            "answerMask": sample.answer_mask,
-        }  # in one byte
-        row |= {name: pack(x, 1 + (name in held)) for name, x in (held | one).items() if x is not None}
+        two = {"losses": sample.losses, "attention": sample.attention, "reference": sample.reference}
+        one = {"topEntropy": sample.top_entropy, "surprise": sample.surprise, "answerMask": sample.answer_mask}
+        row |= {name: pack(x, 2 if name in two else 1) for name, x in (two | one).items() if x is not None}
         if sample.noise is not None:
             row["noise"] = sample.noise.nonzero().flatten().tolist()
         rows.append(row)
@@ -231,35 +198,17 @@ def build_page(samples: list[Sample], head: dict) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], template)
 
 
-# ----------------------------------------------------------------------------------------------------- the terminal
-
-COLOURS = {"prompt": "\033[2m", "plain": "", "blue": "\033[30;104m", "orange": "\033[30;48;5;215m"}
-BRACKETS = {"prompt": ("", ""), "plain": ("", ""), "blue": ("[", "]"), "orange": ("{", "}")}
-
-
-def terminal_text(sample: Sample, chosen: tuple[Tensor, Tensor], coloured: bool) -> str:
-    """A sample's highlighted text: in colours, or [blue] and {orange} where there are none."""
-    found = []
-    for text, kind in highlighted(sample, *chosen):
-        before, after = (COLOURS[kind], "\033[0m") if coloured else BRACKETS[kind]
-        lines = text.split("\n")  # a colour that goes on over the end of a line fills the next one
-        found.append("\n".join(f"{before}{line}{after}" if line else "" for line in lines))
-    return "".join(found)
-
-
 # ------------------------------------------------------------------------------------------------------ the command
 
 
 def layer_numbers(asked: str, count: int) -> list[int]:
     """The decoder layers that a comma-separated list means, from 0; shallow, medium, deep are Table 2's."""
-    names, found = {"shallow": 0, "medium": count // 2, "deep": count - 1}, []
-    for name in asked.split(","):
-        name = name.strip()
-        number = names.get(name, int(name) if re.fullmatch(r"-?\d{1,9}", name) else None)
-        if number is None or not -count <= number < count:
-            raise UserError(f"--layers {name!r}: layers are 0 to {count - 1}, -1 the last, or {', '.join(names)}")
-        found.append(number % count)
-    return list(dict.fromkeys(found))
+    known = {str(number): number % count for number in range(-count, count)}
+    known |= {"shallow": 0, "medium": count // 2, "deep": count - 1}
+    names = [name.strip() for name in asked.split(",")]
+    for name in names:
+        check(name in known, f"--layers {name!r}: layers are 0 to {count - 1}, -1 the last, shallow, medium or deep")
+    return list(dict.fromkeys(known[name] for name in names))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -282,8 +231,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, default=50, bound="at least 1", metavar="N", help="the first N rows of each source")
     add("--max-length", type=int, default=2048, bound="at least 2", help="cut samples to this many tokens")
     add = parser.group("output")
-    add("--out", metavar="FILE", help="the page to write; default: explorer.html")
-    add("--text", action="store_true", help="print highlighted text instead; colours follow NO_COLOR")
+    add("--out", default="explorer.html", metavar="FILE", help="the page to write")
     add("--gamma", type=float, default=0.5, bound="in [0, 1]",
         help="weight of REL that the page starts with (Eq. 9), in hundredths")
     add("--rho", type=float, default=0.6, bound="in (0, 1]",
@@ -294,12 +242,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_flags(parser)
     args = parser.parse_args(argv)
     for flag, value in (("gamma", args.gamma), ("rho", args.rho)):
-        if round(100 * value) != round(100 * value, 9):
-            raise UserError(f"--{flag} is {value}; it must be in whole hundredths")
-    if args.text and args.out:
-        raise UserError("--text prints to the terminal: it does not go with --out")
-    if not (args.model and args.data) and (args.model or args.data or args.adapter or args.text or not args.run):
-        raise UserError("--model and --data are needed to show tokens; for curves alone give --run")
+        check(round(100 * value) == round(100 * value, 9), f"--{flag} is {value}; it must be in whole hundredths")
+    tokens_asked = args.model or args.data or args.adapter or not args.run
+    check(args.model and args.data or not tokens_asked, "--model and --data are needed for tokens; curves need --run")
     return args
 
 
@@ -350,16 +295,10 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
-    path = Path(args.out or "explorer.html")
-    if not args.text:
-        check_writable(path)
+    path = Path(args.out)
+    check_writable(path)
     logs = [curves.read_run(Path(run)) for run in args.run]
     samples, head, states = look(args) if args.model else ([], {"states": [], "layers": []}, [])
-    if args.text:
-        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        for sample in samples:
-            print(terminal_text(sample, choose(sample, -1, 0, args.gamma, args.rho), coloured), end="\n\n")
-        return
     shown = [run | {"name": command.one_line(run["name"])} for run in curves.with_states(logs, states)]
     head = {"about": ", ".join(run["name"] for run in shown)} | head | {"nats": NATS, "share": SHARE, "runs": shown}
     head |= {"sigma": SIGMA, "top": TOP, "gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}

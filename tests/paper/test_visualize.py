@@ -1,13 +1,11 @@
 """The token explorer, driven in headless Chromium: what it selects, shows, and keeps from doing."""
 
 import base64
-import io
 import json
 import os
 import random
 import re
 import shutil
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -612,9 +610,7 @@ def test_a_log_that_is_none_is_named(tmp_path, content, words, monkeypatch):
         visualize.main(["--run", str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--model", "m"], ["--data", "d"], ["--run", "r", "--adapter", "a"], ["--run", "r", "--text"]]
-)
+@pytest.mark.parametrize("flags", [[], ["--model", "m"], ["--data", "d"], ["--run", "r", "--adapter", "a"]])
 def test_tokens_need_a_model_and_rows(flags):
     with pytest.raises(files.UserError, match="--model and --data are needed"):
         visualize.parse_arguments(flags)
@@ -675,16 +671,6 @@ def test_two_hundred_samples_of_five_hundred_tokens_take_less_than_five_megabyte
     page.close()
 
 
-def test_text_prints_the_same_highlighting(made, monkeypatch):
-    _, flags = made
-    out = io.StringIO()
-    with redirect_stdout(out):
-        visualize.main([*flags, "--text", "--limit", "3"])
-    texts = out.getvalue().split("\n\n<|begin_of_text|>")
-    assert len(texts) == 4 and "\x1b" not in out.getvalue()  # neither colours, into a file, nor those of the data
-    assert "\u241b31mred" in re.sub(r"[][{}]", "", texts[3])
-
-
 SAME = {"instruction": "Say a colour.", "output": "green"}
 TURNING = "".join(map(chr, [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
 FEW = {
@@ -718,7 +704,7 @@ def test_few_rows_or_prompts_that_are_alike_are_shown(rows, made, browser, tmp_p
     assert not noise
 
 
-def test_what_turns_a_text_is_shown_and_not_obeyed(made, browser, tmp_path, capsys):
+def test_what_turns_a_text_is_shown_and_not_obeyed(made, browser, tmp_path):
     turned = f"a{TURNING}b"
     folder = tmp_path / f"r{TURNING}\x1b"
     folder.mkdir()
@@ -736,10 +722,6 @@ def test_what_turns_a_text_is_shown_and_not_obeyed(made, browser, tmp_path, caps
     assert shown in page.locator("#samples button").inner_text()
     page.close()
     assert not set(TURNING) & set((tmp_path / "page.html").read_text())  # nor in names, nor where no script runs
-    capsys.readouterr()
-    visualize.main([*flags[:6], "--text"])
-    printed = re.sub(r"[][{}]", "", capsys.readouterr().out)
-    assert printed.count(shown) == 2 and not set(TURNING) & set(printed)
 
 
 def test_models_of_one_folder_name_are_told_apart(made, tmp_path):
@@ -768,16 +750,6 @@ def test_noise_that_cannot_be_is_none_and_much_of_it_takes_no_longer():
         assert visualize.marked([{"output": text.strip(), "noise": wrong}], [example], tokenizer) == [None]
 
 
-def test_colours_of_the_terminal():
-    sample = visualize.Sample(["ask\n", [("a", 1), ("b\nc", 1), ("d", 1)]], *(torch.zeros(1),) * 3, None)
-    chosen = torch.tensor([False, True, True]), torch.tensor([False, False, True])
-    plain = visualize.terminal_text(sample, chosen, coloured=False)
-    assert plain == "ask\na[b]\n[c]{d}"
-    coloured = visualize.terminal_text(sample, chosen, coloured=True)
-    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == "ask\nab\ncd"
-    assert all(line.endswith("\x1b[0m") for line in coloured.split("\n"))
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -788,7 +760,6 @@ def test_colours_of_the_terminal():
         (["--gamma", "0.333"], "hundredths"),
         (["--rho", "0"], "--rho is 0"),
         (["--limit", "0"], "--limit"),
-        (["--text", "--out", "x.html"], "--text"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--out", "rows.jsonl/page.html"], "rows.jsonl/page.html cannot be written (File exists)"),
         (["--out", "."], ". cannot be written (Is a directory)"),

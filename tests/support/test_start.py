@@ -31,11 +31,10 @@ def head(command, lines=1) -> tuple[int, bytes]:
     return process.wait(), errors
 
 
-@pytest.mark.parametrize("script", [pytest.param("explorer", marks=pytest.mark.slow), "training", "help"])
+@pytest.mark.parametrize("script", ["training", "help"])
 def test_a_reader_that_goes_away_ends_a_script_without_a_word(script, rows, tmp_path):
     given = ["--model", "demo/model", "--data", str(rows), "--device", "cpu"]
     command = {
-        "explorer": ["-m", "paper.visualize", *given, "--text", "--limit", str(ROWS)],
         "training": ["train.py", *given, "--max-steps", "1", "--lora-rank", "2", "--out", str(tmp_path / "out")],
         "help": ["evaluate.py", "--help"],
     }[script]
