@@ -1,9 +1,9 @@
 """The ten benchmarks of Table 1, and how to add one: what is asked.
 
-Requests and metrics are those of lm-evaluation-harness 0.4.13, to the letter. A request is (context, continuation),
-answered by (log P(continuation | context), whether it is the greedy one), or (context, {"until": [...], ...}),
-answered by the text that greedy decoding writes up to the first of these strings. Names and prompts that are data are
-in benchmarks.json; how an answer is graded, in grading.py.
+Requests and metrics are those of lm-evaluation-harness 0.4.13. A request is (context, continuation), answered by
+(log P(continuation | context), whether it is the greedy one), or (context, {"until": [...], ...}), answered by the text
+that greedy decoding writes up to the first of these strings. Names and fixed prompts are in benchmarks.json; grading.py
+grades the answers.
 """
 
 import functools
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import conversations, prompt_text
 from paper.grading import accuracy, one_of, overlap, same_number, squad_words, stands_in, true_share, tydiqa_words
-from support.files import UserError, read_json
+from support.files import UserError, check, read_json
 from support.sources import hub_files, read_file
 
 Row = dict  # one question, in the schema of its hub data set
@@ -84,8 +84,7 @@ def mmlu(subject: str) -> Task:
 
     def rows(load, tokenizer):
         examples = load("dev")[:5]
-        if len(examples) < 5:
-            raise UserError(f"the dev split has {len(examples)} rows, 5 examples are needed")
+        check(len(examples) == 5, f"the dev split has {len(examples)} rows, 5 examples are needed")
         about = subject.replace("_", " ")
         prefix = f"The following are multiple choice questions (with answers) about {about}.\n\n"
         prefix += "".join(f"{question(row)} {'ABCD'[row['answer']]}\n\n" for row in examples)
@@ -117,8 +116,7 @@ TYDIQA_RELEASE = DATA["tydiqa_release"]  # code: the word for passage, and the i
 
 def of_language(rows: list[Row], language: str) -> list[Row]:
     found = [row for row in rows if row["id"].startswith(language + "-")]
-    if not found:
-        raise UserError(f"no row's id starts with {language}-")
+    check(found, f"no row's id starts with {language}-")
     return found
 
 
@@ -184,16 +182,15 @@ def instructions_rows(load: Callable, tokenizer) -> list[Row]:
     """
     rows = load("test")
     found = conversations(rows, "instructions")
-    if len(found) != len(rows) or not all(turns and turns[-1]["role"] == "assistant" for turns in found):
-        raise UserError("every row must be one conversation that ends with the answer that is asked for")
+    fits = len(found) == len(rows) and all(turns and turns[-1]["role"] == "assistant" for turns in found)
+    check(fits, "every row must be one conversation that ends with the answer that is asked for")
     graded = []
     for number, (row, turns) in enumerate(zip(rows, found, strict=True), 1):
         output, answer = turns[-1]["content"], row.get("answer")
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-            raise UserError(f"row {number}: its answer is {type(answer).__name__}, no text or number")
+        fits = isinstance(answer, str | int | float | None) and not isinstance(answer, bool)
+        check(fits, f"row {number}: its answer is {type(answer).__name__}, not a text or a number")
         answer = None if answer is None else str(answer).strip()
-        if not (output.strip() if answer is None else answer):
-            raise UserError(f"row {number}: its answer is empty, which anything would match")
+        check(output.strip() if answer is None else answer, f"row {number}: its answer is empty")
         whole = {"whole": True} if tokenizer.template else {}  # the checkpoint's own template says itself where BOS is
         graded.append({"prompt": prompt_text(turns[:-1], tokenizer), "output": output, "answer": answer} | whole)
     return graded
@@ -270,18 +267,7 @@ GROUPS = {
 }
 
 # Table 1's columns: the name there, the task or group, the metric of Appendix A.2
-TABLE = [
-    ("TriviaQA", "triviaqa", "exact_match"),
-    ("TruthfulQA", "truthfulqa_mc2", "acc"),
-    ("MMLU", "mmlu", "acc"),
-    ("ARC-C", "arc_challenge", "acc"),
-    ("ARC-E", "arc_easy", "acc"),
-    ("TyDiQA", "tydiqa", "f1"),
-    ("Wino", "winogrande", "acc"),
-    ("HS", "hellaswag", "acc"),
-    ("LogiQA", "logiqa", "acc"),
-    ("AGIEval", "agieval", "acc"),
-]
+TABLE = [tuple(column) for column in DATA["table"]]
 OWN_ROWS = ("own rows", "instructions", "exact_match")  # a column beside those
 
 
@@ -315,12 +301,10 @@ def loader(name: str, folder: Path | None) -> Callable:
 
 @functools.cache
 def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
-    if not (folder or hub):
-        raise UserError(f"rows of your own are asked about: name the folder that holds {file}.{split}.jsonl by --data")
+    check(folder or hub, f"--data must name the folder of your own rows, {file}.{split}.jsonl")
     paths = [folder / f"{file}.{split}.jsonl"] if folder else hub_files(hub[0], split, hub[1])
     rows = [row for path in paths for row in read_file(path)]
-    if not rows:
-        raise UserError(f"{paths[0]} has no rows")
+    check(rows, f"{paths[0]} has no rows")
     return rows
 
 
