@@ -1,11 +1,11 @@
-"""What `--rho auto` asks beside `surprise`: does an answer belong to its prompt? An extension, of this project.
+"""`--rho auto`: which answers are kept. An extension of this project, beside `objectives.surprise`.
 
-An answer is likelier behind its own prompt than behind others, if the base model heeds prompts at all. An answer to
-something else is as likely behind all of them. So the base model reads the first tokens of each answer behind two other
-prompts too. How much likelier the answer is behind its own is its gain. How the two others differ is chance, and shows
-how gains of wrong answers scatter. `separate_answers` tells the two groups apart, or says why it cannot.
+A right answer is more likely after its own prompt than after another prompt. A wrong answer is about equally likely
+after both. So the base model reads the first tokens of each answer after its own prompt and after two others. How much
+more likely the answer is after its own prompt is its gain. How much the two others differ is chance: so do the gains of
+wrong answers scatter. `separate_answers` divides the answers into two groups, or says why it cannot.
 
-Every answer of a conversation is asked about. Its prompt is all that stands before it.
+A conversation may have several answers. The prompt of an answer is all that stands before it.
 """
 
 import math
@@ -18,16 +18,16 @@ from torch import Tensor
 
 import data
 
-FIRST = 32  # tokens of an answer that are compared; those behind follow from these, and add little but chance
+FIRST = 32  # tokens of an answer that are compared; later tokens depend on these more than on the prompt
 DAMPING = 3.0  # nats, see `paired`
-LEAST = 48  # answers; of fewer nothing is told
-DRIFT = 0.3  # deviations by which the mean gain of wrong answers may lie off 0
-ODDS = 20  # how much likelier two groups must be than one
-APART = 1.0  # standard deviations that the bar must lie from the mean of either group
+LEAST = 48  # answers; of fewer, all are kept
+DRIFT = 0.3  # the mean gain of wrong answers is 0, give or take so many standard deviations
+ODDS = 20  # two groups must be so many times as likely as one
+APART = 1.0  # the bar must be so many standard deviations from the mean of each group
 
 
 class Answer(NamedTuple):
-    """A stretch of supervised tokens: of which sample, and its first place there and the one behind its last."""
+    """Supervised tokens without a gap: the sample, the first place in it, and the place after the last."""
 
     sample: int
     start: int
@@ -44,10 +44,10 @@ def find_answers(examples: list[data.Example]) -> list[Answer]:
 
 
 def behind_other_prompts(examples: list[data.Example], seed: int) -> list[data.Example]:
-    """The first tokens of each answer behind another answer's prompt; then all of them again, behind a second one.
+    """The first tokens of each answer after another answer's prompt, then all of them after a second other prompt.
 
-    The three prompts differ in their beginning, the tokens before a sample's first answer. Empty, where more than a
-    third of the answers share that. A prompt too long for the longest sample's length loses its beginning.
+    Prompts with the same beginning (the tokens before a sample's first answer) count as one. If more than a third of
+    the answers have one prompt, the list is empty. A prompt loses its beginning where it exceeds the longest sample.
     """
     answers, alike = find_answers(examples), {}
     for number, (sample, _, _) in enumerate(answers):
@@ -70,15 +70,15 @@ def behind_other_prompts(examples: list[data.Example], seed: int) -> list[data.E
 
 
 def paired(difference: Tensor) -> Tensor:
-    """How much of the losses' difference (tokens,) goes one way: its sum, by what it would be if signs were chance.
+    """A paired t of a difference of losses (tokens,): its sum over the root of the sum of its squares.
 
-    That is the root of the sum of squares, as in a paired t. DAMPING nats are added to it: few tokens prove little.
+    DAMPING ** 2 is added under the root, since few tokens prove little.
     """
     return difference.sum() / (difference.square().sum() + DAMPING**2).sqrt()
 
 
 def gains(examples: list[data.Example], base: list[Tensor], elsewhere: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of N answers, how much likelier each is behind its own prompt than behind two others, and chance: (N,) each.
+    """The gains of N answers, and the differences by chance: (N,) each.
 
     base: the losses of each sample's response tokens. elsewhere: those of `behind_other_prompts`.
     """
@@ -87,21 +87,21 @@ def gains(examples: list[data.Example], base: list[Tensor], elsewhere: list[Tens
     for (sample, start, end), first, second in zip(answers, elsewhere[:n], elsewhere[n:], strict=True):
         own = base[sample][at[sample] :][: min(FIRST, end - start)]
         at[sample] += end - start
-        # of three alike, one differs from the mean of two with 3/4 of the variance with which two differ
+        # The mean of two and a third differ with 3/4 of the variance with which two differ
         found.append(torch.stack([paired((first + second) / 2 - own), paired(math.sqrt(3 / 4) * (first - second))]))
     return tuple(torch.stack(found).T)
 
 
 def log_likelihood(x: Tensor, mean, deviation) -> Tensor:
-    """Of a normal distribution."""
+    """log N(x; mean, deviation)."""
     return torch.distributions.Normal(mean, deviation, validate_args=False).log_prob(x)
 
 
 def two_groups(x: Tensor, chance: Tensor, start: float) -> tuple[float, float, float, float, float]:
-    """The likeliest two normal groups of gains (N,), of which the lower one scatters as `chance` (N,) does.
+    """Fit two normal groups to gains (N,); the lower one scatters as `chance` (N,) does and has a mean near 0 (DRIFT).
 
-    By expectation and maximization, from a cut at the quantile `start`. That the lower group's mean lies at 0, give or
-    take DRIFT of its deviations, is a prior. Returns the log-likelihood, and mean and deviation of either group.
+    Expectation-maximization: `upper` is each gain's probability to be of the upper group, at first by a cut at the
+    quantile `start`. Returns the log-likelihood, then mean and standard deviation of the lower and of the upper group.
     """
     upper = 0.01 + 0.98 * (x > x.quantile(start))
     alone = log_likelihood(chance, 0.0, chance.square().mean().sqrt()).sum()
@@ -122,13 +122,13 @@ def two_groups(x: Tensor, chance: Tensor, start: float) -> tuple[float, float, f
 
 
 class AnswerFilter(NamedTuple):
-    """Which answers belong to their prompt, (N,) bool, and, where all are kept, why."""
+    """Which answers are kept, (N,) bool, and why, if all are kept."""
 
     mask: Tensor
     reason: str = ""
 
     def tokens(self, examples: list[data.Example]) -> list[Tensor]:
-        """Of each sample, which response tokens are of an answer that belongs to its prompt: (L_resp,) bool."""
+        """For each sample, which response tokens are of an answer that is kept: (L_resp,) bool."""
         found = [torch.zeros(len(ids), dtype=torch.bool) for ids, _ in examples]
         for (sample, start, end), belongs in zip(find_answers(examples), self.mask.tolist(), strict=True):
             found[sample][start:end] = belongs
@@ -136,12 +136,11 @@ class AnswerFilter(NamedTuple):
 
 
 def separate_answers(gains: Tensor, chance: Tensor) -> AnswerFilter:
-    """Which answers belong to their prompt, by their gains (N,); chance (N,): gains that mean nothing.
+    """Which answers to keep, by their gains (N,) and the differences by chance (N,).
 
-    Two normal groups are fitted, the lower one of wrong answers. The bar between them lies as many deviations above the
-    lower mean as below the upper one. Answers below it are dropped. All are kept where two groups are not ODDS times
-    as likely as one, or where the bar does not lie APART deviations from both: a filter that cannot tell costs clean
-    answers. results/objectives/answers.md has how often it is right.
+    Two normal groups are fitted. The bar between them has the same distance to both means, in standard deviations.
+    Answers below the bar are dropped. All are kept if two groups are not ODDS times as likely as one, or if the bar is
+    not APART deviations from both. results/objectives/answers.md shows how often this is right.
     """
     everything, x, chance = torch.ones_like(gains, dtype=torch.bool), gains.double(), chance.double()
     if len(x) < LEAST:
@@ -157,7 +156,7 @@ def separate_answers(gains: Tensor, chance: Tensor) -> AnswerFilter:
 
 
 def filter_answers(examples: list[data.Example], base: list[Tensor], elsewhere: list[Tensor]) -> AnswerFilter:
-    """`separate_answers` of all answers. base: each sample's losses; elsewhere: those of `behind_other_prompts`."""
+    """`separate_answers` of a data set. base: each sample's losses; elsewhere: those of `behind_other_prompts`."""
     if not elsewhere:
         everything = torch.ones(len(find_answers(examples)), dtype=torch.bool)
         return AnswerFilter(everything, "more than a third of them have the same prompt")
