@@ -1,8 +1,6 @@
 """What a model is trained on: rows -> messages -> (ids, response mask) -> batches, and the paper's data pool.
 
-One section each: get the conversations of sources, encode them in the template of Appendix A.1 with a mask of the
-supervised tokens, group the samples into batches. Below: support/sources.py (files, the hub), support/schemas.py
-(a row's columns).
+Below it: support/sources.py (files and the hub) and support/schemas.py (a row's columns).
 """
 
 import bisect
@@ -45,10 +43,10 @@ def load_conversations(
     rating_field: str = "score",
     account: Account | None = None,
 ) -> list[list[Message]]:
-    """The conversations of comma-separated sources, one source after the other; `limit` holds for each source.
+    """The conversations of comma-separated sources, one source after the other. `limit` is for each source.
 
-    The source `pool` draws POOL_SIZE conversations from the sets of POOL, seeded, each in proportion to its size.
-    With `top`, only the rows rated best are taken, `top` of all sources together, in the order they stand in.
+    The source `pool` draws POOL_SIZE conversations from the sets of POOL, each in proportion to its size.
+    With `top`, only the best rated rows are taken, `top` of all sources together, in their order.
     """
     found, names, account = [], source_names(sources), account or Account()
     if top:

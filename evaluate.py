@@ -2,9 +2,7 @@
 
     python evaluate.py --model NAME|DIR [--adapter DIR ...] [--tasks all] [--data DIR] [--limit N] [--out FILE]
 
-The numbers are lm-evaluation-harness's, with less work. The choices of a question share its context: it is read once,
-with all choices behind it in one sequence, whose mask is a tree. What all questions of a task begin with is read once,
-and its keys and values are kept. Only scored positions meet the vocabulary.
+The numbers are lm-evaluation-harness's, in less time: results/evaluation.md says how.
 """
 
 import argparse
@@ -69,9 +67,8 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
     """(log P(continuation | context) in nats, whether greedy decoding would write it) of each (context, continuation).
 
-    Neighbours that begin alike are computed together, so keep a question's choices side by side. Under torchrun, each
-    rank answers its share and all get all. Raises UserError for a continuation without tokens, or more
-    than the model reads.
+    Neighbours that begin alike are computed together, so keep a question's choices side by side. Under torchrun each
+    rank answers its share. UserError for a continuation without tokens, or too long for the model.
     """
     device, config = model.lm_head.weight.device, model.config
     requests = encode_pairs(tokenizer, pairs, config.max_position_embeddings, config.vocab_size)

@@ -137,8 +137,8 @@ def disabled(model: nn.Module):
 def merge(model: Transformer, folder=None, dtype: torch.dtype | None = None) -> Transformer:
     """Fold each update into its weight, in place: W + (alpha / rank) B A, added in float32, then rounded to `dtype`.
 
-    Default: W's dtype. The adapters are gone then. `model.merge_error` is the norm of what rounding lost over the norm
-    of the update. With `folder`, the model is also written as a checkpoint for transformers, vLLM and lm-eval.
+    Default: W's dtype. The adapters are gone then. `model.merge_error`: the norm of what rounding lost over the norm of
+    the update. With `folder`, a checkpoint is written there.
     """
     lost, whole = 0.0, 1e-30
     for layer in lora_layers(model).values():
@@ -169,9 +169,8 @@ def new_adapters(model: Transformer, args: argparse.Namespace, part: int = 0):
 class History:
     """theta_his of Eq. 3: the base model, an average of past models (Eq. 4), or the model of some steps ago.
 
-    All three share the frozen base weights and differ in what is added to them: nothing, one averaged matrix a
-    layer, or an old adapter. Since theta^t = W + (alpha / rank) B A with W fixed, averaging the products B A averages
-    the merged weights exactly. At step 0 each of them is the base model.
+    All three share the base weights W. What is added to W differs: nothing, one averaged matrix a layer, or an old
+    adapter. Averaging the products B A averages the merged weights W + (alpha / rank) B A exactly, since W is fixed.
     """
 
     def __init__(self, model: Transformer, kind: str, ema_alpha: float, every: int, base: list[Tensor] | None = None):

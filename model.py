@@ -1,8 +1,7 @@
 """A Llama / Qwen decoder: configuration, blocks, the loss of each token.
 
-From top to bottom: `Config`, what a checkpoint says; `Transformer`, what it computes; `load_model`, which fills it; and
-`token_nll`, the loss. Parameters have the checkpoint's names. support/checkpoint.py reads the files; support/kernels.py
-has fast forms of a few formulas.
+Parameters have the checkpoint's names. support/checkpoint.py reads the files, support/kernels.py has fast forms of a
+few formulas.
 
 Sizes: B sequences, L tokens, D hidden, H query heads, H_kv key/value heads, d head_dim, V vocabulary.
 """
@@ -62,8 +61,8 @@ def rope_frequencies(config: Config, device=None) -> Tensor:
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / config.rope["rope_theta"] ** exponent
     if config.rope["rope_type"] == "llama3":
-        # Wavelengths that fit the original context high_freq_factor times stay; those that fit it fewer than
-        # low_freq_factor times are stretched by factor; between the two, interpolate.
+        # A wavelength that fits the original context high_freq_factor times stays. One that fits it fewer than
+        # low_freq_factor times is stretched by factor. Between the two, interpolate.
         low, high = config.rope["low_freq_factor"], config.rope["high_freq_factor"]
         turns = config.rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -152,9 +151,8 @@ class Embedding(nn.Embedding):
 class Transformer(nn.Module):
     """The decoder up to its last hidden state; `lm_head` turns those into logits where logits are wanted.
 
-    `folder` is where the checkpoint lies; `name_or_path` and `revision` are what was asked for. With
-    `gradient_checkpointing` a layer keeps only its input and runs again in the backward pass: less memory, one more
-    forward pass, the same numbers.
+    folder: where the checkpoint lies; name_or_path, revision: what was asked for. gradient_checkpointing: a layer
+    keeps only its input, and runs again in the backward pass.
     """
 
     def __init__(self, config: Config):
@@ -237,7 +235,7 @@ def centred_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
     """Logits (T, V) and those of the targets (T, 1), float32; arguments as token_nll's.
 
     A bfloat16 logit near 20 has steps of 0.125, and REL is smaller. So the target's logit is subtracted inside the
-    product, which sums in float32. Logits near the target's are then small, and lose little when they are rounded.
+    product, which sums in float32. Logits near the target's are then small, and rounding changes them little.
     """
     target_logit = (hidden.float() * weight[targets].float()).sum(dim=1, keepdim=True)
     shift = -target_logit.to(hidden.dtype)

@@ -80,9 +80,8 @@ def attention_score(q, k: Tensor, response: Tensor, **settings) -> Tensor:
     """AttnScore, Eqs. 5-7: the attention that each response token pays to the prompt, averaged over the heads.
 
     q (H, L_seq, d), k (H_kv, L_seq, d), both after rope; response (L_seq,) bool -> (L_resp,) float32 in [0, 1].
-    The prompt of a token is every earlier token that is not supervised, so a later turn of a conversation counts
-    the user's turns, not its own earlier answers. The softmax is computed for response queries only, some at a time.
-    q may be a function, positions (n,) -> (H, n, d), so that it need not exist as a whole.
+    The softmax is computed for response queries only, some at a time. So q may be a function, positions (n,) ->
+    (H, n, d), and need not exist as a whole.
     settings: scale of the logits (default d ** -0.5), their soft cap, window (how many tokens a token sees).
     """
     queries = q if callable(q) else lambda positions: q[:, positions]
@@ -95,13 +94,12 @@ def attention_score(q, k: Tensor, response: Tensor, **settings) -> Tensor:
 
 
 class AttentionProbe:
-    """Eq. 7 beside flash attention: store what enters one decoder layer, recompute its attention from that (Sec. 3.3).
+    """Eq. 7 beside flash attention: keep what enters one decoder layer, recompute its attention from that (Sec. 3.3).
 
-    A pre-hook keeps the hidden states and rotary tables that enter decoder layer `layer` (negative counts from the
-    end), of our Transformer or of transformers' models. After a pass of a batch, `scores` runs that layer's norm and
-    its q and k projections again and computes the explicit softmax for the response queries alone. Each pass of the
-    model arms the hook once, so a layer that gradient checkpointing reruns does not fire it. `remove` takes it out.
-    ValueError where there is no such layer, or it attends in another way: the model reads eight tokens to see that.
+    A pre-hook keeps the hidden states and rotary tables that enter decoder layer `layer` (negative: from the end), of
+    our Transformer or of transformers' models. `scores` runs the layer's norm, q and k projections again, and the
+    softmax for response queries alone. A layer that gradient checkpointing runs again does not fire the hook.
+    ValueError if there is no such layer, or its attention differs: the model reads eight tokens to see that.
     """
 
     def __init__(self, model: nn.Module, layer: int = -1):
@@ -160,8 +158,8 @@ class AttentionProbe:
         """AttnScore of the batch that went through the model last: response (B, L) bool -> (B, L) float32, zero off it.
 
         attention_mask (B, L): 0 for padding, on either side; without it, rows are padded on the right. Adapters are on,
-        dropout is off, no random number is drawn. Queries and keys are projected in chunks: memory grows with L, never
-        with L * L. With `response` on the host and no mask, nothing waits for a GPU.
+        dropout is off. Queries and keys are projected in chunks: memory grows with L, not with L * L. With `response`
+        on the host and no mask, nothing waits for a GPU.
         """
         out = torch.zeros(response.shape, device=self.hidden.device)
         training = self.layer.training

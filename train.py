@@ -2,8 +2,8 @@
 
     python train.py --model meta-llama/Llama-3.2-3B
 
-`train` is the algorithm, with its line numbers in the comments; `SSToken` above it is lines 5 to 9: what is selected.
-The methods that the paper compares with take its place: paper/baselines.py. Below: the command line, and a whole run.
+`train` is the algorithm, with its line numbers in the comments. `SSToken` above it selects: lines 5 to 9. Other methods
+take its place (paper/baselines.py). Below: the command line, and a whole run.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def weighted_loss(nll: Tensor, selected: list[Tensor], weights: list[float]) -> 
 
     nll (sum of L_resp,): the samples' losses, one sample after the other; selected: a tensor (L_resp,) for each.
     """
-    losses = [0 * nll.sum()]  # a gradient of zero where no token is selected: all ranks go backward equally often
+    losses = [0 * nll.sum()]  # all ranks go backward equally often, also without a selected token
     for nll_i, selected_i, weight in zip(nll.split([len(mask) for mask in selected]), selected, weights, strict=True):
         if weight:
             losses.append(weight * selected_loss(nll_i, selected_i))
@@ -65,9 +65,9 @@ def weighted_loss(nll: Tensor, selected: list[Tensor], weights: list[float]) -> 
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, record: runs.StepRecord, checkpoints):
-    """Alg. 1, line 10, on all ranks together. No token selected: no step, since AdamW would move by its momentum.
+    """Alg. 1, line 10, on all ranks. Without a selected token nothing changes: AdamW would move by its momentum.
 
-    UserError for a loss or gradient that is no finite number. Returns whether a signal asks to stop after this step.
+    UserError for a loss or gradient that is not finite. Returns whether a signal asks to stop after this step.
     """
     adapters = optimizer.param_groups[0]["params"]
     ranks.sum_over_ranks([p.grad for p in adapters])  # nothing else of the model crosses between ranks
@@ -150,8 +150,8 @@ def train(
 ) -> Transformer:
     """Fine-tune the adapters of `model` on `examples` by Algorithm 1. `log` gets a dict after every optimizer step.
 
-    Under torchrun each rank computes its share of a step's micro-batches, and all ranks make the same update. With
-    `checkpoints` the run goes on from the newest one and writes others. frozen: losses that are known before training.
+    Under torchrun each rank computes its share of the micro-batches, and all make the same update. checkpoints: the run
+    goes on from the newest one, and writes others. frozen: losses that are known before training.
     """
     frozen, checkpoints = frozen or FrozenLosses(), checkpoints or runs.Checkpoints()
     device = model.lm_head.weight.device
