@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from support.checkpoint import TOKENIZER_FILES, find_tensors, open_safetensors
-from support.files import UserError, check_writable, is_number, read_json, write_json, write_whole
+from support.files import check, check_writable, is_number, read_json, told, write_json, write_whole
 from support.ranks import first_rank, gather
 
 LOSSES = 1  # how they are computed; a change to that makes it 2, and what an older version kept is not found again
@@ -34,24 +34,24 @@ def fingerprint(tensors: Iterable[Tensor], most: int | None = 4096) -> str:
     return digest.hexdigest()[:16]
 
 
-def with_digest(head: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
+def content_digest(head: dict[str, str], tensors: dict[str, Tensor]) -> str:
     names = sorted(tensors)
-    return head | {"digest": digest(sorted(head.items()), names, fingerprint(map(tensors.get, names), None))}
+    return digest(sorted(head.items()), names, fingerprint(map(tensors.get, names), most=None))
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], head: dict[str, str], others_write: bool = False):
     """Write tensors, with what `head` says of them and a digest of all; arguments as write_whole's."""
-    write_whole(path, lambda file: save_file(tensors, file, metadata=with_digest(head, tensors)), others_write)
+    about = head | {"digest": content_digest(head, tensors)}
+    write_whole(path, lambda file: save_file(tensors, file, metadata=about), others_write)
 
 
 def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What `write_state` has written: (head, tensors). UserError for a file that is not whole, or of other content."""
     file = open_safetensors(path)
-    names, said = file.keys(), file.metadata() or {}
-    tensors = {name: file.get_tensor(name).clone() for name in names}  # not a mapping of the file
-    head = {name: text for name, text in said.items() if name != "digest"}
-    if with_digest(head, tensors) != said:
-        raise UserError(f"{path} is damaged: its content is not what its digest says")
+    tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}  # not a mapping of the file
+    head = file.metadata() or {}
+    stored = head.pop("digest", "")
+    check(stored == content_digest(head, tensors), f"{path} is damaged: its content is not what its digest says")
     return head, tensors
 
 
@@ -87,24 +87,21 @@ def losses_key(model: Path, adapter: Path | None, examples: Iterable[tuple], dty
 
 
 def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """compute()'s losses, and the seconds that they took; in a `cache`, a folder, what the first run has kept holds."""
+    """compute()'s losses, and the seconds that it took. The folder `cache` keeps those of the first run that ends."""
     path = cache / f"{key}.safetensors" if cache and first_rank() else None
+    if path:
+        check_writable(path)  # before the work, not after it
 
     def held():
         head, tensors = read_state(path) if path and path.exists() else ({}, {})
         return gather((tensors["nll"], float(head["seconds"])) if tensors else None)[0]
 
-    try:
-        if path:
-            cache.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        if found := held():
-            return found
-        start = time.perf_counter()
-        nll, seconds = compute(), time.perf_counter() - start
-        if path:
-            write_state(path, {"nll": nll.contiguous()}, {"seconds": f"{seconds:.3f}"}, others_write=True)
-    except OSError as reason:
-        raise UserError(f"--cache {cache} cannot be used: {reason}") from None
+    if found := held():
+        return found
+    start = time.perf_counter()
+    nll, seconds = compute(), time.perf_counter() - start
+    if path:
+        write_state(path, {"nll": nll.contiguous()}, {"seconds": f"{seconds:.3f}"}, others_write=True)
     return held() or (nll, seconds)
 
 
@@ -113,7 +110,7 @@ PARTS = ("results", "keys", "timing")  # of a record, each by task
 
 
 class Report:
-    """An evaluation's records in one file, one for each SAME; several processes may add to it at once."""
+    """An evaluation's records in one file, one for each SAME. Several processes may add to it at once."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -121,22 +118,20 @@ class Report:
             check_writable(path)  # before the work, not after it
         self.records()
 
-    def records(self) -> dict[str, dict]:
-        """What the file holds by now, each record under a digest of its SAME; UserError for another file."""
+    def records(self) -> dict[tuple, dict]:
+        """What the file holds by now: records by their values of SAME. UserError if it is another file."""
         held = read_json(self.path) if self.path and self.path.exists() else {"runs": []}
-        try:
-            found = list.copy(held.get("runs", [held]))
-            found = [record | {part: dict.copy(record[part]) for part in PARTS} for record in found]
-            values = [part for record in found for part in (record["timing"], *record["results"].values())]
-            if not all(n is None or is_number(n) for part in values for n in part.values()):
-                raise TypeError
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"--out {self.path} exists and holds no evaluation") from None
-        return {digest(*map(record.get, SAME)): record for record in found}
+        with told(another := f"--out {self.path} exists and holds no evaluation"):
+            found = {tuple(map(record.get, SAME)): record for record in list.copy(held.get("runs", [held]))}
+            for record in found.values():
+                parts = [record["timing"], *record["results"].values()]
+                numbers = all(n is None or is_number(n) for part in parts for n in part.values())
+                check(numbers and isinstance(record["keys"], dict), another)
+        return found
 
     def record(self, key: str, head: dict) -> dict:
         """`head` with what is held of its SAME, if its key is the same; a model that has changed has no answers yet."""
-        held = self.records().get(digest(*map(head.get, SAME)), {})
+        held = self.records().get(tuple(map(head.get, SAME)), {})
         return head | {"key": key} | {part: held[part] if held.get("key") == key else {} for part in PARTS}
 
     @contextlib.contextmanager
@@ -145,14 +140,14 @@ class Report:
         if not self.path:
             yield
             return
-        lock = os.open(self.path.parent, os.O_RDONLY)
+        folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # some network disks have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.flock(folder, fcntl.LOCK_EX)
             now = self.record(record["key"], record)
             record |= {part: record[part] | now[part] for part in PARTS}
             yield
-            records = [*(self.records() | {digest(*map(record.get, SAME)): record}).values()]
+            records = [*(self.records() | {tuple(map(record.get, SAME)): record}).values()]
             write_json(self.path, record if len(records) == 1 else {"runs": records})
         finally:
-            os.close(lock)
+            os.close(folder)

@@ -1,4 +1,4 @@
-"""What a run keeps, FILES, checkpoints and snapshots in a folder, and how it goes on after a stop."""
+"""What a run keeps in its folder: record, log, checkpoints, snapshots; and how it goes on after a stop."""
 
 import contextlib
 import functools
@@ -10,15 +10,15 @@ import shutil
 import signal
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import files
-from support.files import LINE, UserError, is_number, read_log, writing
+from support.files import UserError, check, is_number, read_log, writing
 from support.losses import digest, fingerprint, read_state, write_state
 from support.machine import peak_memory_mb, versions
 from support.ranks import first_rank, gather, rank, ranks, say, sum_over_ranks
@@ -26,29 +26,25 @@ from support.sources import Account, source_names
 
 FILES = ("run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
 INNER = ("reference", "part-*")  # runs that belong to a run
-CHECKPOINT = "checkpoint-{:08d}.safetensors"  # its number is that of the optimizer steps done
-SNAPSHOT = "step-{:08d}"  # a folder with the adapter as it was after so many
-FAILED = "failed-step-{:08d}.safetensors"  # the samples of a step that gave no number
+CHECKPOINT = "checkpoint-{:08d}.safetensors"  # its number: the optimizer steps done
+SNAPSHOT = "step-{:08d}"  # a folder with the adapter after so many steps
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
 
 
 def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder of a new run, `out` or a fresh one; UserError when it holds a run, unless `overwrite` or `resume`."""
     folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a model (config.json): choose another --out")
+    files.check_writable(folder / "run.json")
+    check(not (folder / "config.json").exists(), f"{folder} holds a model (config.json): choose another --out")
     if (old := left_in(folder)) and not (overwrite or resume):
         raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
-    files.check_writable(folder / "run.json")
     return folder
 
 
 def left_in(folder: Path) -> list[Path]:
-    """What a run's folder holds of it; links among them, wherever they lead."""
+    """What a run has left in its folder; links among it as they are, wherever they lead."""
     found = [folder / name for name in FILES if os.path.lexists(folder / name)]
-    found += [path for form in (CHECKPOINT, SNAPSHOT, FAILED) for path in numbered(folder, form).values()]
+    found += [*numbered(folder, CHECKPOINT).values(), *numbered(folder, SNAPSHOT).values()]
     if (folder / "run.json").exists():
         found += [path.parent for name in INNER for path in folder.glob(f"{name}/log.jsonl")]
     return found
@@ -72,16 +68,16 @@ def read_record(folder: Path) -> dict:
     path = folder / "run.json"
     record = files.read_json(path) if path.exists() else {}
     parts = [record.get(part, {}) for part in ("arguments", "fingerprints", "seconds")]
-    if not all(isinstance(part, dict) for part in parts) or not all(map(is_number, parts[-1].values())):
-        raise UserError(f"{path} holds no record of a run")
+    fits = all(isinstance(part, dict) for part in parts) and all(map(is_number, parts[-1].values()))
+    check(fits, f"{path} holds no record of a run")
     return record
 
 
 def check_same(where: str, held: dict, now: dict):
     """UserError that names the first of a run's settings that differs from what it was."""
     for name in sorted(held.keys() | now.keys()):
-        if (then := held.get(name)) != now.get(name):
-            raise UserError(f"{where} of another configuration: {name} was {then}, now it is {now.get(name)}")
+        then, value = held.get(name), now.get(name)
+        check(then == value, f"{where} of another configuration: {name} was {then}, now it is {value}")
 
 
 def numbered(folder: Path, form: str) -> dict[int, Path]:
@@ -97,91 +93,90 @@ def snapshots_in(folder: Path) -> dict[int, Path]:
 
 
 class StepRecord:
-    """What the log says of one optimizer step: sums that stay on the device until they are read, at once."""
+    """What the log says of one optimizer step. Its sums stay on the device until they are read, all at once."""
 
     def __init__(self, number: int, batch: list[list[int]], examples: list, device: torch.device):
-        self.start, self.number, self.device = time.perf_counter(), number, device
+        self.start, self.number = time.perf_counter(), number
         self.samples = {i: examples[i] for micro_batch in batch for i in micro_batch}
-        self.loss, self.selected = torch.zeros(2, device=device)
+        self.sums = torch.zeros(3, device=device)  # loss, tokens with a weight, signals
 
     def add(self, loss: Tensor, selected: list[Tensor]):
         """A micro-batch's part of the loss, and which tokens of its samples were selected, or have a weight."""
-        self.loss += loss.detach()
+        self.sums[0] += loss.detach()
         for mask in selected:
-            self.selected += (mask != 0).sum()
+            self.sums[1] += (mask != 0).sum()
 
     def read(self, gradient_norm: Tensor, signal: int = 0) -> tuple[float, int, float, bool]:
         """Over all ranks: loss, tokens with a weight, the gradient's norm, whether any has got a signal."""
-        # the step's one message but for the gradients, and its one read from the device
-        sums = sum_over_ranks([self.loss, self.selected, torch.full_like(self.loss, signal)])
-        loss, selected, signalled, norm = torch.stack([*sums, gradient_norm]).tolist()
-        self.sums = loss, int(selected)
-        return *self.sums, norm, signalled > 0
+        self.sums[2] += signal
+        sum_over_ranks([self.sums])  # the step's one message but for the gradients, then its one read from the device
+        self.loss, selected, signalled, norm = torch.cat([self.sums, gradient_norm.view(1)]).tolist()
+        self.selected = int(selected)
+        return self.loss, self.selected, norm, signalled > 0
 
     def line(self, lr: float) -> dict:
         """The step's line of the log, at its end."""
-        sizes = [(len(ids), int(response.sum())) for ids, response in self.samples.values()]
-        loss, selected = self.sums
-        seconds = round(time.perf_counter() - self.start, 3)
-        values = (self.number, loss, lr, *map(sum, zip(*sizes, strict=True)), selected, seconds)
-        line = dict(zip(LINE, values, strict=True)) | {"peak_memory_mb": round(peak_memory_mb(self.device), 1)}
-        return line if selected else line | {"skipped": "no token was selected, and nothing was changed"}
+        line = {"step": self.number, "loss": self.loss, "lr": lr}
+        line["tokens"] = sum(len(ids) for ids, _ in self.samples.values())
+        line["response_tokens"] = sum(int(response.sum()) for _, response in self.samples.values())
+        line |= {"selected_tokens": self.selected, "seconds": round(time.perf_counter() - self.start, 3)}
+        line["peak_memory_mb"] = round(peak_memory_mb(self.sums.device), 1)
+        return line if self.selected else line | {"skipped": "no token was selected, and nothing was changed"}
 
 
 class Stopped(Exception):
     """A signal has ended the run early, and it can go on: (the signal's number, what to tell the user)."""
 
 
+@contextlib.contextmanager
+def on_signals(handler):
+    """A context in which SIGTERM and Ctrl-C call handler(number, frame)."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 class Checkpoints:
     """The state of a run after every so many of its steps and the last, as safetensors files to go on from.
 
     steps: of the whole run; every: by default a tenth of them; settings: what a run that goes on must share.
-    While it is entered (`with`), a step in which SIGTERM or Ctrl-C comes leaves a checkpoint and is the last.
     """
 
     def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
         """Reads the newest checkpoint in `folder` that is whole; UserError if none is, or its settings differ."""
         self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
-        self.done, self.held, self.signal, damage = 0, {}, 0, ""
+        self.done, self.held, self.signal = 0, {}, 0
         self.settings = gather(settings)[0]  # the first rank's; a shard's content would differ
-        for path in reversed(numbered(folder, CHECKPOINT).values() if folder else ()):
+        found = [*numbered(folder, CHECKPOINT).values()] if folder else []
+        while found and not self.held:
             try:
-                head, self.held = read_state(path)
-            except UserError as reason:
-                damage = damage or str(reason)
-                continue
-            if damage:
-                files.note(f"{damage}; the run goes on from {path.name}")
+                head, self.held = read_state(path := found.pop())
+            except UserError as damage:
+                check(found, f"{damage}; there is no other: remove it, or add --overwrite")
+                files.note(f"{damage}; the run goes on from {found[-1].name}")
+        if self.held:
             self.done = int(head["step"])
-            return check_same(f"{path} is", json.loads(head["settings"]), self.settings)
-        if damage:
-            raise UserError(f"{damage}; there is no other: remove it, or add --overwrite")
+            check_same(f"{path} is", json.loads(head["settings"]), self.settings)
 
-    def __enter__(self):
-        def note(number, frame):
-            if self.signal and number == signal.SIGINT and ranks() == 1:  # torchrun sends it twice
-                raise KeyboardInterrupt
-            self.signal = number
-            if first_rank():
-                print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
-
-        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def note(self, number: int, frame):
+        """A handler of signals: the step at work becomes the last. A second Ctrl-C ends the run at once."""
+        if self.signal and number == signal.SIGINT and ranks() == 1:  # torchrun sends it twice
+            raise KeyboardInterrupt
+        self.signal = number
+        if first_rank():
+            print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
 
     def restore(self, adapters: list[nn.Parameter], optimizer, history, device) -> int:
         """Put back what the newest checkpoint holds, into what is written from now on; returns the steps done."""
         self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
         held, self.held = self.held, {}
-        if self.folder and first_rank() and (log := self.folder / "log.jsonl").exists():
-            files.write_lines(log, read_log(self.folder)[: self.done])  # a later step is done again
         if not held:
             return 0
-        with torch.no_grad():
-            for i, parameter in enumerate(adapters):
-                parameter.copy_(held[f"adapter.{i}"])
+        for i, parameter in enumerate(adapters):
+            parameter.data.copy_(held[f"adapter.{i}"])
         moved = [i for i in range(len(adapters)) if f"optimizer.{i}.step" in held]  # none before a step has a token
         moments = {i: {name: held[f"optimizer.{i}.{name}"] for name in ADAMW} for i in moved}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})  # the rest comes from the settings
@@ -201,20 +196,13 @@ class Checkpoints:
                 raise Stopped(self.signal or signal.SIGTERM, f"stopped after step {step}; with --resume it goes on")
 
     def check_numbers(self, step: int, loss: float, gradient: float, samples: dict[int, tuple[Tensor, Tensor]]):
-        """UserError, before it is kept, for a step without finite numbers; its samples, (ids, response), are saved."""
-        if math.isfinite(loss) and math.isfinite(gradient):
-            return
-        said = f"step {step}: the loss is {loss}, the gradient's norm {gradient}. Its samples, counted from 0, are "
-        said += ", ".join(map(str, sorted(samples)))
-        if self.folder:
-            path, parts = self.folder / FAILED.format(step), ("ids", "response")
-            content = {f"{part} {i}": samples[i][j] for i in samples for j, part in enumerate(parts)}
-            about = {"step": str(step), "loss": str(loss), "gradient norm": str(gradient)}
-            if first_rank():
-                files.write_whole(path, lambda file: save_file(content, file, metadata=about))
-            gather(None)  # a rank that ended now would have the others ended too
-            said += f", saved in {path}; the last checkpoint is untouched"
-        raise UserError(f"{said}. Look at their text, and try a lower --lr or --dtype float32")
+        """UserError for a step without finite numbers, before anything of it is kept."""
+        if not (math.isfinite(loss) and math.isfinite(gradient)):
+            said = (
+                f"step {step}: the loss is {loss}, the gradient's norm {gradient}; the last checkpoint is untouched. "
+            )
+            said += f"The step's samples, counted from 0, are {', '.join(map(str, sorted(samples)))}"
+            raise UserError(f"{said}. Look at their text, and try a lower --lr or --dtype float32")
 
     def write(self, step: int):
         random = {"cpu": torch.get_rng_state()}
@@ -228,10 +216,8 @@ class Checkpoints:
         for i, factors in enumerate((self.history and self.history.factors) or []):
             tensors |= {f"history.{i}.{j}": factor for j, factor in enumerate(factors)}
         if first_rank():
-            path = self.folder / CHECKPOINT.format(step)
-            if path.is_symlink() or path.is_fifo():
-                path.unlink()  # it was damaged, or the run would have gone on from it
-            write_state(path, tensors, {"step": str(step), "settings": json.dumps(self.settings)})
+            head = {"step": str(step), "settings": json.dumps(self.settings)}
+            write_state(self.folder / CHECKPOINT.format(step), tensors, head)
             found = numbered(self.folder, CHECKPOINT)
             for number in found.keys() - [number for number in found if number <= step][-2:]:  # later: damaged
                 found[number].unlink()
@@ -242,14 +228,14 @@ class Run:
 
     def __init__(self, args, model: nn.Module, examples: list, account: Account):
         """Opens the folder that `args` names, or a new one; examples: (ids, response) each, account: of their rows."""
-        frozen = fingerprint(p for p in model.parameters() if not p.requires_grad)
-        self.first, self.weights = first_rank(), digest(frozen, model.config.raw)
+        self.first, self.trained = first_rank(), set()
+        self.weights = digest(fingerprint(p for p in model.parameters() if not p.requires_grad), model.config.raw)
         choice = (args.out, f"{Path(args.model).name}-{args.method}", args.overwrite, args.resume)
-        self.folder, self.trained = gather(new_folder(*choice) if self.first else None)[0], set()
+        self.folder = gather(new_folder(*choice) if self.first else None)[0]
         check_reads(self.folder, vars(args))
         if args.resume and (held := read_record(self.folder).get("arguments")):
             check_same(f"{self.folder} holds a run", settings(held, {}), settings(vars(args), {}))
-        content = {"--model": self.weights, "--data": fingerprint(tensor for example in examples for tensor in example)}
+        content = {"--model": self.weights, "--data": fingerprint(chain(*examples))}
         self.record = {"arguments": vars(args), "versions": versions(), "fingerprints": content}
         self.record |= {"samples": len(examples)} | account.record()
         self.held_out_loss = None  # where there are held-out samples: () -> their loss
@@ -280,7 +266,7 @@ class Run:
 
         content: what the adapter depends on beside the arguments. save_adapter: folder -> the adapter is there.
         """
-        rows = fingerprint(tensor for sample in samples for tensor in sample)
+        rows = fingerprint(chain(*samples))
         content = {"the content of --model": self.weights, "the content of --data": rows} | content
         if args.overwrite and self.first and not self.trained:  # all that is read has been read by now
             for old in left_in(self.folder):
@@ -288,11 +274,13 @@ class Run:
                     shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         # refuses another configuration's checkpoint before anything is written
         checkpoints = Checkpoints(folder, steps, args.checkpoint_every, settings(vars(args), content))
-        if self.first:
-            files.check_writable(path := folder / "log.jsonl")
         self.trained.add(folder)
         self.save()
-        with tqdm(total=steps, desc=folder.name, unit="step", disable=not self.first) as bar, checkpoints:
+        path = folder / "log.jsonl"
+        if self.first:
+            files.check_writable(path)
+            files.write_lines(path, read_log(folder)[: checkpoints.done])  # a later step is done again
+        with tqdm(total=steps, desc=folder.name, unit="step", disable=not self.first) as bar:
             bar.set_postfix_str(f"at work on step {checkpoints.done + 1}, {args.batch_size} samples")
 
             def log(line):
@@ -309,15 +297,13 @@ class Run:
                 bar.set_postfix_str(f"loss {line['loss']:.3f}{held_out}, {speed:.0f} tokens/s, {share:.1%} selected")
                 bar.update(line["step"] - bar.n)
 
-            yield log, checkpoints
+            with on_signals(checkpoints.note):
+                yield log, checkpoints
         if self.first:
             save_adapter(folder)
 
     def finish(self, seconds: dict[str, float], auto: dict):
-        """Add to the record the `seconds` of each part, and those of the trainings, before a stop and after it.
-
-        auto: what --rho auto did, if anything.
-        """
+        """Add to the record the `seconds` of each part and of the trainings, and what --rho auto did, if anything."""
         inner = self.folder / "reference"
         logs = {"reference": read_log(inner) if inner in self.trained else [], "training": read_log(self.folder)}
         seconds |= {what: sum(line["seconds"] for line in lines) for what, lines in logs.items()}
@@ -326,7 +312,7 @@ class Run:
         self.save()
 
 
-# What may differ when a run goes on: the adapter depends on none of it but by what `settings` is told beside it
+# The adapter depends on none of these, but by what `settings` is told beside it, so they may differ after a stop
 FREE = "out overwrite resume checkpoint_every snapshot_every eval_every merge merge_dtype eval_data skip_bad_rows"
 FREE = {*FREE.split(), "cache", "debug"}
 
@@ -334,16 +320,16 @@ FREE = {*FREE.split(), "cache", "debug"}
 def settings(arguments: dict, content: dict) -> dict:
     """All that the adapter depends on, by the names that a user knows; content: what stands behind the arguments."""
     flags = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in FREE}
-    kind = str(arguments.get("device")).split(":")[0]  # each rank has a card of its own, and a run may go on on another
+    kind = str(arguments.get("device")).split(":")[0]  # a run may go on on another card of the same kind
     return flags | {"--device": kind, "the number of ranks": ranks()} | content
 
 
 def check_flags(args):
     """UserError for flags of a run that do not go together."""
-    if args.resume and (args.overwrite or not args.out):
-        raise UserError("--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite")
-    if args.eval_every and not args.eval_data:
-        raise UserError("--eval-every measures the loss of held-out rows: give them as --eval-data")
+    rule = "--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite"
+    check(not args.resume or (args.out and not args.overwrite), rule)
+    rule = "--eval-every measures the loss of held-out rows: give them as --eval-data"
+    check(args.eval_data or not args.eval_every, rule)
 
 
 def add_flags(parser):

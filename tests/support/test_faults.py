@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -395,9 +396,9 @@ FLAGS = [
 OUT = [
     ("another run", lambda place: write(place, "out/run.json", "{}"), "holds another run (run.json): choose another"),
     ("another's checkpoint", lambda place: write(place, f"out/{runs.CHECKPOINT.format(1)}", ""), "--resume or --over"),
-    ("a file", lambda place: write(place, "out", ""), "out cannot be written (File exists)"),
+    ("a file", lambda place: write(place, "out", ""), "out/run.json cannot be written (File exists)"),
     ("in a file", both(lambda place: write(place, "x", ""), flags("--out", "AT/x/out")), "cannot be written (Not a di"),
-    ("read-only above", refuses("mkdir", errno.EROFS), "out cannot be written (Read-only file system)"),
+    ("read-only above", refuses("mkdir", errno.EROFS), "out/run.json cannot be written (Read-only file system)"),
     ("read-only", refuses("write_text", errno.EROFS), "out/run.json cannot be written (Read-only file system)"),
     ("read-only, seen at the first try", refuses("touch", errno.EROFS), "out/run.json cannot be written (Read-only"),
     ("someone else's", refuses("write_text", errno.EACCES), "out/run.json cannot be written (Permission denied)"),
@@ -634,17 +635,11 @@ def poisoned(place):
 
 
 def assert_stopped(place, error: str, number: int, step: int = 5):
-    """It says the step, its samples and where they are; log and checkpoints end before it, and hold numbers."""
+    """It says the step and its samples; log and checkpoints end before it, and hold numbers."""
     out = place.at / "out"
-    saved = out / runs.FAILED.format(step)
-    batch = load_file(saved)
-    assert f"step {step}: the loss is " in error and f"saved in {saved}; the last checkpoint is untouched" in error
-    numbers = sorted(int(name.removeprefix("ids ")) for name in batch if name.startswith("ids "))
-    assert number in numbers and len(numbers) == 4 and f"are {', '.join(map(str, numbers))}, saved" in error
-    examples, _ = data.load_examples(str(place.at / "rows.jsonl"), data.load_tokenizer(place.model), 2048)
-    for i in numbers:
-        assert torch.equal(batch[f"ids {i}"], examples[i].ids)
-        assert torch.equal(batch[f"response {i}"], examples[i].response)
+    assert f"step {step}: the loss is " in error and "; the last checkpoint is untouched" in error
+    numbers = list(map(int, re.search(r"samples, counted from 0, are ([\d, ]+)\.", error)[1].split(", ")))
+    assert number in numbers and len(numbers) == 4 and numbers == sorted(numbers)
     assert [line["step"] for line in files.read_log(out)] == list(range(1, step))
     assert max(checkpoints_in(out)).name == runs.CHECKPOINT.format(step - 1)
     assert not (out / "adapter_model.safetensors").exists() and not list(out.glob("*.tmp"))
@@ -659,8 +654,6 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_of_it_is_kept(pl
     assert end(train.main, [*command, "--resume"], capsys)[1][-1] == lines[-1]  # it comes back to the same step
     assert max(checkpoints_in(place.at / "out")).read_bytes() == kept
     assert "holds another run" in end(train.main, command, capsys)[1][-1]
-    end(train.main, [*command, "--overwrite", "--max-steps", "4"], capsys)
-    assert not list((place.at / "out").glob("failed*"))
 
 
 @pytest.mark.parametrize("clip", ["0", "1"])

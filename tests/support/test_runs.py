@@ -351,8 +351,6 @@ DAMAGE = {
     "a step that is none": resave(lambda tensors, head: head.update(step="²")),
     "settings that are none": resave(lambda tensors, head: head.update(settings="[]")),
     "no header": resave(lambda tensors, head: head.clear()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
 }
 
 
@@ -380,7 +378,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_anew(llama, whole, tmp_path
     for path in checkpoints_in(run):
         halve(path)
     before = files_below(run)
-    with pytest.raises(UserError, match=f"{runs.CHECKPOINT.format(3)} is damaged.*there is no other"):
+    with pytest.raises(UserError, match=f"{runs.CHECKPOINT.format(2)} is damaged.*there is no other"):
         main(llama, rows, run, "--checkpoint-every", "1", "--resume")
     assert {name: content for name, content in files_below(run).items() if name in before} == before
 
@@ -422,7 +420,7 @@ def test_a_log_of_another_shape_is_named_with_its_line(tmp_path, text):
     assert read_log(tmp_path) == [STEP]  # what follows is half a line
 
 
-@pytest.mark.parametrize("name", ["run.json", "log.jsonl"])
+@pytest.mark.parametrize("name", ["run.json", "log.jsonl", runs.CHECKPOINT.format(3)])
 def test_a_pipe_in_a_run_s_folder_is_named_not_waited_for(llama, whole, tmp_path, name):
     run = shutil.copytree(whole, tmp_path / "run")
     (run / name).unlink()
@@ -433,7 +431,7 @@ def test_a_pipe_in_a_run_s_folder_is_named_not_waited_for(llama, whole, tmp_path
 
 @pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]])
 def test_a_name_too_long_for_a_file_is_named(llama, rows, tmp_path, flags):
-    with pytest.raises(UserError, match=r"ooo cannot be written \(File name too long\)"):
+    with pytest.raises(UserError, match=r"run.json cannot be written \(File name too long\)"):
         main(llama, rows, tmp_path / ("o" * 5000), *flags)
 
 
