@@ -2,15 +2,13 @@
 
     python -m paper.reproduce --table 1 --model meta-llama/Llama-3.2-3B --out results/llama [-- flags of train.py]
 
-A cell is one method with one seed: a run of train.py in a folder of its own under --out, with evaluate.py's results
-beside it. A cell that is complete is not run again: the same command goes on where it was stopped, and tables share
-their cells, which share every setting but what their row's name says. tables.py writes what came of them.
+A cell is one method with one seed: a run of train.py in a folder under --out, with evaluate.py's results beside it. A
+complete cell is not run again. So the same command goes on after a stop, and tables share their cells.
 """
 
 import argparse
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +24,12 @@ from paper.objectives import OBJECTIVES
 from paper.tables import Line, find_pyplot, paper_rho, report
 from support import command, runs, templates
 from support.checkpoint import find_checkpoint
-from support.files import UserError, check_writable, read_json, write_json
+from support.files import check, check_writable, read_json, write_json
 from support.losses import Report, files_key, model_key
 from support.sources import Account, find_files, source_names
 from support.start import run_script
 
 ROOT = Path(__file__).parents[1]
-
-# ------------------------------------------------------------------------------------------------- rows of a table
 
 
 class Row(NamedTuple):
@@ -51,13 +47,8 @@ class Row(NamedTuple):
 
 BASE = Row("BASE", "base", ())
 FULL = Row("FULL", "full", ("--method", "full"))
-LABELS = {
-    "random": "RANDOM",
-    "rho1": "RHO-1",
-    "tokencleaning": "TOKENCLEANING, fixed-model",
-    "self-evolving": "TOKENCLEANING, self-evolving",
-    "sstoken": "SSTOKEN",
-}
+LABELS = {"random": "RANDOM", "rho1": "RHO-1", "tokencleaning": "TOKENCLEANING, fixed-model"}
+LABELS |= {"self-evolving": "TOKENCLEANING, self-evolving", "sstoken": "SSTOKEN"}
 EXTRA = ("auto", *OBJECTIVES)  # rows that are none of the paper's; auto: --method sstoken --rho auto
 
 
@@ -87,13 +78,9 @@ def asked_rows(args: argparse.Namespace, layers: int) -> list[Row]:
     rows = table_rows(args.table, args.rho, layers)
     if args.table == 1:
         rows += [row(name, args.rho) for name in EXTRA]
-    if not (asked := [row for row in rows if row.method in args.methods]):
-        of_table = ", ".join(dict.fromkeys(row.method for row in rows))
-        raise UserError(f"--table {args.table} has none of the rows of --methods; it has {of_table}")
+    asked, of_table = [row for row in rows if row.method in args.methods], dict.fromkeys(row.method for row in rows)
+    check(asked, f"--table {args.table} has none of the rows of --methods; it has {', '.join(of_table)}")
     return asked
-
-
-# ----------------------------------------------------------------------------------------------------------- cells
 
 
 def call(command: list[str]):
@@ -103,21 +90,23 @@ def call(command: list[str]):
     def stop(number, frame):
         raise runs.Stopped(number, "stopped; the same command goes on from here")
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    process = subprocess.Popen(list(map(str, command)))
-    try:
-        status = process.wait()
-    except runs.Stopped:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if status < 0:
-        raise UserError(f"{command[1]} was ended by signal {-status}; the same command goes on from here")
+    with runs.on_signals(stop):
+        process = subprocess.Popen(list(map(str, command)))
+        try:
+            status = process.wait()
+        except runs.Stopped:
+            process.terminate()
+            process.wait()
+            raise
+    check(status >= 0, f"{command[1]} was ended by signal {-status}; the same command goes on from here")
     if status:
         raise SystemExit(status)
+
+
+def given(**values) -> list:
+    """Flags of a command and their values, by the names of its arguments; what has no value is left out."""
+    found = [[f"--{name.replace('_', '-')}", value] for name, value in values.items() if value]
+    return [word for flag in found for word in flag]
 
 
 class Cells:
@@ -131,67 +120,51 @@ class Cells:
         asked = {name: prepare(name, loader(name, rows), tokenizer, args.eval_limit) for name in task_names(args.tasks)}
         self.keys = {name: questions.key for name, questions in asked.items()}
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
-        if not shutil.which(self.launcher[0]):
-            raise UserError(f"--launcher {self.launcher[0]} is no command of this machine")
+        check(shutil.which(self.launcher[0]), f"--launcher {self.launcher[0]} is no command of this machine")
+
+    def call(self, script: str, flags: list):
+        args = self.args
+        same = given(model=args.model, revision=args.revision, dtype=args.dtype, device=args.device)
+        call([*self.launcher, ROOT / script, *same, *flags])
 
     def train(self, row: Row, seed: int) -> Path:
         """The folder of a row's run with this seed, which is made unless it is there."""
-        args, folder = self.args, self.out / f"{row.name}-seed{seed}"
-        flags = [*row.flags, "--data", args.data]
-        if row.method in WITH_REFERENCE:
-            flags += ["--reference", self.reference(seed)]
-        self._train(folder, seed, row.method, flags, args.limit)
-        return folder
+        reference = self.reference(seed) if row.method in WITH_REFERENCE else None
+        flags = given(data=self.args.data, limit=self.args.limit, reference=reference)
+        return self.trained(f"{row.name}-seed{seed}", seed, row.method, [*row.flags, *flags])
 
     def reference(self, seed: int) -> Path:
         """The reference model of a seed, one for all methods that ask for one."""
-        args, folder = self.args, self.out / f"reference-seed{seed}"
-        rows, limit = args.reference_data or args.data, args.reference_limit
-        if args.reference_by:
-            rows, limit = self.rated(rows, limit or args.limit), None
-        flags = ["--method", "full", "--data", rows]
+        args = self.args
+        flags = given(method="full", data=args.reference_data or args.data, limit=args.reference_limit)
         if args.reference_top:
-            flags += ["--reference-top", args.reference_top, "--rating-field", args.rating_field]
-        self._train(folder, seed, "full", flags, limit)
-        return folder
+            flags += given(reference_top=args.reference_top, rating_field=args.rating_field)
+        return self.trained(f"reference-seed{seed}", seed, "full", flags)
 
-    def rated(self, rows: str, limit: int | None) -> Path:
-        """The rows with DS2's columns, rated by the model itself; made unless they are there."""
-        args, file = self.args, self.out / "rated.jsonl"
-        if not file.exists():
-            flags = ["--data", rows, "--top", args.reference_top, "--out", file, *args.machine]
-            flags += ["--limit", limit] if limit else []
-            call([*self.launcher, "-m", "paper.ds2", "--model", args.model, *flags])
-        return file
-
-    def _train(self, folder: Path, seed: int, method: str, flags: list, limit: int | None):
-        args, words = self.args, iter(self.args.flags)
+    def trained(self, name: str, seed: int, method: str, flags: list) -> Path:
+        """The folder of a run of train.py, which is made unless it is complete."""
+        folder, words = self.out / name, iter(self.args.flags)
         if "seconds" in runs.read_record(folder):
-            return
-        flags += ["--limit", limit] if limit else []
-        flags += ["--max-steps", args.max_steps] if args.max_steps else []
-        flags += ["--loss-mean", "batch", "--seed", seed, "--cache", self.out / "cache", *args.machine]
+            return folder
+        flags += given(loss_mean="batch", seed=seed, cache=self.out / "cache")
         for word in words:  # what follows --, for the methods that read it
             if reads(method, word.split("=")[0]):
                 flags.append(word)
             elif "=" not in word:
                 next(words, None)  # its value
-        call([*self.launcher, ROOT / "train.py", "--model", args.model, *flags, "--out", folder, "--resume"])
+        self.call("train.py", [*flags, "--out", folder, "--resume"])
         for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # it goes on from nowhere any more
             checkpoint.unlink()
+        return folder
 
     def evaluate(self, adapter: Path | None) -> dict:
         """evaluate.py's record of an adapter, or of the base model, made unless it is there."""
-        args = self.args
-        file = (adapter or self.out) / ("evaluation.json" if adapter else "base.json")
+        args, file = self.args, adapter / "evaluation.json" if adapter else self.out / "base.json"
         if not self.answered(file, adapter):
-            flags = ["--tasks", args.tasks, "--out", file, *args.machine]
-            flags += ["--adapter", adapter] if adapter else []
-            flags += ["--data", args.benchmarks] if args.benchmarks else []
-            flags += ["--limit", args.eval_limit] if args.eval_limit else []
-            call([*self.launcher, ROOT / "evaluate.py", "--model", args.model, *flags])
-        if not (found := self.answered(file, adapter)):
-            raise UserError(f"{file} has no answers of this model to these rows: another process may have replaced it")
+            flags = given(tasks=args.tasks, out=file, adapter=adapter, data=args.benchmarks, limit=args.eval_limit)
+            self.call("evaluate.py", flags)
+        found = self.answered(file, adapter)
+        check(found, f"{file} has no answers of this model to these rows: another process may have replaced it")
         return found[0]
 
     def answered(self, file: Path, adapter: Path | None) -> list[dict]:
@@ -208,13 +181,10 @@ class Cells:
         return taken
 
 
-# ----------------------------------------------------------------------------------------------------- the command
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `flags` is what follows a lone --, for train.py."""
     argv = sys.argv[1:] if argv is None else argv
-    argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    end = argv.index("--") if "--" in argv else len(argv)
     parser = command.ArgumentParser("The paper's tables and figures: methods x seeds, trained and evaluated.")
     # fmt: off
     add = parser.group("table (Sec. 4)")
@@ -231,14 +201,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="branch, tag or commit of a --model on the hub")
     add("--data", default=RELEASED_POOL, metavar="SOURCE[,SOURCE...]", help="what is trained on, as train.py takes it")
     add("--limit", type=int, bound="above 0", metavar="N", help="train on the first N rows of each source")
-    add("--max-steps", type=int, bound="above 0", metavar="N", help="stop each training after N optimizer steps")
     add("--reference-data", metavar="SOURCE[,SOURCE...]", help="rows of the reference model; default: those of --data")
     add("--reference-limit", type=int, bound="above 0", metavar="N",
         help="train the reference on the first N rows of each source")
     add("--reference-top", type=int, bound="above 0", metavar="K",
         help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
-    add("--reference-by", choices=("ds2",), help="have the model rate the rows first, and take DS2's (10000) best")
     add = parser.group("evaluation (Appendix A.2)")
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
     add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows; default: the hub's data sets")
@@ -248,31 +216,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--launcher", metavar="COMMAND", help="instead of Python, such as 'torchrun --nproc_per_node 8'")
     # fmt: on
     command.add_flags(parser)
-    args = parser.parse_args(argv)
-    args.flags = flags
-    args.machine = ["--dtype", args.dtype, "--device", args.device]
-    args.machine += ["--revision", args.revision] if args.revision else []
-    if taken := [flag for flag in flags if flag.split("=")[0] in OURS]:
-        raise UserError(f"{taken[0]} after -- would undo what reproduce.py sets for each cell")
+    args = parser.parse_args(argv[:end])
+    args.flags, names = argv[end + 1 :], task_names(args.tasks)
+    for word in args.flags:
+        check(word.split("=")[0] not in OURS, f"{word} after -- would undo what reproduce.py sets for each cell")
     args.rho = paper_rho(args.model) if args.rho is None else args.rho
-    names = task_names(args.tasks)
     args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
-    if not args.asked:
-        raise UserError(f"--tasks {args.tasks} holds none of the table's columns as a whole")
+    check(args.asked, f"--tasks {args.tasks} holds none of the table's columns as a whole")
+    check(not args.benchmarks or Path(args.benchmarks).is_dir(), f"--benchmarks {args.benchmarks} is no folder")
     known = ["base", "full", *LABELS]
     args.methods = args.methods.split(",") if args.methods else known
-    if args.benchmarks and not Path(args.benchmarks).is_dir():
-        raise UserError(f"--benchmarks {args.benchmarks} is no folder")
-    if unknown := sorted(set(args.methods) - {*known, *EXTRA}):
-        raise UserError(f"--methods {unknown[0]!r} is not one of {', '.join([*known, *EXTRA])}")
+    for name in args.methods:
+        check(name in [*known, *EXTRA], f"--methods {name!r} is not one of {', '.join([*known, *EXTRA])}")
     pool = args.data == RELEASED_POOL and not args.limit
-    given = args.reference_data or args.reference_limit or args.reference_top or args.reference_by
-    if args.table in (1, 5) and set(args.methods) & set(WITH_REFERENCE) and not (given or pool):
-        raise UserError("say what the reference model is trained on: --reference-data, -limit or -top")
-    if args.reference_by or (pool and not given):
-        args.reference_top = args.reference_top or 10_000
-    if args.reference_by:
-        args.rating_field = "curated"
+    chosen = args.reference_data or args.reference_limit or args.reference_top
+    needed = args.table in (1, 5) and set(args.methods) & set(WITH_REFERENCE)
+    check(chosen or pool or not needed, "say what the reference model is trained on: --reference-data, -limit or -top")
+    if pool and not chosen:
+        args.reference_top = 10_000
     return args
 
 
@@ -299,13 +260,11 @@ def main(argv: list[str] | None = None):
     shared["the content of --model"] = model_key(folder, whole=True)  # a cell is known by its name alone
     settings = out / "settings.json"
     held = read_json(settings) if settings.exists() and any(out.glob("*/run.json")) else shared
-    for name in sorted(held.keys() | shared.keys()):
-        if held.get(name) != shared.get(name):
-            raise UserError(f"{out} has cells of another setting: {name} was {held.get(name)}, now {shared.get(name)}")
+    runs.check_same(f"{out} holds cells", held, shared)
     write_json(settings, shared)
 
-    rows = asked_rows(args, read_config(folder).num_hidden_layers)
     columns = [column for column in TABLE if column[1] in args.asked]
+    rows = asked_rows(args, read_config(folder).num_hidden_layers)
     cells, lines = Cells(args, folder), {row: Line(row.label, [], [], []) for row in rows}
     for seed in range(42, 42 + args.seeds):
         for row, line in lines.items():

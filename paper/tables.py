@@ -14,25 +14,15 @@ from paper.benchmarks import TABLE
 from support import command, machine
 from support.files import UserError, read_json, write_json, write_whole
 
-PAPER = Path(__file__).with_name("paper.json")
-
-
-def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """Student's t: the value that a share `probability` of the distribution lies below, for 95 % intervals 0.975.
-
-    Its density, but for a factor, is summed by the trapezoid rule over t = tan(x), where it ends at a finite place.
-    """
-    t = np.tan(np.linspace(0, np.pi / 2, 200_001))
-    density = np.exp(-(freedom + 1) / 2 * np.log1p(t**2 / freedom)) * (1 + t**2)
-    above = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return float(np.interp(2 * probability - 1, above / above[-1], t))
+PAPER = read_json(Path(__file__).with_name("paper.json"))
 
 
 def interval(values: list[float]) -> float | None:
-    """Half the width of the mean's 95 % interval over seeds; None for a single one."""
+    """Half the width of the mean's 95 % interval over seeds; None for a single one. More than 31 seeds count as 31."""
     if len(values) < 2:
         return None
-    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    t = PAPER["student_t"][: len(values) - 1][-1]  # what 97.5 % lie below, for 1 to 30 degrees of freedom
+    return t * stdev(values) / math.sqrt(len(values))
 
 
 class Line(NamedTuple):
@@ -60,11 +50,10 @@ def paper_rho(model: str) -> float:
 
 def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[str, list[float]]]:
     """The paper's own numbers and their average: those of the same model, else of the first that the table has."""
-    given, found = read_json(PAPER), {}
-    parts = given["tables"][str(table)]
-    base = next((name for name in parts if plain_name(name) == plain_name(model)), next(iter(parts)))
-    for label, (*values, average) in parts[base].items():
-        asked = [values[given["columns"].index(column)] for column in columns]
+    models, found = PAPER["tables"][str(table)], {}
+    base = next((name for name in models if plain_name(name) == plain_name(model)), next(iter(models)))
+    for label, (*values, average) in models[base].items():
+        asked = [values[PAPER["columns"].index(column)] for column in columns]
         found[label] = [*asked, average if len(asked) == len(values) else mean(asked)]
     return base, found
 
@@ -72,17 +61,17 @@ def paper_lines(table: int, model: str, columns: list[str]) -> tuple[str, dict[s
 def markdown(lines: list[Line], columns: list[str], paper: dict[str, list[float]], heading: str) -> str:
     """The paper's table of our lines, the best mean of each column bold, and the paper's own lines under it."""
 
+    def cell(value, half, best):
+        text = f"{value:.2f}" + (f" ± {half:.2f}" if half is not None else "")
+        return f"**{text}**" if round(value, 2) == best else text
+
     def block(rows):
         best = [max(round(value, 2) for value, _ in column) for column in zip(*(row[1] for row in rows), strict=True)]
-        for label, cells, seeds in rows:
-            texts = [f"{value:.2f}" + (f" ± {half:.2f}" if half is not None else "") for value, half in cells]
-            tops = [round(value, 2) == top for (value, _), top in zip(cells, best, strict=True)]
-            yield [label, *(f"**{text}**" if top else text for text, top in zip(texts, tops, strict=True)), seeds]
+        return [[label, *(cell(*means[i], best[i]) for i in range(len(best))), seeds] for label, means, seeds in rows]
 
-    width = len(columns) + 1
-    rows = [["Methods", *columns, "seeds"], ["---", *["---:"] * width]]
+    rows = [["Methods", *columns, "seeds"], ["---"] + ["---:"] * (len(columns) + 1)]
     rows += block([(line.label, line.means(), str(len(line.seeds))) for line in lines])
-    rows += [[heading, *[""] * width]]
+    rows += [[heading] + [""] * (len(columns) + 1)]
     rows += block([(label, [(value, None) for value in values], "") for label, values in paper.items()])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -103,7 +92,7 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
         lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
     text = f"Table {args.table}, {command.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
     text += markdown(lines, names, paper, f"*the paper, {base}*") + "\n\n"
-    text += "".join(f"- {note}\n" for note in read_json(PAPER)["notes"])
+    text += "".join(f"- {note}\n" for note in PAPER["notes"])
     write_whole(out / f"table{args.table}.md", lambda path: path.write_text(text, encoding="utf-8"))
     record = {"arguments": vars(args), "versions": machine.versions(), "columns": names, "rows": {}}
     for line in lines:

@@ -22,7 +22,7 @@ import train
 from paper import ds2, reproduce, tables
 from paper.benchmarks import TABLE
 from paper.reproduce import table_rows
-from paper.tables import Line, interval, markdown, paper_rho, t_quantile
+from paper.tables import Line, interval, markdown, paper_rho
 from support.files import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_methods_are_train_s_and_auto_and_each_cell_s_flags_say_what_differs():
 @pytest.mark.parametrize("table", [1, 2, 3, 4, 5])
 def test_a_table_has_the_paper_s_rows_in_its_order(table):
     labels = [row.label for row in table_rows(table, 0.6, layers=28)]
-    paper = json.loads(tables.PAPER.read_text())["tables"][str(table)]
+    paper = tables.PAPER["tables"][str(table)]
     theirs = list(paper["Qwen-2.5-14B" if table == 5 else "LLaMA-3.2-3B"])
     ours = []
     for label in labels:  # the paper's one row of TokenCleaning is the better of our two
@@ -91,7 +91,7 @@ def test_rho_is_the_paper_s_for_its_model():
 
 def test_the_paper_s_averages_are_those_of_its_columns_but_for_one():
     wrong = []
-    for table, models in json.loads(tables.PAPER.read_text())["tables"].items():
+    for table, models in tables.PAPER["tables"].items():
         for model, rows in models.items():
             for label, (*values, average) in rows.items():
                 assert len(values) == 10
@@ -110,12 +110,14 @@ def test_the_paper_s_lines_are_of_the_model_and_the_columns_asked_for():
 def test_intervals_are_student_s():
     import scipy.stats  # here, since it takes a second
 
-    for freedom in (1, 2, 3, 9, 100):
-        for probability in (0.6, 0.975, 0.995):
-            assert t_quantile(freedom, probability) == pytest.approx(scipy.stats.t.ppf(probability, freedom), rel=1e-5)
+    quantiles = [scipy.stats.t.ppf(0.975, freedom) for freedom in range(1, 31)]
+    assert tables.PAPER["student_t"] == pytest.approx(quantiles, rel=1e-6)
     values = [50.1, 51.7, 50.4]
     low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(values), scipy.stats.sem(values))
     assert interval(values) == pytest.approx((high - low) / 2, rel=1e-5)
+    many = [0.0, 1.0] * 20
+    low, high = scipy.stats.t.interval(0.95, 39, 0.5, scipy.stats.sem(many))
+    assert (high - low) / 2 < interval(many) < 1.02 * (high - low) / 2  # more than the table has
     assert interval([1.0]) is None
 
 
@@ -155,10 +157,10 @@ def command(llama, rows, benchmarks, out, *more):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Cells are made here, not in processes of their own, which take longer to start than to work."""
-    scripts = {"train.py": train.main, "evaluate.py": evaluate.main, "paper.ds2": ds2.main}
+    scripts = {"train.py": train.main, "evaluate.py": evaluate.main}
 
     def call(given):
-        name, *flags = map(str, given[2:] if given[1] == "-m" else given[1:])
+        name, *flags = map(str, given[1:])
         scripts[Path(name).name](flags)
 
     monkeypatch.setattr(reproduce, "call", call)
@@ -204,22 +206,21 @@ def test_a_small_table_1_from_start_to_end(llama, rows, benchmarks, tmp_path, mo
     with pytest.raises(UserError, match="evaluation.json"):  # asked again, and only that
         reproduce.main(command(llama, rows, benchmarks, tmp_path, "--seeds", "2"))
     assert len(calls) == 1 and str(calls[0][1]).endswith("evaluate.py")
-    with pytest.raises(UserError, match="--limit was None, now 7"):
+    with pytest.raises(UserError, match="--limit was None, now it is 7"):
         reproduce.main(command(llama, rows, benchmarks, tmp_path, "--limit", "7"))
     evaluation = json.loads((tmp_path / "full-seed42" / "evaluation.json").read_text())
     assert evaluation["dtype"] == "float32"
 
 
 def test_the_reference_can_be_trained_on_what_ds2_selects(llama, rows, benchmarks, tmp_path, in_this_process):
-    flags = ["--methods", "rho1", "--seeds", "2", "--reference-by", "ds2", "--reference-top", "5"]
-    reproduce.main(command(llama, rows, benchmarks, tmp_path, *flags, "--reference-limit", "20"))
-    rated = [json.loads(line) for line in (tmp_path / "rated.jsonl").read_text().splitlines()]
-    assert len(rated) == 20 and [row["selected"] for row in rated].count(True) == 5
+    rated = tmp_path / "rated.jsonl"
+    ds2.main(["--model", str(llama), "--data", str(rows), "--top", "5", "--out", str(rated), "--dtype", "float32"])
+    assert [json.loads(line)["selected"] for line in rated.read_text().splitlines()].count(True) == 5
+    flags = ["--reference-data", str(rated), "--reference-top", "5", "--rating-field", "curated"]
+    reproduce.main(command(llama, rows, benchmarks, tmp_path, "--methods", "rho1", "--seeds", "2", *flags))
     for seed in (42, 43):
         run = json.loads((tmp_path / f"reference-seed{seed}" / "run.json").read_text())
         assert run["samples"] == 5 and run["arguments"]["rating_field"] == "curated"
-    whole = reproduce.parse_arguments(["--model", "x", "--out", "x", "--reference-by", "ds2", "--limit", "9"])
-    assert (whole.reference_top, whole.rating_field) == (10_000, "curated")
 
 
 def test_an_evaluation_of_other_weights_is_not_taken(llama, rows, benchmarks, tmp_path, in_this_process):
@@ -264,7 +265,7 @@ def test_a_cell_answers_for_the_files_that_it_was_made_of(
     with pytest.raises(UserError, match="base.json exists and holds no evaluation"):
         reproduce.main(flags)
     edit_json(model / "config.json", lambda config: config.update(rms_norm_eps=0.1))
-    with pytest.raises(UserError, match="cells of another setting: the content of --model was"):
+    with pytest.raises(UserError, match="cells of another configuration: the content of --model was"):
         reproduce.main(flags)
     assert calls == ["evaluate.py"] * 3
 
