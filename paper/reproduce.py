@@ -7,6 +7,7 @@ complete cell is not run again. So the same command goes on after a stop, and ta
 """
 
 import argparse
+import functools
 import shlex
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from model import read_config
 from paper.baselines import WITH_REFERENCE, reads
 from paper.benchmarks import GROUPS, TABLE, forget_rows, loader, task_names
 from paper.objectives import OBJECTIVES
-from paper.tables import Line, find_pyplot, paper_rho, report
+from paper.tables import Line, find_matplotlib, paper_rho, report
 from support import command, runs, templates
 from support.checkpoint import find_checkpoint
 from support.files import check, check_writable, read_json, write_json
@@ -61,8 +62,9 @@ def row(name: str, rho: float, label: str = "", *more) -> Row:
 
 def table_rows(table: int, rho: float, layers: int) -> list[Row]:
     """The rows of one of the paper's tables, for a model of so many layers. rho: of the tables that do not vary it."""
-    depths = {"SHALLOW": ("--layer", 0), "MEDIUM": ("--layer", layers // 2), "DEEP": ()}  # deep is train.py's default,
-    gammas = {gamma: ("--gamma", gamma) if gamma != 0.5 else () for gamma in (1.0, 0.75, 0.5, 0.25, 0.0)}  # as 0.5 is
+    # what is train.py's default needs no flag
+    depths = {"SHALLOW": ("--layer", 0), "MEDIUM": ("--layer", layers // 2), "DEEP": ()}
+    gammas = {gamma: ("--gamma", gamma) if gamma != 0.5 else () for gamma in (1.0, 0.75, 0.5, 0.25, 0.0)}
     of_table = {
         1: [row(name, rho) for name in LABELS],
         2: [row("sstoken", rho, label, *flags) for label, flags in depths.items()],
@@ -78,13 +80,14 @@ def asked_rows(args: argparse.Namespace, layers: int) -> list[Row]:
     rows = table_rows(args.table, args.rho, layers)
     if args.table == 1:
         rows += [row(name, args.rho) for name in EXTRA]
-    asked, of_table = [row for row in rows if row.method in args.methods], dict.fromkeys(row.method for row in rows)
-    check(asked, f"--table {args.table} has none of the rows of --methods; it has {', '.join(of_table)}")
+    asked = [row for row in rows if row.method in args.methods]
+    names = ", ".join(dict.fromkeys(row.method for row in rows))
+    check(asked, f"--table {args.table} has none of the rows of --methods; it has {names}")
     return asked
 
 
 def call(command: list[str]):
-    """Run a command to its end. A signal ends it first, so that it leaves its checkpoint; its failure is ours too."""
+    """Run a command to its end. A signal is passed on to it, so that it leaves its checkpoint; its failure is ours."""
     print("$", shlex.join(map(str, command)), flush=True)
 
     def stop(number, frame):
@@ -104,21 +107,22 @@ def call(command: list[str]):
 
 
 def given(**values) -> list:
-    """Flags of a command and their values, by the names of its arguments; what has no value is left out."""
-    found = [[f"--{name.replace('_', '-')}", value] for name, value in values.items() if value]
-    return [word for flag in found for word in flag]
+    """A command's flags with their values; a flag without a value is left out."""
+    flags = []
+    for name, value in values.items():
+        flags += [f"--{name.replace('_', '-')}", value] if value else []
+    return flags
 
 
 class Cells:
     """What trains and evaluates, in folders under --out."""
 
     def __init__(self, args: argparse.Namespace, model: Path):
-        """model: the folder of --model."""
         self.args, self.out, self.model = args, Path(args.out).resolve(), model
         forget_rows()
-        rows, tokenizer = args.benchmarks and Path(args.benchmarks), load_tokenizer(model)
-        asked = {name: prepare(name, loader(name, rows), tokenizer, args.eval_limit) for name in task_names(args.tasks)}
-        self.keys = {name: questions.key for name, questions in asked.items()}
+        rows, tokenizer, self.keys = args.benchmarks and Path(args.benchmarks), load_tokenizer(model), {}
+        for name in task_names(args.tasks):
+            self.keys[name] = prepare(name, loader(name, rows), tokenizer, args.eval_limit).key
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
         check(shutil.which(self.launcher[0]), f"--launcher {self.launcher[0]} is no command of this machine")
 
@@ -137,8 +141,7 @@ class Cells:
         """The reference model of a seed, one for all methods that ask for one."""
         args = self.args
         flags = given(method="full", data=args.reference_data or args.data, limit=args.reference_limit)
-        if args.reference_top:
-            flags += given(reference_top=args.reference_top, rating_field=args.rating_field)
+        flags += given(reference_top=args.reference_top, rating_field=args.reference_top and args.rating_field)
         return self.trained(f"reference-seed{seed}", seed, "full", flags)
 
     def trained(self, name: str, seed: int, method: str, flags: list) -> Path:
@@ -165,13 +168,15 @@ class Cells:
             self.call("evaluate.py", flags)
         found = self.answered(file, adapter)
         check(found, f"{file} has no answers of this model to these rows: another process may have replaced it")
-        return found[0]
+        return found
 
-    def answered(self, file: Path, adapter: Path | None) -> list[dict]:
-        """Of a report, the records with the answers of these very files to all that is asked; there is one or none."""
-        asked = (model_key(self.model, adapter), templates.trained_in([adapter] if adapter else []))
-        found = [held for held in Report(file).records().values() if (held.get("key"), held.get("template")) == asked]
-        return [held for held in found if self.keys.items() <= held["keys"].items()]
+    def answered(self, file: Path, adapter: Path | None) -> dict | None:
+        """A report's record with the answers of these very files to all that is asked, if there is one."""
+        key, template = model_key(self.model, adapter), templates.trained_in([adapter] if adapter else [])
+        for held in Report(file).records().values():
+            same = held.get("key") == key and held.get("template") == template
+            if same and self.keys.items() <= held["keys"].items():
+                return held
 
     def seconds(self, row: Row, seed: int, folder: Path) -> dict[str, float]:
         """What a cell took in all, as Figure 2 counts it: loading, reference, losses of frozen models, training."""
@@ -189,23 +194,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.group("table (Sec. 4)")
     add("--table", type=int, choices=(1, 2, 3, 4, 5), default=1,
-        help="1: methods, with Figure 2. 2: the attention's layer. 3: gamma, with Figure 3a. 4: rho, with Figure 3b. "
-        "5: methods x rho")
+        help="1: methods, Figure 2. 2: the attention's layer. 3: gamma, Figure 3a. 4: rho, Figure 3b. 5: methods x rho")
     add("--methods", metavar="ROW[,ROW...]", help=f"only these rows; table 1 also has {', '.join(EXTRA)}")
     add("--seeds", type=int, bound="above 0", default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
     add("--rho", type=float, bound="in (0, 1]",
         help="share of tokens where a table does not vary it; default (Sec. 4.2): 0.8 for Qwen-2.5-14B, else 0.6")
     add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
     add = parser.group("training")
+    count = functools.partial(add, type=int, bound="above 0", metavar="N")
     add("--model", required=True, help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of a --model on the hub")
-    add("--data", default=RELEASED_POOL, metavar="SOURCE[,SOURCE...]", help="what is trained on, as train.py takes it")
-    add("--limit", type=int, bound="above 0", metavar="N", help="train on the first N rows of each source")
-    add("--reference-data", metavar="SOURCE[,SOURCE...]", help="rows of the reference model; default: those of --data")
-    add("--reference-limit", type=int, bound="above 0", metavar="N",
-        help="train the reference on the first N rows of each source")
-    add("--reference-top", type=int, bound="above 0", metavar="K",
-        help="or on the K best-rated rows; default, of the released pool as a whole: 10000, as in Sec. 4.1")
+    add("--data", default=RELEASED_POOL, metavar="SOURCE[,SOURCE...]", help="rows, as train.py takes them")
+    count("--limit", help="train on the first N rows of each source")
+    add("--reference-data", metavar="SOURCE[,SOURCE...]", help="rows of the reference model; default: --data")
+    count("--reference-limit", help="train the reference on the first N rows of each source")
+    count("--reference-top", help="or on the N best-rated rows; default for the released pool: 10000 (Sec. 4.1)")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
     add = parser.group("evaluation (Appendix A.2)")
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
@@ -217,11 +220,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     command.add_flags(parser)
     args = parser.parse_args(argv[:end])
-    args.flags, names = argv[end + 1 :], task_names(args.tasks)
+    args.flags, tasks = argv[end + 1 :], task_names(args.tasks)
     for word in args.flags:
         check(word.split("=")[0] not in OURS, f"{word} after -- would undo what reproduce.py sets for each cell")
     args.rho = paper_rho(args.model) if args.rho is None else args.rho
-    args.asked = [task for _, task, _ in TABLE if all(part in names for part in GROUPS.get(task, [[task]])[0])]
+    args.asked = [task for _, task, _ in TABLE if {*GROUPS.get(task, [[task]])[0]} <= {*tasks}]
     check(args.asked, f"--tasks {args.tasks} holds none of the table's columns as a whole")
     check(not args.benchmarks or Path(args.benchmarks).is_dir(), f"--benchmarks {args.benchmarks} is no folder")
     known = ["base", "full", *LABELS]
@@ -230,10 +233,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         check(name in [*known, *EXTRA], f"--methods {name!r} is not one of {', '.join([*known, *EXTRA])}")
     pool = args.data == RELEASED_POOL and not args.limit
     chosen = args.reference_data or args.reference_limit or args.reference_top
-    needed = args.table in (1, 5) and set(args.methods) & set(WITH_REFERENCE)
-    check(chosen or pool or not needed, "say what the reference model is trained on: --reference-data, -limit or -top")
     if pool and not chosen:
         args.reference_top = 10_000
+    elif not chosen and args.table in (1, 5):
+        trains = {*args.methods} & {*WITH_REFERENCE}
+        check(not trains, "say what the reference model is trained on: --reference-data, -limit or -top")
     return args
 
 
@@ -251,7 +255,7 @@ def main(argv: list[str] | None = None):
     out = Path(args.out)
     check_writable(out / "settings.json")
     if args.table in (1, 3, 4):
-        find_pyplot()
+        find_matplotlib()
     sources = source_names(f"{args.data},{args.reference_data or args.data}")
     files = [file for source in sources if source != "pool" for file in find_files(source, Account())]
     folder = find_checkpoint(args.model, args.revision)

@@ -12,9 +12,10 @@ import numpy as np
 
 from paper.benchmarks import TABLE
 from support import command, machine
-from support.files import UserError, read_json, write_json, write_whole
+from support.files import read_json, told, write_json, write_whole
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))
+DASHED = {"color": "gray", "linestyle": "--", "linewidth": 1}
 
 
 def interval(values: list[float]) -> float | None:
@@ -81,14 +82,16 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
     out, names = Path(args.out), [column for column, _, _ in columns]
     if args.table == 1:
         plot_time(lines, out / "figure2.png")
-    elif args.table in (3, 4):
-        plot_sweep(lines, *{3: ("gamma", out / "figure3a.png"), 4: ("rho", out / "figure3b.png")}[args.table])
+    elif args.table == 3:
+        plot_sweep(lines, "gamma", out / "figure3a.png")
+    elif args.table == 4:
+        plot_sweep(lines, "rho", out / "figure3b.png")
     base, paper = paper_lines(args.table, args.model, names)
     names.append("AVG" if len(names) == len(TABLE) else f"AVG of {len(names)}")
     variants = [line for line in lines if line.label.startswith("TOKENCLEANING,")]
-    if len(variants) > 1 and args.table == 1:
+    if len(variants) == 2 and args.table == 1:
         better = max(variants, key=lambda line: line.means()[-1][0])
-        place = lines.index(variants[-1]) + 1
+        place = lines.index(variants[1]) + 1
         lines = [*lines[:place], better._replace(label="TOKENCLEANING, the better"), *lines[place:]]
     text = f"Table {args.table}, {command.cell(Path(args.model).name)}: mean ± 95 % interval over seeds, percent.\n\n"
     text += markdown(lines, names, paper, f"*the paper, {base}*") + "\n\n"
@@ -102,26 +105,21 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
     write_json(out / f"table{args.table}.json", record | {"paper": {base: paper}})
 
 
-def find_pyplot():
-    """matplotlib's pyplot; UserError where matplotlib, which nothing else needs, is not installed."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
-    pyplot.switch_backend("Agg")  # files, no window
-    return pyplot
+def find_matplotlib() -> type:
+    """matplotlib's Figure; UserError where matplotlib, which nothing else needs, is not installed."""
+    with told("figures need matplotlib: pip install matplotlib"):
+        from matplotlib.figure import Figure
+    return Figure
 
 
 @contextlib.contextmanager
 def figure(path: Path, size: tuple[float, float], xlabel: str):
     """The axes of a figure of the average score, which is saved when all is drawn."""
-    pyplot = find_pyplot()
-    made, axes = pyplot.subplots(figsize=size, layout="constrained")
-    yield axes
+    made = find_matplotlib()(figsize=size, layout="constrained")
+    yield (axes := made.subplots())
     axes.set(xlabel=xlabel, ylabel="average score, percent")
     axes.legend(fontsize="small")
     made.savefig(path, dpi=150)
-    pyplot.close(made)
 
 
 def plot_time(lines: list[Line], path: Path):
@@ -130,13 +128,12 @@ def plot_time(lines: list[Line], path: Path):
     with figure(path, (7, 4.5), about) as axes:
         for line in lines:
             score, half = line.means()[-1]
-            if not line.seconds:
-                axes.axhline(score, color="gray", linestyle="--", linewidth=1, label=f"{line.label}: {score:.2f}")
-                continue
-            minutes = [sum(taken.values()) / 60 for taken in line.seconds]
-            middle = median(minutes)  # whatever else a machine did once moves it little
-            spread = [[middle - min(minutes)], [max(minutes) - middle]]
-            axes.errorbar(middle, score, half, spread, marker="o", capsize=3, label=line.label)
+            if minutes := [sum(taken.values()) / 60 for taken in line.seconds]:
+                middle = median(minutes)  # whatever else a machine did once moves it little
+                spread = [[middle - min(minutes)], [max(minutes) - middle]]
+                axes.errorbar(middle, score, half, spread, marker="o", capsize=3, label=line.label)
+            else:
+                axes.axhline(score, label=f"{line.label}: {score:.2f}", **DASHED)
 
 
 def plot_sweep(lines: list[Line], name: str, path: Path):
@@ -148,5 +145,6 @@ def plot_sweep(lines: list[Line], name: str, path: Path):
     with figure(path, (5, 3.5), name) as axes:
         x, scores, halves = np.array(sorted(points), dtype=float).reshape(-1, 3).T  # no interval: nan
         axes.errorbar(x, scores, halves, marker="o", capsize=3, label="SSTOKEN")
-        for score in (line.means()[-1][0] for line in lines if name == "gamma" and line.label == "FULL"):
-            axes.axhline(score, color="gray", linestyle="--", linewidth=1, label="FULL")
+        for line in lines:
+            if name == "gamma" and line.label == "FULL":
+                axes.axhline(line.means()[-1][0], label="FULL", **DASHED)

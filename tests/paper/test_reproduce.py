@@ -14,7 +14,7 @@ import pytest
 from benchmark_rows import write_benchmarks
 from conftest import edit_json
 from interrupt import interrupted
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -318,13 +318,13 @@ def test_a_cell_that_is_killed_is_an_error_that_says_so():
 
 
 def test_figure_3_has_gamma_over_full_and_rho_from_base_to_full(tmp_path, monkeypatch):
-    drawn, real = [], pyplot.subplots
-    monkeypatch.setattr(pyplot, "subplots", lambda **given: drawn.append(real(**given)) or drawn[-1])
+    drawn, real = [], Figure.subplots
+    monkeypatch.setattr(Figure, "subplots", lambda figure: drawn.append(real(figure)) or drawn[-1])
     line = lambda label, score: Line(label, [42, 43], [[score], [score + 1]], [{}, {}])
     ends = [line("BASE", 30.0), line("FULL", 40.0)]
     tables.plot_sweep([*ends, *(line(f"SSTOKEN (gamma {g})", 50 + g) for g in (1.0, 0.0))], "gamma", tmp_path / "a.png")
     tables.plot_sweep([*ends, *(line(f"SSTOKEN (rho {r})", 50 + r) for r in (0.2, 0.8))], "rho", tmp_path / "b.png")
-    curves = [[list(curve.get_xydata().ravel()) for curve in axes.get_lines()] for _, axes in drawn]
+    curves = [[list(curve.get_xydata().ravel()) for curve in axes.get_lines()] for axes in drawn]
     assert curves[0][0] == [0.0, 50.5, 1.0, 51.5]
     assert any(set(curve[1::2]) == {40.5} for curve in curves[0][1:])  # FULL, dashed
     assert curves[1][0] == [0.0, 30.5, 0.2, 50.7, 0.8, 51.3, 1.0, 40.5]
@@ -406,6 +406,6 @@ def test_a_part_of_the_columns_needs_all_its_tasks():
 
 
 def test_a_figure_without_matplotlib_is_one_line_that_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     with pytest.raises(UserError, match="figures need matplotlib: pip install matplotlib"):
-        tables.find_pyplot()
+        tables.find_matplotlib()
