@@ -11,7 +11,7 @@ from pathlib import Path
 from support import machine
 from support.files import UserError
 
-# What a flag's value may be -> whether it is
+# A bound, in the words of its error -> whether a value is within it
 BOUNDS = {f"at least {least}": lambda value, least=least: value >= least for least in range(3)} | {
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in (0, 1], or auto": lambda value: value == "auto" or 0 < value <= 1,
@@ -29,7 +29,7 @@ def share(text: str) -> float | str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with defaults in its help, groups by their titles, bounds, and one line for a mistake."""
+    """argparse's, with defaults in its help, groups by their titles, bounds, and a mistake as a UserError."""
 
     def __init__(self, description: str):
         super().__init__(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
@@ -38,7 +38,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=say)  # for run_script
 
     def group(self, title: str) -> Callable:
-        """What adds a flag to the group of help that is called so: `add_argument`, and a bound, one of BOUNDS."""
+        """A function that adds a flag to this group of --help: add_argument's settings, and a bound of BOUNDS."""
         group = self.groups.get(title) or self.groups.setdefault(title, self.add_argument_group(title))
 
         def add(flag: str, bound: str | None = None, **settings):
@@ -51,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return add
 
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
-        """The command line, bytes of no character spelled out; UserError for a value outside its flag's bound."""
+        """The command line; UserError for a value outside its flag's bound. A byte that is no character is spelled."""
         given, encoding = sys.argv[1:] if argv is None else argv, sys.getfilesystemencoding()
         words = [os.fsencode(word).decode(encoding, "backslashreplace") for word in given]
         args = super().parse_args(words, namespace)
@@ -64,7 +64,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def given(self, argv: list[str] | None = None) -> list[str]:
-        """The flags that stand on the command line, whatever their values."""
+        """The flags on the command line, without their values."""
         words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
         return [flag for action in self._actions for flag in action.option_strings if flag in words]
 
@@ -73,7 +73,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_flags(parser: ArgumentParser):
-    """Where every script computes, and in what."""
     add = parser.group("machine")
     say = "of the weights and activations; default: bfloat16, on a CPU without instructions for it float32"
     add("--dtype", choices=("bfloat16", "float32"), help=say)
@@ -85,14 +84,14 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
-# What no terminal and no page is to obey -> what is shown: controls but line break and tab, Unicode's Bidi_Control
+# What a terminal or a page would obey -> what is shown: controls but line break and tab, Unicode's Bidi_Control
 SHOWN = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
 SHOWN |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 SHOWN |= {i: f"\\u{i:04x}" for i in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """What models are called in print: the last part of each one's path, or as many as tell it from the others."""
+    """Names of models in print: the last part of each path, or as many parts as tell it from the others."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     ends = (next(a[-n:] for n in itertools.count(1) if all(a[-n:] != b[-n:] for b in {*parts} - {a})) for a in parts)
     return [one_line("/".join(end)) for end in ends]

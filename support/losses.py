@@ -119,7 +119,7 @@ class Report:
         self.records()
 
     def records(self) -> dict[tuple, dict]:
-        """What the file holds by now: records by their values of SAME. UserError if it is another file."""
+        """The records that the file holds by now, by their values of SAME. UserError if it holds anything else."""
         held = read_json(self.path) if self.path and self.path.exists() else {"runs": []}
         with told(another := f"--out {self.path} exists and holds no evaluation"):
             found = {tuple(map(record.get, SAME)): record for record in list.copy(held.get("runs", [held]))}
@@ -130,13 +130,13 @@ class Report:
         return found
 
     def record(self, key: str, head: dict) -> dict:
-        """`head` with what is held of its SAME, if its key is the same; a model that has changed has no answers yet."""
+        """`head` with the answers that the file holds of its SAME. None if `key`, the model's, has changed."""
         held = self.records().get(tuple(map(head.get, SAME)), {})
         return head | {"key": key} | {part: held[part] if held.get("key") == key else {} for part in PARTS}
 
     @contextlib.contextmanager
     def saving(self, record: dict):
-        """A context in which no other process writes, and `record` has all that is held of it; its end is written."""
+        """Within it no other process writes, and `record` has all that the file holds of it. Its end is written."""
         if not self.path:
             yield
             return

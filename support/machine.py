@@ -21,12 +21,11 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
+        number = torch.zeros(1, device=name)
+        number.item()  # which the device meta does not have
     except (RuntimeError, AssertionError) as reason:
         raise UserError(f"--device {name} cannot be used: {str(reason).splitlines()[0]}") from None
-    if device.type == "meta":
-        raise UserError("--device meta computes nothing")
-    return device
+    return number.device
 
 
 def usual_dtype(device: torch.device) -> str:
@@ -43,9 +42,9 @@ def versions() -> dict[str, str]:
 
 
 def reuse_memory():
-    """Have glibc keep the memory that large tensors leave: the kernel would clear each page anew. Else does nothing."""
+    """Let glibc keep the memory of freed tensors, since the kernel clears each new page. Elsewhere it does nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages from 2 MiB on; torch reads it at its first tensor
-    # torch and oneDNN each keep what they prepared for the last 1,024 shapes, hundreds of MiB; a layer has few dozen
+    # torch and oneDNN each keep kernels for the last 1,024 shapes, hundreds of MiB; a layer has a few dozen shapes
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
     with contextlib.suppress(OSError, AttributeError):
@@ -64,7 +63,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def compute_exactly(device: torch.device):
-    """No TF32: a score is not to change with the GPU. One seed, one adapter, on a GPU too: only kernels that repeat."""
+    """No TF32, so that no score changes with the GPU. Deterministic kernels, so that one seed gives one adapter."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums of a product: in float32
     if device.type == "cuda":

@@ -4,17 +4,17 @@ import os
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from support.checkpoint import find_weights, read_weights
-from support.files import UserError
+from support.files import check
 from support.machine import find_device
 
 
 def start_ranks(device: str, shard: bool = False) -> torch.device:
-    """Join the other ranks if torchrun started this process, as it must have for `shard`; this one's device."""
+    """This rank's device. Joins the other ranks if torchrun started this process; `shard` needs that."""
     if "LOCAL_RANK" not in os.environ:
-        if shard:
-            raise UserError("--shard cuts the weights into one part a rank: start train.py with torchrun")
+        check(not shard, "--shard cuts the weights into one part a rank: start train.py with torchrun")
         return find_device(device)
     local = int(os.environ["LOCAL_RANK"])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -47,12 +47,12 @@ def say(*words):
 
 
 def share(items: list) -> list:
-    """What this rank is to do of a list that all ranks hold."""
+    """This rank's part of a list that all ranks hold."""
     return items[rank() :: ranks()]
 
 
 def share_passes(micro_batches: list[list[int]]) -> list[list[int]]:
-    """The micro-batches of this rank: as many on each, since sharded weights need all ranks; some may be empty."""
+    """The micro-batches of this rank. All ranks get equally many, some empty: sharded weights need all of them."""
     return share(micro_batches + [[] for _ in range(-len(micro_batches) % ranks())])
 
 
@@ -67,33 +67,30 @@ def gather(value) -> list:
 def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     """Add up each of `tensors`, all of one dtype, over the ranks, in place and in one message; returns them."""
     if distributed.is_initialized():
-        message = torch.cat([tensor.flatten() for tensor in tensors])
+        message = parameters_to_vector(tensors)
         distributed.all_reduce(message)
-        for tensor, summed in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
+        vector_to_parameters(message, tensors)
     return tensors
 
 
 def shard(model: nn.Module, probed: nn.Module, device: torch.device):
     """Cut the frozen weights of `model`, on the meta device, into one part a rank (FSDP2), and read this rank's part.
 
-    A layer's weights are there while it computes. Adapters stay whole, and are to be drawn after this. What is used
-    outside its module's forward pass stays until the backward pass: the `probed` layer, the embedding, the head.
+    A layer's weights are whole while it computes. Adapters stay whole; draw them after this. The `probed` layer, the
+    embedding and the head are used outside their forward pass, so they stay whole until the backward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
     mesh = distributed.init_device_mesh(device.type, (ranks(),))
     adapters = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=layer is not probed, ignored_params=adapters)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=adapters)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=part not in (probed, model), ignored_params=adapters)
     model.to_empty(device=device)
     model.tie_weights()
     read_weights(model, find_weights(model.folder, model.config))
 
 
 def add_flags(parser):
-    """What a model that is larger than one device's memory needs."""
     add = parser.group("machine")
     say = "keep only each layer's input for the backward pass: the same result, less memory, about a third slower"
     add("--gradient-checkpointing", action="store_true", help=say)

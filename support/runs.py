@@ -31,12 +31,13 @@ SNAPSHOT = "step-{:08d}"  # a folder with the adapter after so many steps
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
 
 
-def new_folder(out: str | None, name: str, overwrite: bool = False, resume: bool = False) -> Path:
-    """The folder of a new run, `out` or a fresh one; UserError when it holds a run, unless `overwrite` or `resume`."""
-    folder = Path(out) if out else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+def new_folder(args) -> Path:
+    """The folder of a new run, --out or a fresh one. UserError when it holds a run, unless it is to be replaced."""
+    name = f"{Path(args.model).name}-{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.out or f"runs/{name}")
     files.check_writable(folder / "run.json")
     check(not (folder / "config.json").exists(), f"{folder} holds a model (config.json): choose another --out")
-    if (old := left_in(folder)) and not (overwrite or resume):
+    if (old := left_in(folder)) and not (args.overwrite or args.resume):
         raise UserError(f"{folder} holds another run ({old[0].name}): choose another --out, --resume or --overwrite")
     return folder
 
@@ -51,16 +52,15 @@ def left_in(folder: Path) -> list[Path]:
 
 
 def check_reads(folder: Path, arguments: dict):
-    """UserError if a run in `folder` reads what it would replace there, by a name of its own or by a link."""
-    own = {path.parent.resolve() / path.name for path in left_in(folder)}  # of a link, the link alone
+    """UserError if a run in `folder` reads what it would replace there, by whatever name or link."""
+    own = {path.resolve() for path in left_in(folder) if not path.is_symlink()}  # of a link, the link alone goes
     for flag in ("model", "reference", "data", "eval_data", "reference_data"):
         for source in source_names(arguments[flag]) if arguments[flag] else ():
             path = Path(source if os.path.exists(source) else source.split(":")[0])
-            for read in (path, path.parent, *path.glob("*")):
-                real, named = read.resolve(), read.parent.resolve() / read.name
-                if own & {real, named, *real.parents, *named.parents}:
-                    name = f"--{flag.replace('_', '-')} {source}"
-                    raise UserError(f"{name} reads {read}, which a run in {folder} replaces: choose another --out")
+            for read in (path, *path.glob("*")):
+                if own & {read.resolve(), *read.resolve().parents}:
+                    what = f"--{flag.replace('_', '-')} {source} reads {read}, which a run in {folder} replaces"
+                    raise UserError(f"{what}: choose another --out")
 
 
 def read_record(folder: Path) -> dict:
@@ -230,8 +230,7 @@ class Run:
         """Opens the folder that `args` names, or a new one; examples: (ids, response) each, account: of their rows."""
         self.first, self.trained = first_rank(), set()
         self.weights = digest(fingerprint(p for p in model.parameters() if not p.requires_grad), model.config.raw)
-        choice = (args.out, f"{Path(args.model).name}-{args.method}", args.overwrite, args.resume)
-        self.folder = gather(new_folder(*choice) if self.first else None)[0]
+        self.folder = gather(new_folder(args) if self.first else None)[0]
         check_reads(self.folder, vars(args))
         if args.resume and (held := read_record(self.folder).get("arguments")):
             check_same(f"{self.folder} holds a run", settings(held, {}), settings(vars(args), {}))
@@ -333,7 +332,6 @@ def check_flags(args):
 
 
 def add_flags(parser):
-    """The flags of a run's folder, and of how it goes on after a stop."""
     add = parser.group("folder of the run")
     every = functools.partial(add, type=int, bound="at least 1", metavar="N")
     # fmt: off

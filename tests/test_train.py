@@ -671,7 +671,8 @@ def test_an_error_of_ours_keeps_its_traceback():
 def test_new_runs_get_folders_of_their_own_under_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "time", SimpleNamespace(strftime=lambda form: "20000101-000000"))
-    assert runs.new_folder(None, "tiny-sstoken").as_posix() == "runs/tiny-sstoken-20000101-000000"
+    args = parse_arguments(["--model", "models/tiny"])
+    assert runs.new_folder(args).as_posix() == "runs/tiny-sstoken-20000101-000000"
 
 
 def test_attention_only_counts_the_samples_before_a_stop_too(llama, rows, tmp_path):
