@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its cells' folders begin with: the same in every table that has this row."""
+        """How its cells' folders begin, the same in every table that has this row."""
         return "-".join(flag.removeprefix("--") for flag in self.flags).removeprefix("method-")
 
 
@@ -50,7 +50,7 @@ BASE = Row("BASE", "base", ())
 FULL = Row("FULL", "full", ("--method", "full"))
 LABELS = {"random": "RANDOM", "rho1": "RHO-1", "tokencleaning": "TOKENCLEANING, fixed-model"}
 LABELS |= {"self-evolving": "TOKENCLEANING, self-evolving", "sstoken": "SSTOKEN"}
-EXTRA = ("auto", *OBJECTIVES)  # rows that are none of the paper's; auto: --method sstoken --rho auto
+EXTRA = ("auto", *OBJECTIVES)  # not in the paper; auto: --method sstoken --rho auto
 
 
 def row(name: str, rho: float, label: str = "", *more) -> Row:
@@ -61,7 +61,7 @@ def row(name: str, rho: float, label: str = "", *more) -> Row:
 
 
 def table_rows(table: int, rho: float, layers: int) -> list[Row]:
-    """The rows of one of the paper's tables, for a model of so many layers. rho: of the tables that do not vary it."""
+    """The rows of one of the paper's tables, for a model of so many layers. rho: for tables that do not vary it."""
     # what is train.py's default needs no flag
     depths = {"SHALLOW": ("--layer", 0), "MEDIUM": ("--layer", layers // 2), "DEEP": ()}
     gammas = {gamma: ("--gamma", gamma) if gamma != 0.5 else () for gamma in (1.0, 0.75, 0.5, 0.25, 0.0)}
@@ -156,7 +156,7 @@ class Cells:
             elif "=" not in word:
                 next(words, None)  # its value
         self.call("train.py", [*flags, "--out", folder, "--resume"])
-        for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # it goes on from nowhere any more
+        for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # a complete run needs none
             checkpoint.unlink()
         return folder
 
@@ -246,7 +246,7 @@ OURS = """
 --method --rho --gamma --layer --loss-mean --seed --cache --out --resume --model --data --limit --max-steps --overwrite
 --reference --reference-data --reference-top --rating-field --revision --dtype --device
 """.split()
-# What may differ between one command and the next on the same folder: it adds cells, or says how to run them.
+# What may differ from one command to the next on the same folder: it adds cells, or says how to run them
 FREE = "table methods seeds tasks asked eval_limit benchmarks launcher out rho machine debug".split()
 
 

@@ -129,7 +129,7 @@ def plot_time(lines: list[Line], path: Path):
         for line in lines:
             score, half = line.means()[-1]
             if minutes := [sum(taken.values()) / 60 for taken in line.seconds]:
-                middle = median(minutes)  # whatever else a machine did once moves it little
+                middle = median(minutes)  # a single slow run hardly moves it
                 spread = [[middle - min(minutes)], [max(minutes) - middle]]
                 axes.errorbar(middle, score, half, spread, marker="o", capsize=3, label=line.label)
             else:

@@ -38,7 +38,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=say)  # for run_script
 
     def group(self, title: str) -> Callable:
-        """A function that adds a flag to this group of --help: add_argument's settings, and a bound of BOUNDS."""
+        """A function that adds a flag to this group of --help: add_argument, with a bound of BOUNDS."""
         group = self.groups.get(title) or self.groups.setdefault(title, self.add_argument_group(title))
 
         def add(flag: str, bound: str | None = None, **settings):
@@ -51,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return add
 
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
-        """The command line; UserError for a value outside its flag's bound. A byte that is no character is spelled."""
+        """The command line; UserError for a value out of bounds. A byte that is no character is spelled."""
         given, encoding = sys.argv[1:] if argv is None else argv, sys.getfilesystemencoding()
         words = [os.fsencode(word).decode(encoding, "backslashreplace") for word in given]
         args = super().parse_args(words, namespace)

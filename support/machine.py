@@ -17,7 +17,7 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "p
 
 
 def find_device(name: str) -> torch.device:
-    """The device that torch calls `name`; auto: a GPU if there is one, else the CPU. UserError if it cannot be used."""
+    """torch's device of this name; auto: a GPU if there is one, else the CPU. UserError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def reuse_memory():
-    """Let glibc keep the memory of freed tensors, since the kernel clears each new page. Elsewhere it does nothing."""
+    """Let glibc keep the memory of freed tensors: the kernel clears each new page. Elsewhere it does nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages from 2 MiB on; torch reads it at its first tensor
     # torch and oneDNN each keep kernels for the last 1,024 shapes, hundreds of MiB; a layer has a few dozen shapes
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
@@ -54,7 +54,7 @@ def reuse_memory():
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far, MiB: the GPU's where one computes, else the process's resident maximum."""
+    """The most memory held so far, MiB: the GPU's, or on a CPU the process's resident maximum."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss starts from the parent's size
@@ -63,7 +63,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def compute_exactly(device: torch.device):
-    """No TF32, so that no score changes with the GPU. Deterministic kernels, so that one seed gives one adapter."""
+    """No TF32: a score is the same on every GPU. Deterministic kernels: one seed gives one adapter."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums of a product: in float32
     if device.type == "cuda":

@@ -43,7 +43,7 @@ def new_folder(args) -> Path:
 
 
 def left_in(folder: Path) -> list[Path]:
-    """What a run has left in its folder; links among it as they are, wherever they lead."""
+    """What a run has left in its folder. A link counts as itself, wherever it leads."""
     found = [folder / name for name in FILES if os.path.lexists(folder / name)]
     found += [*numbered(folder, CHECKPOINT).values(), *numbered(folder, SNAPSHOT).values()]
     if (folder / "run.json").exists():
@@ -64,7 +64,7 @@ def check_reads(folder: Path, arguments: dict):
 
 
 def read_record(folder: Path) -> dict:
-    """A run's run.json, {} before it is there. UserError unless its parts are objects, and its seconds numbers."""
+    """A run's run.json; {} if there is none yet. UserError unless its parts are objects, and its seconds numbers."""
     path = folder / "run.json"
     record = files.read_json(path) if path.exists() else {}
     parts = [record.get(part, {}) for part in ("arguments", "fingerprints", "seconds")]
@@ -74,14 +74,14 @@ def read_record(folder: Path) -> dict:
 
 
 def check_same(where: str, held: dict, now: dict):
-    """UserError that names the first of a run's settings that differs from what it was."""
+    """UserError that names the first of a run's settings that has changed."""
     for name in sorted(held.keys() | now.keys()):
         then, value = held.get(name), now.get(name)
         check(then == value, f"{where} of another configuration: {name} was {then}, now it is {value}")
 
 
 def numbered(folder: Path, form: str) -> dict[int, Path]:
-    """What a folder holds under names of this form, by their numbers, the least first; checkpoint-x is nobody's."""
+    """The files or folders with names of this form, by their numbers, in order. checkpoint-x is none of them."""
     pattern = form.replace("{:08d}", "([0-9]{8,})")
     found = [(re.fullmatch(pattern, path.name), path) for path in folder.glob(form.replace("{:08d}", "*"))]
     return dict(sorted((int(name[1]), path) for name, path in found if name))
@@ -101,7 +101,7 @@ class StepRecord:
         self.sums = torch.zeros(3, device=device)  # loss, tokens with a weight, signals
 
     def add(self, loss: Tensor, selected: list[Tensor]):
-        """A micro-batch's part of the loss, and which tokens of its samples were selected, or have a weight."""
+        """Add a micro-batch: its part of the loss, and the mask or the weights of each sample's tokens."""
         self.sums[0] += loss.detach()
         for mask in selected:
             self.sums[1] += (mask != 0).sum()
@@ -146,7 +146,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | None = None, steps: int = 0, every: int | None = None, settings=None):
-        """Reads the newest checkpoint in `folder` that is whole; UserError if none is, or its settings differ."""
+        """Reads the newest whole checkpoint in `folder`. UserError if all are damaged, or if its settings differ."""
         self.folder, self.steps, self.every = folder, steps, every or math.ceil(steps / 10)
         self.done, self.held, self.signal = 0, {}, 0
         self.settings = gather(settings)[0]  # the first rank's; a shard's content would differ
@@ -170,7 +170,7 @@ class Checkpoints:
             print("\nstopping after this step; Ctrl-C again: at once", file=sys.stderr)
 
     def restore(self, adapters: list[nn.Parameter], optimizer, history, device) -> int:
-        """Put back what the newest checkpoint holds, into what is written from now on; returns the steps done."""
+        """Put back what the newest checkpoint holds; returns the steps done. `write` saves these objects later."""
         self.adapters, self.optimizer, self.history, self.device = adapters, optimizer, history, device
         held, self.held = self.held, {}
         if not held:
@@ -227,7 +227,7 @@ class Run:
     """A run's folder, and run.json there: every argument, versions, what it was trained on, seconds."""
 
     def __init__(self, args, model: nn.Module, examples: list, account: Account):
-        """Opens the folder that `args` names, or a new one; examples: (ids, response) each, account: of their rows."""
+        """Opens the folder that `args` names, or a new one. examples: (ids, response) each; account: of their rows."""
         self.first, self.trained = first_rank(), set()
         self.weights = digest(fingerprint(p for p in model.parameters() if not p.requires_grad), model.config.raw)
         self.folder = gather(new_folder(args) if self.first else None)[0]
@@ -261,9 +261,9 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, args, samples: list, content: dict, folder: Path, steps: int, save_adapter):
-        """A context for a training into `folder`: what logs a step's line, and the checkpoints to go on from.
+        """A context for a training into `folder`. It gives (log, checkpoints); log takes a step's line.
 
-        content: what the adapter depends on beside the arguments. save_adapter: folder -> the adapter is there.
+        content: what the adapter depends on beside the arguments. save_adapter(folder) writes it.
         """
         rows = fingerprint(chain(*samples))
         content = {"the content of --model": self.weights, "the content of --data": rows} | content
@@ -311,13 +311,13 @@ class Run:
         self.save()
 
 
-# The adapter depends on none of these, but by what `settings` is told beside it, so they may differ after a stop
+# Flags that may differ after a stop. Where one of them changes what is trained on, `content` below differs
 FREE = "out overwrite resume checkpoint_every snapshot_every eval_every merge merge_dtype eval_data skip_bad_rows"
 FREE = {*FREE.split(), "cache", "debug"}
 
 
 def settings(arguments: dict, content: dict) -> dict:
-    """All that the adapter depends on, by the names that a user knows; content: what stands behind the arguments."""
+    """All that the adapter depends on, by the names that a user knows. content: digests of what the flags name."""
     flags = {f"--{name.replace('_', '-')}": value for name, value in arguments.items() if name not in FREE}
     kind = str(arguments.get("device")).split(":")[0]  # a run may go on on another card of the same kind
     return flags | {"--device": kind, "the number of ranks": ranks()} | content
