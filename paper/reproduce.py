@@ -125,11 +125,7 @@ class Cells:
             self.keys[name] = prepare(name, loader(name, rows), tokenizer, args.eval_limit).key
         self.launcher = shlex.split(args.launcher) if args.launcher else [sys.executable]
         check(shutil.which(self.launcher[0]), f"--launcher {self.launcher[0]} is no command of this machine")
-
-    def call(self, script: str, flags: list):
-        args = self.args
-        same = given(model=args.model, revision=args.revision, dtype=args.dtype, device=args.device)
-        call([*self.launcher, ROOT / script, *same, *flags])
+        self.same = given(model=args.model, revision=args.revision, dtype=args.dtype, device=args.device)
 
     def train(self, row: Row, seed: int) -> Path:
         """The folder of a row's run with this seed, which is made unless it is there."""
@@ -155,7 +151,7 @@ class Cells:
                 flags.append(word)
             elif "=" not in word:
                 next(words, None)  # its value
-        self.call("train.py", [*flags, "--out", folder, "--resume"])
+        call([*self.launcher, ROOT / "train.py", *self.same, *flags, "--out", folder, "--resume"])
         for checkpoint in folder.rglob("checkpoint-*.safetensors"):  # a complete run needs none
             checkpoint.unlink()
         return folder
@@ -165,7 +161,7 @@ class Cells:
         args, file = self.args, adapter / "evaluation.json" if adapter else self.out / "base.json"
         if not self.answered(file, adapter):
             flags = given(tasks=args.tasks, out=file, adapter=adapter, data=args.benchmarks, limit=args.eval_limit)
-            self.call("evaluate.py", flags)
+            call([*self.launcher, ROOT / "evaluate.py", *self.same, *flags])
         found = self.answered(file, adapter)
         check(found, f"{file} has no answers of this model to these rows: another process may have replaced it")
         return found
@@ -247,13 +243,13 @@ OURS = """
 --reference --reference-data --reference-top --rating-field --revision --dtype --device
 """.split()
 # What may differ from one command to the next on the same folder: it adds cells, or says how to run them
-FREE = "table methods seeds tasks asked eval_limit benchmarks launcher out rho machine debug".split()
+FREE = "table methods seeds tasks asked eval_limit benchmarks launcher out rho debug".split()
 
 
 def main(argv: list[str] | None = None):
     args = parse_arguments(argv)
     out = Path(args.out)
-    check_writable(out / "settings.json")
+    check_writable(settings := out / "settings.json")
     if args.table in (1, 3, 4):
         find_matplotlib()
     sources = source_names(f"{args.data},{args.reference_data or args.data}")
@@ -262,7 +258,6 @@ def main(argv: list[str] | None = None):
     shared = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
     shared |= {"what follows --": shared.pop("--flags"), "the content of --data": files_key(files)}
     shared["the content of --model"] = model_key(folder, whole=True)  # a cell is known by its name alone
-    settings = out / "settings.json"
     held = read_json(settings) if settings.exists() and any(out.glob("*/run.json")) else shared
     runs.check_same(f"{out} holds cells", held, shared)
     write_json(settings, shared)
