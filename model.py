@@ -141,7 +141,7 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that draws no numbers on the meta device: torch would import a compiler for that, in 1.3 s."""
+    """nn.Embedding that draws no numbers on the meta device, for which torch imports a compiler (1.3 s)."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
 
 
 def read_config(folder: Path) -> Config:
-    """What `folder`/config.json says; UserError, by name, for what would change the result and is not implemented."""
+    """What `folder`/config.json says. UserError names a setting that is not implemented."""
     return Config(**read_architecture(folder))
 
 

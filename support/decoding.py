@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from support.files import UserError, is_number, read_json
+from support.files import check, is_number, read_json
 from support.kernels import attention
 
 GUESS = 8  # tokens of a guess, at most
@@ -31,15 +31,15 @@ class SharedPrefix:
 
 
 class Row:
-    """The `number`-th prompt and what is written after it, in `ids`; `guess`: what may come next.
+    """A prompt and what is written after it, in `ids`; `guess`: the tokens that may come next.
 
-    That is what came next where the last tokens stood before ("prompt lookup decoding", Saxena 2023). Of a guess only
-    what the model would have written is kept.
+    A guess is what came next where the last tokens stood before ("prompt lookup decoding", Saxena 2023). The model
+    checks it: only what it would have written is kept.
     """
 
     def __init__(self, number: int, prompt: list[int]):
         self.number, self.start, self.ended = number, len(prompt), False
-        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place behind where it was seen last
+        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place after it, where it was seen last
         for token in prompt:
             self.append(token)
 
@@ -47,7 +47,7 @@ class Row:
         return self.ids[self.start :]
 
     def ends(self) -> list[tuple[int, ...]]:
-        """The last tokens, as the n-grams that they are looked up by, the longest first."""
+        """The n-grams at the end, the longest first."""
         return [tuple(self.ids[-n:]) for n in (3, 2, 1) if n <= len(self.ids)]
 
     def append(self, token: int):
@@ -55,18 +55,19 @@ class Row:
         self.ids.append(token)
 
     def look_up(self, most: int):
-        """Set `guess`, at most `most` tokens; a repetition runs on into the guess itself."""
+        """Set `guess`, of at most `most` tokens; a repetition goes on in the guess itself."""
         place = next((self.after[end] for end in self.ends() if end in self.after), None)
-        self.guess = []
-        while place is not None and len(self.guess) < most:
-            self.guess.append(self.ids[place] if place < len(self.ids) else self.guess[place - len(self.ids)])
+        going_on = list(self.ids)
+        while place is not None and len(going_on) < len(self.ids) + most:
+            going_on.append(going_on[place])
             place += 1
+        self.guess = going_on[len(self.ids) :]
 
 
 class Block:
-    """Rows of similar length that are decoded side by side, and the cache of their keys and values.
+    """Rows of similar length that are decoded side by side, and their cache.
 
-    keys, values: for each layer, (rows, H_kv, capacity, d), each row's from its first token to the one before its last.
+    keys, values: for each layer (rows, H_kv, capacity, d), of all tokens of a row but the last.
     """
 
     def __init__(self, config, rows: list[Row], capacity: int, like: Tensor):
@@ -82,7 +83,7 @@ class Block:
                 self.keys[layer], self.values[layer] = k[going], v[going]
 
     def extend(self, width: int) -> Tensor:
-        """The positions of each row's last token and those after it, (rows, width), to be computed next."""
+        """The positions that are computed next, (rows, width): of each row's last token and of those after it."""
         last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.device)
         self.positions = last + torch.arange(width, device=self.device)
         places = torch.arange(int(last.max()) + width, device=self.device)
@@ -90,20 +91,20 @@ class Block:
         return self.positions
 
     def read(self, layer: int, first: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-        """Attention in prompts, padded on the right, that go to rows `first` on; their k and v are stored."""
+        """Attention in prompts, padded on the right, of the rows from `first` on. Stores their k and v."""
         at = slice(first, first + len(k)), slice(None), slice(k.shape[2])
         self.keys[layer][at], self.values[layer][at] = k, v
         return attention(q, k, v)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the tokens to be computed, (rows, heads, width, d), to all up to themselves; stored as well."""
+        """Attention of the tokens at `positions`, (rows, heads, width, d), to all before them. Stores their k and v."""
         at, end = (torch.arange(len(k), device=k.device)[:, None], slice(None), self.positions), self.mask.shape[-1]
         self.keys[layer][at], self.values[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
         return attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], self.mask)
 
 
 def attend_all(blocks: list[Block], layer: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-    """Attention of all blocks' rows, (rows, heads, width, d), which go on by a few tokens."""
+    """`Block.attend` of all blocks, whose rows stand one after the other: (rows, heads, width, d)."""
     sizes = [len(block.rows) for block in blocks]
     parts = zip(blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     return torch.cat([block.attend(layer, q, k, v) for block, q, k, v in parts])
@@ -116,7 +117,7 @@ def pad_right(lists: list[list[int]], device) -> Tensor:
 
 
 def read_prompts(model: nn.Module, rows: list[Row], capacity: int, batch_tokens: float) -> tuple[Block, list[Tensor]]:
-    """A block of rows, the longest first, of so many tokens each, and the hidden state of each one's last, (1, D)."""
+    """A block of rows, the longest first, of `capacity` tokens each, and the hidden states of their last tokens."""
     layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
     block = Block(model.config, rows, capacity, weight)
     size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
@@ -129,9 +130,9 @@ def read_prompts(model: nn.Module, rows: list[Row], capacity: int, batch_tokens:
 
 
 def check_numbers(values: Tensor, model: nn.Module):
-    """UserError where one of the values that a model gives is NaN or infinite: none of its answers means anything."""
-    if not values.isfinite().all():
-        raise UserError(f"{model.name_or_path}: a prediction is no finite number, by its weights or its adapter's")
+    """UserError if a model gives NaN or an infinite value: then none of its answers means anything."""
+    finite = bool(values.isfinite().all())
+    check(finite, f"{model.name_or_path}: a prediction is no finite number: look at the weights and the adapter")
 
 
 @torch.no_grad()
@@ -148,17 +149,15 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuation of each prompt: at most `max_new_tokens` ids, up to the first stop id, which is left out.
 
-    stop: is asked after each token of a row, with the row's ids so far; true ends the row, its last token included.
-    batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
-    all that they may become (at least one prompt in either case). ended: is told each prompt that is done.
-    repetition_penalty: of the tokens that stand in a row already (Keskar et al., 2019).
+    stop(new ids) is called after each token of a row; true ends the row. batch_tokens: tokens of prompts that are read
+    at once. cache_tokens: tokens that the cache may hold, prompts and answers (one prompt at least, in both cases).
+    ended(number) is called for each prompt that is done. repetition_penalty: Keskar et al., 2019.
     """
     produced = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
     blocks, hidden = [], []  # hidden: of each row of all blocks, its last token's state and those of its guess, (n, D)
     layers, device = range(model.config.num_hidden_layers), model.lm_head.weight.device
-    # What each row's cache is to hold; one without a guess gets padding where others have theirs
-    sizes = [len(prompt) + max_new_tokens + GUESS for prompt in prompts]
+    sizes = [len(prompt) + max_new_tokens + GUESS for prompt in prompts]  # what the cache of each row must hold
 
     while blocks or waiting:
         free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
@@ -220,27 +219,26 @@ NEUTRAL["cache_implementation"] = "dynamic", "static", "hybrid", "sliding_window
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:
-    """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
+    """stop_ids and repetition_penalty of the checkpoint's generation_config.json, or config.json if there is none.
 
-    stop_ids: the tokenizer's ends of an answer, and those that the file names, or config.json where there is none.
-    UserError for a setting that would change what is written and is not implemented.
+    stop_ids also has the tokenizer's ends of an answer. UserError for a setting that changes what is written and is
+    not implemented.
     """
     path = model.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else model.config.raw
     where = path if path.exists() else model.folder / "config.json"
     for key, neutral in NEUTRAL.items():
-        if (value := settings.get(key)) not in (None, False, "", [], {}, *neutral):
-            raise UserError(f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding")
-    penalty = settings.get("repetition_penalty")
-    if penalty is not None and not (is_number(penalty) and penalty > 0):
-        raise UserError(f"{where}: repetition_penalty is {penalty!r}, not a number above 0")
-    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty or 1.0}
+        fits = (value := settings.get(key)) in (None, False, "", [], {}, *neutral)
+        check(fits, f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding")
+    penalty = 1.0 if settings.get("repetition_penalty") is None else settings["repetition_penalty"]
+    fits = is_number(penalty) and penalty > 0
+    check(fits, f"{where}: repetition_penalty is {penalty!r}, not a number above 0")
+    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty}
 
 
 def named_ends(settings: dict, where) -> list[int]:
-    """The tokens at which the configuration in the file `where` says that an answer ends: none, one or some."""
+    """eos_token_id of the configuration in the file `where`, as a list."""
     named = settings.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(token) is int for token in named):
-        raise UserError(f"{where}: eos_token_id is {named!r}, not tokens' numbers")
+    check(all(type(token) is int for token in named), f"{where}: eos_token_id is {named!r}, not numbers of tokens")
     return named

@@ -197,7 +197,7 @@ def find_files(source: str, account: Account) -> list[Path]:
     path, split, configuration = Path(name), rest[-1] if rest else None, rest[0] if len(rest) > 1 else None
     understood = len(rest) < 3 and all([name, *rest]) and "://" not in source
     check(understood, f"{source} is no file, no folder, and no NAME, NAME:SPLIT or NAME:CONFIGURATION:SPLIT of the hub")
-    with told(f"{source:.80} cannot be read"):
+    with told(f"{source:.300} cannot be read"):
         if path.is_dir():
             return choose_files(name, path, split, configuration, account)
         if kind_of(path):

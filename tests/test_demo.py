@@ -221,7 +221,7 @@ def test_an_answer_is_right_within_any_phrase_but_not_within_a_longer_list(writt
 
 def test_instructions_need_a_folder_and_an_answer(tmp_path):
     tokenizer = data.load_tokenizer(DEMO / "model")
-    with pytest.raises(files.UserError, match=r"instructions.test.jsonl by --data"):
+    with pytest.raises(files.UserError, match=r"--data must name the folder"):
         evaluate.prepare("instructions", benchmarks.loader("instructions", None), tokenizer)
     row = {"messages": [{"role": "user", "content": "hot"}]}
     (tmp_path / "instructions.test.jsonl").write_text(json.dumps(row))

@@ -241,7 +241,7 @@ def test_the_best_rated_rows_make_a_reference(llama, rows, tmp_path):
     main(llama, rows, tmp_path / "c", "--method", "rho1", "--reference-top", "5")
     adapter = lambda path: (tmp_path / path / "adapter_model.safetensors").read_bytes()
     assert adapter("a") == adapter("b") == adapter("c/reference")
-    with pytest.raises(UserError, match="row 1: column stars holds None, not a rating"):
+    with pytest.raises(UserError, match="row 1: column stars holds no rating"):
         main(llama, rows, tmp_path / "d", "--method", "full", "--reference-top", "5", "--rating-field", "stars")
     with pytest.raises(UserError, match="20 rated rows, 21 are to be taken"):
         main(llama, rows, tmp_path / "d", "--method", "full", "--reference-top", "21")
