@@ -1,8 +1,10 @@
 """Greedy decoding: a KV cache in blocks of rows, several tokens a step, prompts that begin alike read once."""
 
+import json
 import math
 from collections.abc import Callable, Container
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -206,16 +208,8 @@ def generate(
     return produced
 
 
-# Settings that would change what greedy decoding writes -> the values that do not, beside those that are off
-ONE = "num_beams num_beam_groups num_return_sequences encoder_repetition_penalty guidance_scale"
-OFF = """
-no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens max_new_tokens max_time stop_strings
-bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
-sequence_bias penalty_alpha exponential_decay_length_penalty dola_layers watermarking_config remove_invalid_values
-diversity_penalty token_healing
-"""
-NEUTRAL = dict.fromkeys(OFF.split(), ()) | dict.fromkeys(ONE.split(), (1,))
-NEUTRAL["cache_implementation"] = "dynamic", "static", "hybrid", "sliding_window", "offloaded"
+# Settings that change what greedy decoding writes -> the values that do not, beside those that are off
+NEUTRAL = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:
