@@ -1,28 +1,20 @@
 """Checkpoints as files, in Hugging Face layout: both config dialects, shards, the hub; what is refused, and why."""
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from support import files
 from support.decoding import NEUTRAL, named_ends
-from support.files import (
-    UserError,
-    check,
-    is_count,
-    is_number,
-    note,
-    read_json,
-    readable,
-    write_json,
-    write_whole,
-    writing,
-)
+from support.files import UserError, check, is_count, is_number, read_json
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 SHARDS = ["model.safetensors.index.json", "model-*.safetensors"]  # read where there is no whole file
@@ -30,40 +22,23 @@ CHECKPOINT_FILES = ["config.json", "generation_config.json", "model.safetensors"
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What to do about an error of the hub's client: of the first kind that it is
+# What to do about an error of the hub's client, by the first class of it that stands here
 NEXT_STEPS = {
     "GatedRepoError": "ask for access on its page there, then set HF_TOKEN",
     "RepositoryNotFoundError": "check the name; what is private needs HF_TOKEN",
-    "RevisionNotFoundError": "check the revision",
-    "HFValidationError": "check the path",
-    "LocalEntryNotFoundError": "check the connection and HF_ENDPOINT, or give a local folder",
-    "Exception": "try again, or give a local folder",
+    "Exception": "check the name, the revision, the connection and HF_ENDPOINT, or give a local folder",
 }
-# Tokens that a class of transformers names where tokenizer_config.json does not
-CLASS_TOKENS = {
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-    "Qwen2Tokenizer": dict.fromkeys(["unk_token", "eos_token", "pad_token"], "<|endoftext|>"),
-    "GPT2Tokenizer": dict.fromkeys(["unk_token", "bos_token", "eos_token"], "<|endoftext|>"),
-}
-# Keys of config.json: those read below, those of which one value is implemented, and FREE_KEYS, which change no logits
+KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+CLASS_TOKENS = KNOWN["class_tokens"]  # special tokens that a class of transformers has without tokenizer_config.json
+# Keys of config.json: those that are read, those with one implemented value, and those that change no logits
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-ONLY = {"hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "is_causal": True}
-ONLY["quantization_config"] = None
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_KEYS}
 READ_KEYS = {*SIZES, *OPTIONAL_SIZES, *FLAGS, "model_type", "architectures", "dtype", "torch_dtype", "rms_norm_eps"}
 READ_KEYS |= {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types"}
-FREE_KEYS = """
-auto_map attn_implementation transformers_version transformers.js_config is_llama_config unsloth_fixed
-unsloth_version bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-decoder_start_token_id tokenizer_class model_max_length max_sequence_length use_cache gradient_checkpointing
-initializer_range pretraining_tp num_labels output_attentions output_hidden_states output_scores return_dict
-return_dict_in_generate id2label label2id problem_type finetuning_task task_specific_params prefix torchscript
-use_bfloat16 keys_to_ignore_at_inference temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff do_sample
-max_length length_penalty early_stopping repetition_penalty
-""".split()
+ONLY, FREE_KEYS = KNOWN["only"], KNOWN["free"]
 
 
 def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
@@ -77,7 +52,9 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
         return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
         if repo_type == "model" and (cached := getattr(reason, "snapshot_path", None)):
-            note(f"{name}: {str(reason).partition('. ')[0]}")  # whoever needs one of them will miss it, by its name
+            files.note(
+                f"{name}: {str(reason).partition('. ')[0]}"
+            )  # whoever needs one of them will miss it, by its name
             return Path(cached)
         kinds = [kind.__name__ for kind in type(reason).__mro__]
         step = next(step for kind, step in NEXT_STEPS.items() if kind in kinds)
@@ -184,9 +161,15 @@ def read_architecture(folder: Path) -> dict:
 def open_safetensors(path: Path):
     """safetensors.safe_open, with a UserError that names the file when it is missing or not whole."""
     try:
-        return safe_open(readable(path, most=2**50), framework="pt")
+        return safe_open(files.readable(path, most=2**50), framework="pt")
     except (SafetensorError, OSError) as reason:
         raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
+
+
+def pickled(path: Path, program: str) -> str:
+    """What to do about weights that are no safetensors."""
+    why = "pickled weights can run any program when they are read"
+    return f'only {path.name}: {why}. If you trust it: python -c "{program}"'
 
 
 class Stored(NamedTuple):
@@ -217,7 +200,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     if single.exists():
         found = stored_in(single)
         if beside := ", ".join(sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))):
-            note(f"{folder} has {single.name}, which is read, and {beside}, not read")
+            files.note(f"{folder} has {single.name}, which is read, and {beside}, not read")
     elif index.exists():
         listed, found = read_json(index).get("weight_map"), {}
         fits = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
@@ -230,39 +213,38 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
             there = found[name].path.name if name in found else None
             check(there == listed.get(name), f"{index} puts {name} in {listed.get(name)}, the shards in {there}")
     else:
-        pickled = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
-        only = f", only {min(pickled)}: pickled weights can run any program when read" if pickled else ""
+        old = min((path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")), default=None)
         convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained"
-        how = f"if you trust it: python -c \"{convert}('{folder}')\"" if pickled else "give a checkpoint in safetensors"
-        raise UserError(f"{folder} has no model.safetensors{only}; {how}")
+        how = pickled(old, f"{convert}('{folder}')") if old else "give a checkpoint in safetensors"
+        raise UserError(f"{folder} has no model.safetensors; {how}")
     # Old checkpoints carry buffers of rope, which the config already determines.
     return {name: stored for name, stored in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def find_weights(folder: Path, config) -> dict[str, Stored]:
     """`find_tensors` for `config`, a tied head under one name. UserError for a size that no stored tensor has."""
-    files = find_tensors(folder)
-    if config.tie_word_embeddings and HEAD in files:
-        head = files.pop(HEAD)
-        embedding = files.setdefault(EMBEDDING, head)
-        both = (open_safetensors(path).get_tensor(name) for path, name, *_ in (embedding, head))
+    found = find_tensors(folder)
+    if config.tie_word_embeddings and HEAD in found:
+        head = found.pop(HEAD)
+        embedding = found.setdefault(EMBEDDING, head)
+        both = (open_safetensors(stored.path).get_tensor(stored.name) for stored in (embedding, head))
         same = embedding == head or torch.equal(*both)
         check(same, f"{head.path}: {HEAD} differs from {EMBEDDING}, but the config ties them")
-    largest = max((size for stored in files.values() if 0 not in stored.shape for size in stored.shape), default=0)
+    largest = max((size for stored in found.values() if 0 not in stored.shape for size in stored.shape), default=0)
     sizes = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
     sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
     where, n = folder / "config.json", config.num_hidden_layers
     for key, size in sizes.items():
         check(size <= largest, f"{where}: {key} is {size}, but no tensor's shape has more than {largest}")
-    check(n <= len(files), f"{where}: num_hidden_layers is {n}, but there are {len(files)} tensors in all")
-    return files
+    check(n <= len(found), f"{where}: num_hidden_layers is {n}, but there are {len(found)} tensors in all")
+    return found
 
 
-def check_tensors(files: dict[str, Stored], parameters: dict[str, Tensor], folder: Path):
-    """Raise UserError for the first tensor that is missing, left over, or of another shape."""
-    for name in sorted(parameters.keys() | files.keys()):
-        check(name in files, f"{folder} has no tensor {name}, which its config asks for")
-        path, its_name, shape, _ = files[name]
+def check_tensors(stored: dict[str, Stored], parameters: dict[str, Tensor], folder: Path):
+    """UserError for the first tensor that is missing, left over, or of another shape."""
+    for name in sorted(parameters.keys() | stored.keys()):
+        check(name in stored, f"{folder} has no tensor {name}, which its config asks for")
+        path, its_name, shape, _ = stored[name]
         check(name in parameters, f"{path}: tensor {name} has no place in this architecture")
         expected = list(parameters[name].shape)
         check(shape == expected, f"{path}: {its_name} has shape {shape}, the config asks for {expected}")
@@ -281,24 +263,24 @@ def read_tensor_into(target: Tensor, path: Path, name: str, block: int = 2**22, 
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, files: dict[str, Stored]):
-    """Fill the weights of `model` from `files`, as `find_weights`; of a sharded one (FSDP2), the rows of this rank."""
+def read_weights(model: nn.Module, stored: dict[str, Stored]):
+    """Fill the weights of `model` from `find_weights`; of a sharded model (FSDP2), the rows of this rank."""
     for name, parameter in model.named_parameters():
-        if name not in files:  # an adapter's
+        if name not in stored:  # an adapter's
             continue
         rows, first = parameter, 0
         if hasattr(parameter, "to_local"):  # FSDP2 cuts dimension 0 as torch.chunk does
             rows, mesh = parameter.to_local(), parameter.device_mesh
             first = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
-        read_tensor_into(rows, files[name].path, files[name].name, first=first)
+        read_tensor_into(rows, stored[name].path, stored[name].name, first=first)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], config: dict, prefix: str = ""):
     """Write model.safetensors and config.json, their names behind `prefix`, each whole or not at all."""
-    with writing(folder):
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{prefix}model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_json(folder / f"{prefix}config.json", config)
+    files.write_whole(folder / f"{prefix}model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    files.write_json(folder / f"{prefix}config.json", config)
 
 
 def save_model(model: nn.Module, folder):
@@ -311,29 +293,26 @@ def save_model(model: nn.Module, folder):
     if not model.folder:
         return
     for file in filter(Path.is_file, (model.folder / name for name in [*TOKENIZER_FILES, "chat_template.jinja"])):
-        write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
-    if told := generation_config(model.folder, config, end_of_text(model.folder)):
-        write_json(folder / "generation_config.json", told)
+        files.write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
+    if settings := generation_config(model.folder, config, end_of_text(model.folder)):
+        files.write_json(folder / "generation_config.json", settings)
 
 
 def end_of_text(folder: Path) -> list[int]:
     """The token that every answer of the training data ended with. Many a base's generation_config names another."""
-    if not (folder / "tokenizer.json").exists():
-        return []
-    tokenizer, end = read_json(folder / "tokenizer.json"), special_token(folder, "eos_token")
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-    return [ids[end]] if end in ids else []
+    path = folder / "tokenizer.json"
+    end = special_token(folder, "eos_token") if path.exists() else None
+    found = tokenizers.Tokenizer.from_file(str(path)).token_to_id(end) if end else None
+    return [] if found is None else [found]
 
 
 def generation_config(folder: Path, config: dict, ends: list[int]) -> dict:
-    """A folder's generation_config.json, or what config.json says in its place; answers end with `ends` too."""
+    """A folder's generation_config.json, or what config.json says instead; answers also end with `ends`."""
     path = folder / "generation_config.json"
     named = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    told = read_json(path) if path.exists() else named
-    ends = list(dict.fromkeys([*named_ends(told, path), *ends]))
-    return told | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+    settings = read_json(path) if path.exists() else named
+    ends = list(dict.fromkeys([*named_ends(settings, path), *ends]))
+    return settings | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
 
 
 def check_fits(model: nn.Module, name: str, examples: list[tuple[Tensor, Tensor]]):

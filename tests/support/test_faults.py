@@ -508,7 +508,7 @@ def test_the_hub_s_reason_comes_with_the_next_step(originals, tmp_path):
                 "ask for access on its page there",
             ),
             "Repository Not Found": (start("who/other", open_to_all), "check the name; what is private needs HF_TOKEN"),
-            "Connection refused": (start("who/tiny", down), "check the connection and HF_ENDPOINT"),
+            "Connection refused": (start("who/tiny", down), "the connection and HF_ENDPOINT"),
         }
         for reason, (process, next_step) in asked.items():
             lines = seen(process.communicate(timeout=PATIENCE)[1])
