@@ -52,9 +52,7 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
         return Path(snapshot_download(name, repo_type=repo_type, revision=revision, allow_patterns=patterns))
     except Exception as reason:  # the hub client raises its own errors, its http library's and the system's
         if repo_type == "model" and (cached := getattr(reason, "snapshot_path", None)):
-            files.note(
-                f"{name}: {str(reason).partition('. ')[0]}"
-            )  # whoever needs one of them will miss it, by its name
+            files.note(f"{name}: {str(reason).partition('. ')[0]}")  # a file that is missing is named later
             return Path(cached)
         kinds = [kind.__name__ for kind in type(reason).__mro__]
         step = next(step for kind, step in NEXT_STEPS.items() if kind in kinds)
@@ -115,8 +113,7 @@ def read_architecture(folder: Path) -> dict:
         check(is_count(raw.get(key)), f"{path}: {key} is {raw.get(key)!r}, not a whole number above 0")
     for key in FLAGS:
         check(isinstance(raw.get(key), bool | None), f"{path}: {key} is {raw.get(key)!r}, not true or false")
-    named = {key for key in raw if not key.startswith("_")}  # others are notes of whoever wrote it
-    for key in sorted(named - {*READ_KEYS, *FREE_KEYS, *NEUTRAL}):
+    for key in sorted(raw.keys() - {*READ_KEYS, *FREE_KEYS, *NEUTRAL, *(key for key in raw if key[:1] == "_")}):
         fits = raw[key] == ONLY[key] if key in ONLY else is_off(raw[key])
         check(fits, f"{path}: {key} {raw[key]!r} is not implemented, and may change what the model computes")
 
@@ -148,12 +145,11 @@ def read_architecture(folder: Path) -> dict:
     head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
     fits = heads % key_heads == 0 and head_dim % 2 == 0 and head_dim > 0
     check(fits, f"{path}: {heads} heads over {key_heads} key heads, of {head_dim} dimensions, do not come out even")
-    biased = bool(raw.get("attention_bias"))
+    biased, tied, mlp_biased = (bool(raw.get(key)) for key in ("attention_bias", "tie_word_embeddings", "mlp_bias"))
     fields = {key: raw[key] for key in SIZES} | {"num_key_value_heads": key_heads, "head_dim": head_dim}
     fields |= {"qkv_bias": biased or family == "qwen2", "output_bias": biased and family != "qwen2"}
-    fields |= {"mlp_bias": bool(raw.get("mlp_bias")) and family == "llama", "qk_norm": family == "qwen3"}
+    fields |= {"mlp_bias": mlp_biased and family == "llama", "qk_norm": family == "qwen3", "tie_word_embeddings": tied}
     fields |= {"rms_norm_eps": numbers["rms_norm_eps"], "rope": rope, "raw": raw}
-    fields |= {"tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
     fields |= {"max_position_embeddings": raw.get("max_position_embeddings") or 2048}
     return fields | {"dtype": None if dtype == "auto" else getattr(torch, dtype)}
 

@@ -158,16 +158,12 @@ def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, 
     longest = len(batch[0].ids)
     branches = [place for tree in batch for place, parent in enumerate(tree.parents) if parent != place - 1]
     causal = 0 if prefix else min([longest - 1, *branches])
-    mask = np.zeros((len(batch), 1, longest - causal, prefix + longest), dtype=bool)
+    mask = np.zeros((len(batch), longest, prefix + longest), dtype=bool)
     mask[..., :prefix] = True
-    own = mask[:, 0, :, prefix:]
-    own[:, range(longest - causal), range(causal, longest)] = True
-    for ancestors, tree in zip(own, batch, strict=True):
-        for place in range(causal, len(tree.ids)):
-            parent = tree.parents[place]
-            if parent >= causal:
-                ancestors[place - causal] |= ancestors[parent - causal]
-            else:
-                ancestors[place - causal, : parent + 1] = True
+    mask[:, range(longest), range(prefix, prefix + longest)] = True
+    for own, tree in zip(mask[..., prefix:], batch, strict=True):
+        for place, parent in enumerate(tree.parents):
+            if parent >= 0:
+                own[place] |= own[parent]
     ids, depths = pad_right([tree.ids for tree in batch], device), pad_right([tree.depths for tree in batch], device)
-    return ids, prefix + depths, torch.from_numpy(mask).to(device)
+    return ids, prefix + depths, torch.from_numpy(mask[:, None, causal:]).to(device)
