@@ -142,14 +142,14 @@ class Tokenizer:
 
 
 def added_token(told) -> AddedToken:
-    """A token as a file tells of it, a text or an object, with all of its flags."""
+    """A token from a file, where it is a text or an object with flags."""
     known = told if isinstance(told, dict) else {"content": told, "special": True}
     known = {"normalized": not known.get("special"), **known}
     return AddedToken(**{flag: held for flag, held in known.items() if flag in FLAGS})
 
 
 def as_llama(settings: dict, model: dict) -> dict:
-    """What the class LlamaTokenizer puts in the place of a tokenizer.json's parts: it keeps the words and merges."""
+    """The parts that the class LlamaTokenizer makes itself: of a tokenizer.json it keeps only vocabulary and merges."""
     kind = model.get("type", "BPE")
     check(kind == "BPE", f"tokenizer_class LlamaTokenizer of a model of type {kind} is not implemented")
     spaced, held = settings.get("add_prefix_space") is not False, {key: model[key] for key in ("vocab", "merges")}
@@ -181,8 +181,8 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
         parts = (value.get(part) or {} for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"))
         check(max(map(growth, parts)) <= 64, f"{path} makes of a text one of more than 64 times its length")
         settings, older = tokenizer_settings(folder), read_json(later) if later.exists() else {}
-        plain = not (settings.get("split_special_tokens") or value["model"].get("dropout"))  # which is random
-        check(plain, f"{config} or {path.name}: split_special_tokens or dropout is not implemented")
+        odd = settings.get("split_special_tokens") or value["model"].get("dropout")  # which is random
+        check(not odd, f"{config} or {path.name}: split_special_tokens or dropout is not implemented")
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         names = dict.fromkeys([*NAMED, *(name for name in settings if name.endswith("_token"))])
         named = [settings[name] for name in names if isinstance(settings.get(name), str | dict)]
@@ -197,10 +197,9 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
         held = {repr(token): token.content for token in backend.get_added_tokens_decoder().values()}
         listed = [added_token(token) for _, token in sorted(listed.items(), key=lambda entry: int(entry[0]))]
         adding = [token for token in listed if repr(token) not in held]
-        known = {*held.values(), *(token.content for token in adding)}
-        eos = special_token(folder, "eos_token")
-        named_end = eos in known or eos is not None and backend.token_to_id(eos) is not None
-        check(named_end, f"{config}: eos_token {eos!r} is no token of the vocabulary")
+        known, eos = {*held.values(), *(token.content for token in adding)}, special_token(folder, "eos_token")
+        there = eos in known or eos is not None and backend.token_to_id(eos) is not None
+        check(there, f"{config}: eos_token {eos!r} is no token of the vocabulary")
         adding += {token.content: token for token in named if token.content not in known}.values()
         for token in adding:
             token.special |= token.content in special
@@ -209,26 +208,22 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def load_tokenizer(name_or_path, revision: str | None = None, template: str = "paper") -> Tokenizer:
-    """The tokenizer of a checkpoint, from a local folder or the hub. Raises UserError when it names no end of text.
+    """The tokenizer of a checkpoint, from a local folder or the hub. UserError if it names no end of text.
 
     template: the "paper"'s (Appendix A.1), or the "model"'s own chat template, for conversations.
     """
     more = ["chat_template.jinja"] if template == "model" else []
     folder = find_checkpoint(name_or_path, revision, TOKENIZER_FILES + more)
-    parts = [f"only {name}, " for name in ("vocab.json", "tokenizer.model") if (folder / name).exists()]
     load = f"from transformers import AutoTokenizer as T; T.from_pretrained('{name_or_path}')"
-    how = f"which transformers may make: python -c \"{load}.save_pretrained('{folder}')\""
-    check((folder / "tokenizer.json").exists(), f"{folder} has no tokenizer.json, {''.join(parts[:1])}{how}")
+    how = f"transformers may make it: python -c \"{load}.save_pretrained('{folder}')\""
+    check((folder / "tokenizer.json").exists(), f"{folder} has no tokenizer.json; {how}")
     backend = load_backend(folder)
     eos, bos = special_token(folder, "eos_token"), special_token(folder, "bos_token")
     with told(f"{folder}: the tokenizer does not work"), quiet():
-        ids = backend.get_vocab().values()  # of two with one id, which is decoded would be left to chance
+        ids = backend.get_vocab().values()
         check(len(ids) == len(set(ids)), f"{folder / 'tokenizer.json'}: two tokens have one id")
         tokenizer = Tokenizer(backend, eos, bos)
-        try:
-            tokenizer.encode(eos)
-        except UserError as reason:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
+        tokenizer.encode(eos)
         whole = tokenizer.read(f"a{eos}")[-1][0] == tokenizer.eos_id
         check(whole, f"{folder}: the tokenizer does not read {eos!r} behind a word: the flags of that token")
         if template == "model":
@@ -242,7 +237,7 @@ def load_tokenizer(name_or_path, revision: str | None = None, template: str = "p
 
 
 def written_tokens(template: str, variables: dict, known: set[str]) -> set[str]:
-    """Those of the added tokens that a template writes, but for those that it looks for in what is said (thoughts')."""
+    """The added tokens that a template writes, without those that it looks for in what is said (thoughts)."""
     written, sought, more = "", "", [{"role": "system", "content": "?"}, *PROBE, *PROBE]
     with suppress(Exception):  # a program of the checkpoint's own, of which ChatTemplate tells what is wrong with it
         compiled = compile_template(template)

@@ -306,7 +306,7 @@ MODEL = [  # both scripts refuse these
     ("index names a pipe, which nothing comes out of", pipe, NOT_WHOLE),
     ("only a part of a tied head's names", js("config.json", tie_word_embeddings=True), "lm_head.weight differs from"),
     ("model is an adapter", flags("--model", "AT/adapter"), "adapter is an adapter of "),
-    ("only the parts of a tokenizer", only_the_parts, "has no tokenizer.json, only vocab.json, which transfo"),
+    ("only the parts of a tokenizer", only_the_parts, "has no tokenizer.json; transformers may make it"),
     ("tensor of another shape", norm(lambda t: t.update({NORM: torch.ones(47)})), "has shape [47], the config asks"),
     ("tensor missing", both(norm(lambda t: t.pop(NORM)), unlisted(NORM)), "no tensor model.norm.weight"),
     ("config of a larger model", js("config.json", hidden_size=96), "the config asks for [400, 96]"),
