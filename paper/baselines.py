@@ -27,7 +27,7 @@ from sstoken import excess_loss, select, share_of
 from support import ranks
 from support.adapters import ADAPTER_FILES, find_adapter, read_adapter
 from support.checkpoint import CHECKPOINT_FILES, TOKENIZER_FILES, check_fits, find_folder
-from support.files import UserError, read_log
+from support.files import check, read_log
 from support.kernels import STATISTICS, PredictionStatistics
 
 
@@ -59,8 +59,7 @@ def select_in_the_pool(sizes: list[int], rho: float, seed: int, excess=None) -> 
         return select_everything(sizes, rho, seed)
     best_first = torch.sort(torch.cat(excess), descending=True, stable=True).indices
     count = math.floor(Fraction(str(rho)) * len(best_first))
-    if not count:
-        raise UserError(f"--rho {rho} of a pool of {len(best_first)} response tokens is not one token")
+    check(count, f"--rho {rho} of a pool of {len(best_first)} response tokens is not one token")
     selected = torch.zeros(len(best_first), dtype=torch.bool)
     selected[best_first[:count]] = True
     return list(selected.split(sizes))
@@ -152,8 +151,7 @@ def is_adapter(name: str) -> bool:
     """Whether a --reference is an adapter. UserError if it is no whole model either."""
     folder = find_folder(name, CHECKPOINT_FILES + TOKENIZER_FILES + ADAPTER_FILES)
     found = [file for file in ("adapter_config.json", "config.json") if (folder / file).exists()]
-    if not found:
-        raise UserError(f"--reference {name} holds neither an adapter_config.json nor a config.json")
+    check(found, f"--reference {name} holds neither an adapter_config.json nor a config.json")
     return found[0] == "adapter_config.json"
 
 
@@ -171,10 +169,9 @@ def check_tokenizer(args: argparse.Namespace, ours: data.Tokenizer):
         return
     theirs = data.load_tokenizer(args.reference)
     told = [json.loads(tokenizer.backend.to_str()) for tokenizer in (ours, theirs)]
-    parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-    same = all(told[0][part] == told[1][part] for part in parts)
-    if not same or (ours.eos_id, ours.prefix) != (theirs.eos_id, theirs.prefix):
-        raise UserError(f"--reference {args.reference} has another tokenizer than {args.model}: losses do not compare")
+    same = all(told[0][part] == told[1][part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"))
+    same = same and (ours.eos_id, ours.prefix) == (theirs.eos_id, theirs.prefix)
+    check(same, f"--reference {args.reference} has another tokenizer than {args.model}: losses do not compare")
 
 
 def reference_losses(model: Transformer, examples, args) -> tuple[list[Tensor], float]:
@@ -276,26 +273,25 @@ def reads(method: str, flag: str) -> bool:
 
 def check_flags(args: argparse.Namespace, given: list[str]):
     """UserError for flags that do not go together. Sets --loss-mean."""
-    if args.rho == "auto" and args.method != "sstoken":
-        raise UserError(f"--rho auto is for --method sstoken; {args.method} takes a share, or none")
     method, name = args.method, f"--method {args.method}"
+    check(args.rho != "auto" or method == "sstoken", f"--rho auto is for --method sstoken, not for {name}")
     if args.rho == "auto":
         method, name = "auto", "--rho auto"
     for flag in given:
-        if not reads(method, flag):
-            raise UserError(f"{flag} has no effect with {name}; it is for --method {' or '.join(READS[flag])}")
+        right = f"it is for --method {' or '.join(READS.get(flag, ()))}"
+        check(reads(method, flag), f"{flag} has no effect with {name}; {right}")
     for flag, kind in (("--ema-alpha", "ema"), ("--history-every", "checkpoint")):
-        if flag in given and args.history != kind:
-            raise UserError(f"{flag} has no effect with --history {args.history}; it is for {kind}")
-    trained = args.reference_data or args.reference_top
-    if args.reference and trained:
-        raise UserError("--reference is a model that is there: it does not go with --reference-data or -top")
-    if args.method in WITH_REFERENCE and not (args.reference or trained):
-        raise UserError(f"--method {args.method} needs --reference, or --reference-data or -top to train one")
-    if args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS:
-        raise UserError(f"--max-steps {args.max_steps} leaves some of the {PARTS} parts untrained")
-    if args.method in OVER_THE_POOL and args.loss_mean == "sample":
-        raise UserError(f"--method {args.method} ranks over the pool, which --loss-mean sample would undo")
-    args.loss_mean = args.loss_mean or ("batch" if args.method in OVER_THE_POOL else "sample")
-    if args.shard and args.reference and is_adapter(args.reference):
-        raise UserError(f"--shard cannot use the adapter --reference {args.reference}: merge it (train.py --merge)")
+        fits = flag not in given or args.history == kind
+        check(fits, f"{flag} has no effect with --history {args.history}; it is for {kind}")
+    trained, pooled = args.reference_data or args.reference_top, args.method in OVER_THE_POOL
+    rule = "--reference is a model that is there: it does not go with --reference-data or -top"
+    check(not (args.reference and trained), rule)
+    needs = args.method in WITH_REFERENCE and not (args.reference or trained)
+    check(not needs, f"{name} needs --reference, or --reference-data or -top to train one")
+    few = args.method == "self-evolving" and args.max_steps and args.max_steps < PARTS
+    check(not few, f"--max-steps {args.max_steps} leaves some of the {PARTS} parts untrained")
+    rule = f"{name} ranks over the pool, which --loss-mean sample would undo"
+    check(not pooled or args.loss_mean != "sample", rule)
+    args.loss_mean = args.loss_mean or ("batch" if pooled else "sample")
+    parted = args.shard and args.reference and is_adapter(args.reference)
+    check(not parted, f"--shard cannot use the adapter --reference {args.reference}: merge it (train.py --merge)")

@@ -63,9 +63,9 @@ class Sample(NamedTuple):
 def signals(
     model: Transformer, examples: list[data.Example], layers: list[int], names: tuple[str, ...] = ()
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """L_theta (L_resp,), AttnScore (layers, L_resp) and what else is asked of each sample, adapters on, dropout off.
+    """L_theta (L_resp,), AttnScore (layers, L_resp) and statistics (names, L_resp) of each sample, without dropout.
 
-    names: what that is of each token's prediction, of kernels.STATISTICS: (names, L_resp).
+    names: of kernels.STATISTICS.
     """
     device, found, statistics = model.lm_head.weight.device, {}, PredictionStatistics(names) if names else None
     probes = [AttentionProbe(model, layer) for layer in layers]
@@ -89,10 +89,9 @@ def in_steps(values: Tensor, steps: int, largest: int = 65535) -> Tensor:
 
 
 def pieces(tokenizer: data.Tokenizer, ids: list[int], before: int | None) -> list[tuple[str, int]]:
-    """The text of `ids` in pieces (text, number of tokens); `before`: the id that stands in front of them.
+    """The text of `ids` in pieces (text, number of tokens); `before`: the id before them.
 
-    A piece is one token, but tokens that are only parts of what a reader sees as one character are one piece together:
-    bytes, accents, the people of a family emoji.
+    A piece is one token, or the tokens of one visible character: bytes, accents, parts of an emoji.
     """
     found, group, start = [], [], [] if before is None else [before]
     for place, token in enumerate(ids):
@@ -121,10 +120,10 @@ def split_parts(example: data.Example, tokenizer: data.Tokenizer) -> list:
 
 
 def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Tokenizer) -> list[Tensor | None]:
-    """Which response tokens the column "noise" of the rows marks: (L_resp,) bool a sample, or None where there is none.
+    """Which response tokens the column "noise" of the rows marks: (L_resp,) bool for each sample, or None.
 
-    It holds pairs [start, end], characters of the row's output, where the end token counts as one behind it. None too
-    where rows and samples do not go one by one, or an output is not encoded as it stands in its sample.
+    The column has pairs [start, end] of characters of the output; the end token is one character after it. None also if
+    a row is not one sample, or its output is not encoded as it stands.
     """
     if len(rows) != len(examples):
         return [None] * len(examples)
@@ -132,16 +131,16 @@ def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Token
     for row, (ids, response) in zip(rows, examples, strict=True):
         ids, text = ids[response].tolist(), str(row.get("output", ""))
         places = [*tokenizer.places(text), (tokenizer.eos_id, len(text), len(text) + 1)][: len(ids)]
+        found.append(None)
         try:
             wrong = sorted((int(start), int(end)) for start, end in row["noise"])
         except (KeyError, TypeError, ValueError, OverflowError):  # no such column, or one of anything else
-            wrong = None
-        if wrong is None or [token for token, _, _ in places] != ids:
-            found.append(None)
+            continue
+        if [token for token, _, _ in places] != ids:
             continue
         spans = [(end - len(text[start:end].lstrip() or text[start:end] or " "), end) for _, start, end in places]
         reach = [0, *itertools.accumulate((b for _, b in wrong), max)]  # how far those go that start before another
-        found.append(torch.tensor([reach[bisect.bisect_left(wrong, (end,))] > start for start, end in spans]))
+        found[-1] = torch.tensor([reach[bisect.bisect_left(wrong, (end,))] > start for start, end in spans])
     return found
 
 
@@ -149,10 +148,7 @@ def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Token
 
 
 def pack(values: Tensor, size: int = 2) -> str | list:
-    """Numbers from 0 to 65535 as base64 of two bytes each, the low one first; those up to 255 in one, with `size` 1.
-
-    One text for the last dimension, lists of them for those before it.
-    """
+    """Whole numbers as base64 of `size` bytes each, the low one first; lists of these for the other dimensions."""
     if values.dim() > 1:
         return [pack(part, size) for part in values]
     return base64.b64encode(values.numpy().astype(f"<u{size}").tobytes()).decode()
