@@ -274,7 +274,8 @@ def reads(method: str, flag: str) -> bool:
 def check_flags(args: argparse.Namespace, given: list[str]):
     """UserError for flags that do not go together. Sets --loss-mean."""
     method, name = args.method, f"--method {args.method}"
-    check(args.rho != "auto" or method == "sstoken", f"--rho auto is for --method sstoken, not for {name}")
+    rule = f"--rho auto is for --method sstoken; {method} takes a share, or none"
+    check(args.rho != "auto" or method == "sstoken", rule)
     if args.rho == "auto":
         method, name = "auto", "--rho auto"
     for flag in given:

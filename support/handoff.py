@@ -1,27 +1,19 @@
 """What a run leaves to whoever goes on with it: its chat template, a model card, the commands to type next."""
 
 import argparse
+import contextlib
 import json
 import shlex
 from pathlib import Path
 
 from support.checkpoint import generation_config, tokenizer_settings
 from support.command import cell
-from support.files import readable, write_json, write_whole
+from support.files import readable, write_json, write_text, write_whole
 from support.machine import find_device, usual_dtype
 from support.tokenizer import Tokenizer, load_backend
 
-# Appendix A.1, as data.encode builds it; BOS and EOS stand for the tokenizer's own
-FORM = """\
-{{ BOS }}{% for message in messages %}\
-{% if message['role'] not in ('system', 'user', 'assistant') %}\
-{{ raise_exception('role ' ~ message['role'] ~ ' is not system, user or assistant') }}\
-{% endif %}\
-{% if not loop.first %}{{ '\\n' }}{% endif %}\
-{{ '<|' ~ message['role'] ~ '|>\\n' ~ message['content'] | trim }}\
-{% if message['role'] == 'assistant' %}{{ EOS }}{% endif %}\
-{% endfor %}\
-{% if add_generation_prompt %}{% if messages %}{{ '\\n' }}{% endif %}{{ '<|assistant|>\\n' }}{% endif %}"""
+# Appendix A.1, as data.encode builds it; BOS and EOS stand for the tokenizer's own, and line breaks for nothing
+FORM = Path(__file__).with_name("paper_template.jinja").read_text(encoding="utf-8").replace("\n", "")
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -38,7 +30,7 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     write_whole(folder / "tokenizer.json", lambda path: load_backend(source).save(str(path)))
     write_json(folder / "tokenizer_config.json", settings)
-    write_whole(folder / "chat_template.jinja", lambda path: path.write_text(template, encoding="utf-8"))
+    write_text(folder / "chat_template.jinja", template)
     if (path := folder / "generation_config.json").exists():
         write_json(path, generation_config(folder, {}, sorted(tokenizer.end_ids)))
 
@@ -48,14 +40,11 @@ MADE = "<!-- made by train.py from run.json; a file without this line is left al
 
 def write_card(record: dict, folder: Path, defaults: dict):
     """README.md, as the hub shows it, from what run.json records; a card that somebody else wrote stays."""
-    path = folder / "README.md"
-    try:
-        if path.exists() and MADE not in readable(path).read_text(encoding="utf-8", errors="replace"):
-            return
-    except OSError:  # no file, or none to be read
-        return
-    text = card(record, folder.resolve().name, defaults)
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    path, held = folder / "README.md", ""
+    with contextlib.suppress(OSError):  # of what is no file it is not made either
+        held = readable(path).read_text(encoding="utf-8", errors="replace") if path.exists() else MADE
+    if MADE in held:
+        write_text(path, card(record, folder.resolve().name, defaults))
 
 
 def card(record: dict, name: str, defaults: dict) -> str:
@@ -63,19 +52,20 @@ def card(record: dict, name: str, defaults: dict) -> str:
 
     defaults: the arguments of a run that is given only its model, which the command leaves out.
     """
-    args, head = record["arguments"], {"library_name": "peft", "pipeline_tag": "text-generation"}
-    where = "the model in the local folder " if Path(args["model"]).is_dir() else ""
-    head |= {} if where else {"base_model": args["model"]}  # a name of the hub's, which knows no folder of ours
+    args, where = record["arguments"], ""
+    head = {"library_name": "peft", "pipeline_tag": "text-generation", "base_model": args["model"]}
     head["tags"] = ["lora", "sstoken", "token-selection", f"method:{args['method']}"]
+    if Path(args["model"]).is_dir():  # the hub knows no folder of ours
+        where = "the model in the local folder "
+        del head["base_model"]
     rows = {"data": args["data"], "samples": record["samples"], "seed": args["seed"], "rho": args["rho"]}
     rows["rank, alpha"] = f"{args['lora_rank']}, {args['lora_alpha']}"
-    rows |= {"learning rate, epochs, batch": f"{args['lr']}, {args['epochs']}, {args['batch_size']}"}
+    rows["learning rate, epochs, batch"] = f"{args['lr']}, {args['epochs']}, {args['batch_size']}"
     for when in ("before", "after"):
         if f"held_out_loss_{when}" in record:
             rows[f"held-out response loss {when}"] = f"{record[f'held_out_loss_{when}']:.4f} nats a token"
     if auto := record.get("auto"):
-        reason = f": {auto['reason']}" if auto["reason"] else ""
-        rows["answers dropped"] = f"{auto['dropped']} of {auto['answers']}{reason}"
+        rows["answers dropped"] = f"{auto['dropped']} of {auto['answers']} {auto['reason']}"
         rows["tokens dropped as surprise"] = f"{auto['surprise']:.1%}"
     elif args["method"] == "sstoken":
         rows["gamma"] = args["gamma"]

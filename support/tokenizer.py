@@ -223,7 +223,10 @@ def load_tokenizer(name_or_path, revision: str | None = None, template: str = "p
         ids = backend.get_vocab().values()
         check(len(ids) == len(set(ids)), f"{folder / 'tokenizer.json'}: two tokens have one id")
         tokenizer = Tokenizer(backend, eos, bos)
-        tokenizer.encode(eos)
+        try:
+            tokenizer.encode(eos)
+        except UserError as reason:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
         whole = tokenizer.read(f"a{eos}")[-1][0] == tokenizer.eos_id
         check(whole, f"{folder}: the tokenizer does not read {eos!r} behind a word: the flags of that token")
         if template == "model":
