@@ -239,7 +239,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Flags of train.py that a cell gets from its row, its seed or the command
 OURS = """
---method --rho --gamma --layer --loss-mean --seed --cache --out --resume --model --data --limit --max-steps --overwrite
+--method --rho --gamma --layer --loss-mean --seed --cache --out --resume --model --data --limit --overwrite
 --reference --reference-data --reference-top --rating-field --revision --dtype --device
 """.split()
 # What may differ from one command to the next on the same folder: it adds cells, or says how to run them

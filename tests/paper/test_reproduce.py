@@ -151,7 +151,7 @@ def benchmarks(tmp_path_factory) -> Path:
 def command(llama, rows, benchmarks, out, *more):
     flags = ["--model", llama, "--data", rows, "--benchmarks", benchmarks, "--out", out, "--reference-limit", "6"]
     flags += ["--tasks", "arc_easy,winogrande", "--eval-limit", "3", "--dtype", "float32"]
-    return [*map(str, flags), *more, "--", *"--batch-size 10 --lora-rank 4 --lr 0.01".split()]
+    return [*map(str, flags), *more, "--", *"--batch-size 10 --lora-rank 4 --lr 0.01 --max-steps 50".split()]
 
 
 @pytest.fixture
