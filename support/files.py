@@ -32,7 +32,7 @@ def told(what: str):
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as reason:  # the Rust code of tokenizers panics with one that is no Exception
-        raise UserError(f"{what}: {reason}") from None
+        raise UserError(f"{what}: {str(reason) or type(reason).__name__}") from None
 
 
 def readable(path: Path, most: int = 2**28) -> Path:

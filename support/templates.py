@@ -1,12 +1,10 @@
 """A checkpoint's own chat template (--template model), a program in Jinja: a conversation as ids, which supervised."""
 
 import bisect
-import contextlib
 import itertools
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 import jinja2.ext
@@ -49,8 +47,6 @@ def compile_template(text: str) -> jinja2.Template:
 
     But for strftime_now and lipsum: one seed is to give one run on any day. Llama 3's then write a date of their own.
     """
-    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
-        raise UserError(f"jinja2 {jinja2.__version__}: its sandbox has holes that 3.1.6 closed; pip install -U jinja2")
     extensions = ["jinja2.ext.loopcontrols", Generation]
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.globals |= {"namespace": Notes, "raise_exception": raise_exception}
@@ -62,24 +58,13 @@ def compile_template(text: str) -> jinja2.Template:
     return sandbox.from_string(text)
 
 
-@contextlib.contextmanager
-def running(template: str, fails: str):
-    """A context in which a program of the checkpoint's own runs: it may raise anything, or never end."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(signal.SIGINT, f"stopped while {template} ran") from None
-    except Exception as reason:
-        raise UserError(f"{template} {fails}: {str(reason) or type(reason).__name__}") from None
-
-
 class ChatTemplate:
     """A checkpoint's template and tokenizer. text: the Jinja source; end: the control token that closes an answer."""
 
     def __init__(self, text: str, tokenizer, folder: Path):
         """tokenizer: support.tokenizer's. Raises UserError where this template is not one that can be trained in."""
         self.text, self.tokenizer, self.of = text, tokenizer, f"the chat template of {folder}"
-        with running(self.of, "cannot be read"):
+        with told(f"{self.of} cannot be read"):
             self.compiled = compile_template(text)
         self.variables = variables(folder)
         ends = tokenizer.spelled.findall(self.render(PROBE).rpartition(PROBE[-1]["content"])[2])
@@ -98,9 +83,9 @@ class ChatTemplate:
 
     def _write(self, turns: list[dict], ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The template's text, and the spans of it that it marks as generated."""
-        told = {"messages": turns, "add_generation_prompt": ask, "tools": None, "documents": None}
-        with running(self.of, "cannot write this conversation"):
-            text = self.compiled.render(self.variables | told)
+        given = {"messages": turns, "add_generation_prompt": ask, "tools": None, "documents": None}
+        with told(f"{self.of} cannot write this conversation"):
+            text = self.compiled.render(self.variables | given)
         pieces = re.split(f"[{OPEN}{CLOSE}]", text)  # outside, between the two, outside, ...
         ends = list(itertools.accumulate(map(len, pieces)))
         return "".join(pieces), list(zip(ends[::2], ends[1::2], strict=False))

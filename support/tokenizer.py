@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from support.checkpoint import TOKENIZER_FILES, find_checkpoint, special_token, tokenizer_settings
 from support.files import UserError, check, read_json, told
-from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template, running, variables
+from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template, variables
 
 SAID = re.compile(f"{GUARD}?(.)", re.DOTALL)  # a character that a row says, without what keeps it from being control
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -231,7 +231,7 @@ def load_tokenizer(name_or_path, revision: str | None = None, template: str = "p
         check(whole, f"{folder}: the tokenizer does not read {eos!r} behind a word: the flags of that token")
         if template == "model":
             text, known = find_template(folder), {t.content for t in backend.get_added_tokens_decoder().values()}
-            with running(f"the chat template of {folder}", "cannot be read"):
+            with told(f"the chat template of {folder} cannot be read"):
                 tokenizer.guard_tokens(written_tokens(text, variables(folder), known))
             tokenizer.template = ChatTemplate(text, tokenizer, folder)
             tokenizer.end_ids.add(backend.token_to_id(tokenizer.template.end))
