@@ -248,11 +248,10 @@ def add_flags(parser):
     add("--reference-data", metavar="SOURCE[,SOURCE...]",
         help="train the reference first on these rows, as --method full does, into OUT/reference")
     add("--reference-top", type=int, bound="at least 1", metavar="K",
-        help="train the reference on the K best-rated rows of --reference-data, or else of --data (Sec. 4.1: 10000). "
-        "With --method full: train on those of --data")
+        help="train the reference on the K best-rated rows (Sec. 4.1: 10000); with --method full, train on them")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")
     add("--excess", choices=("static", "current"), default="static",
-        help="for rho1: whose loss less the reference's; of the base model, or of the current one as in RHO-1's paper")
+        help="for rho1: excess loss of the base model (static), or of the current model as in RHO-1's paper")
     # fmt: on
 
 

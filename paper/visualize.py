@@ -213,25 +213,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.group("models")
     add("--run", action="append", default=[], metavar="DIR",
-        help="a run's folder whose curves are shown beside those of every --adapter, while it trains or after")
-    add("--model", help="checkpoint: a folder in Hugging Face layout, or a name on the hub")
-    add("--revision", help="branch, tag or commit of a --model on the hub")
+        help="a run's folder: show its curves, while it trains or after")
+    add("--model", help="a folder in Hugging Face layout, or a name on the hub")
+    add("--revision", help="branch, tag or commit of --model on the hub")
     add("--adapter", action="append", default=[], metavar="NAME|DIR",
         help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page")
     add("--reference", metavar="NAME|DIR",
-        help="a reference model, as train.py's, for excess loss (Eq. 2): an adapter, or a whole model")
+        help="a reference model for excess loss (Eq. 2): an adapter, or a whole model")
     add("--layers", default="deep",
-        help="decoder layers whose attention is held: shallow, medium, deep (Table 2) or numbers, comma-separated")
+        help="decoder layers to show the attention of, comma-separated: shallow, medium, deep (Table 2) or numbers")
     add = parser.group("data")
     add("--data", metavar="SOURCE[,SOURCE...]", help="rows to show, as train.py's --data")
-    add("--limit", type=int, default=50, bound="at least 1", metavar="N", help="the first N rows of each source")
-    add("--max-length", type=int, default=2048, bound="at least 2", help="cut samples to this many tokens")
+    add("--limit", type=int, default=50, bound="at least 1", metavar="N", help="show the first N rows of each source")
+    add("--max-length", type=int, default=2048, bound="at least 2", help="tokens of a sample; the rest is cut")
     add = parser.group("output")
     add("--out", default="explorer.html", metavar="FILE", help="the page to write")
-    add("--gamma", type=float, default=0.5, bound="in [0, 1]",
-        help="weight of REL that the page starts with (Eq. 9), in hundredths")
-    add("--rho", type=float, default=0.6, bound="in (0, 1]",
-        help="share of tokens that the page starts with (Eq. 11), in hundredths")
+    add("--gamma", type=float, default=0.5, bound="in [0, 1]", help="gamma at first, in hundredths")
+    add("--rho", type=float, default=0.6, bound="in (0, 1]", help="rho at first, in hundredths")
     # fmt: on
     add_flags(parser, "data")
     templates.add_flags(parser, "models", default=None)

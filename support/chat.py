@@ -58,5 +58,5 @@ def converse(model, tokenizer, text: str, who: list[str], become: list[Callable]
 
 def add_flags(parser):
     """A question instead of tasks."""
-    say = "ask this instead of tasks; without a text: lines of stdin, each empty line begins a new conversation"
+    say = "ask this question instead of tasks; without it: each line of stdin. An empty line starts a new conversation"
     parser.group("model")("--ask", nargs="?", const="", metavar="TEXT", help=say)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -156,10 +156,8 @@ def read_architecture(folder: Path) -> dict:
 
 def open_safetensors(path: Path):
     """safetensors.safe_open, with a UserError that names the file when it is missing or not whole."""
-    try:
+    with files.told(f"{path} is not a whole safetensors file"):
         return safe_open(files.readable(path, most=2**50), framework="pt")
-    except (SafetensorError, OSError) as reason:
-        raise UserError(f"{path} is not a whole safetensors file: {reason}") from None
 
 
 def pickled(path: Path, program: str) -> str:

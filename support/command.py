@@ -34,7 +34,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
         self.groups, self.bounds = {}, {}
-        say = "show the traceback of a mistake too, such as a flag or a file that cannot work"
+        say = "show the traceback of a user's mistake too"
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=say)  # for run_script
 
     def group(self, title: str) -> Callable:
@@ -43,7 +43,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
         def add(flag: str, bound: str | None = None, **settings):
             action = group.add_argument(flag, **settings)
-            if action.default is not None and action.default is not False:
+            if action.default not in (None, False, []):
                 action.help += " (default: %(default)s)"
             if bound:
                 self.bounds[flag] = (action.dest, bound)
@@ -74,9 +74,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def add_flags(parser: ArgumentParser):
     add = parser.group("machine")
-    say = "of the weights and activations; default: bfloat16, on a CPU without instructions for it float32"
+    say = "of weights and activations (default: bfloat16; float32 on a CPU without bfloat16 instructions)"
     add("--dtype", choices=("bfloat16", "float32"), help=say)
-    add("--device", default="auto", help="as torch names it; auto: a GPU if there is one, else the CPU")
+    add("--device", default="auto", help="torch's name of it; auto: a GPU if there is one, else the CPU")
 
 
 def one_line(text: str) -> str:

@@ -92,7 +92,7 @@ def shard(model: nn.Module, probed: nn.Module, device: torch.device):
 
 def add_flags(parser):
     add = parser.group("machine")
-    say = "keep only each layer's input for the backward pass: the same result, less memory, about a third slower"
+    say = "keep only the input of each layer for the backward pass: same result, less memory, a third slower"
     add("--gradient-checkpointing", action="store_true", help=say)
-    say = "under torchrun: cut the frozen weights into one part a rank (FSDP2), for models larger than one device"
+    say = "with torchrun: cut the frozen weights into one part a rank (FSDP2), for a model too large for one device"
     add("--shard", action="store_true", help=say)

@@ -336,14 +336,13 @@ def add_flags(parser):
     every = functools.partial(add, type=int, bound="at least 1", metavar="N")
     # fmt: off
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    every("--checkpoint-every", help="steps between checkpoints, of which the last two stay; default: a tenth of a run")
-    every("--snapshot-every", help="keep the adapter after every N steps, in OUT/step-...: paper.visualize shows them")
-    every("--eval-every", help="log the loss of --eval-data at every N-th step; default: before and after alone")
-    add("--resume", action="store_true",
-        help="go on from the newest checkpoint in --out, if any, to the same adapter as a run that never stopped")
-    add("--merge", action="store_true", help="also write OUT/merged, base and adapter in one checkpoint")
+    every("--checkpoint-every", help="steps between checkpoints; the last two are kept (default: a tenth of the run)")
+    every("--snapshot-every", help="keep the adapter every N steps in OUT/step-..., for paper.visualize")
+    every("--eval-every", help="log the held-out loss every N steps (default: only before and after)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out; start if there is none")
+    add("--merge", action="store_true", help="also write OUT/merged, base and adapter as one model")
     add("--merge-dtype", choices=("bfloat16", "float32"),
-        help="of OUT/merged; default: --dtype. bfloat16 rounds most of a short run's update away, float32 keeps it")
+        help="dtype of OUT/merged (default: --dtype). bfloat16 loses most of a short run's update, float32 keeps it")
     add("--cache", metavar="DIR",
-        help="keep frozen models' losses there, for later runs on the same weights and rows; several may share it")
+        help="folder that keeps the losses of frozen models, for later runs with the same weights and rows")
     # fmt: on

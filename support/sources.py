@@ -237,5 +237,5 @@ def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Accou
 
 def add_flags(parser, group: str = "model and data"):
     """What is done about rows that cannot be used."""
-    say = "leave out rows that cannot be used, and say how many and why"
+    say = "skip rows that cannot be used, and say how many and why"
     parser.group(group)("--skip-bad-rows", action="store_true", help=say)

@@ -183,5 +183,6 @@ def trained_in(adapters: list[str]) -> str:
 def add_flags(parser, group: str = "model and data", default: str | None = "paper"):
     """Which template a conversation is written in."""
     add = parser.group(group)
-    of = "" if default else "; default: what the adapters were trained in"
-    add("--template", choices=("paper", "model"), default=default, help=f"Appendix A.1's, or the checkpoint's own{of}")
+    say = "paper: Appendix A.1's template. model: the checkpoint's chat template"
+    say += "" if default else " (default: the adapter's)"
+    add("--template", choices=("paper", "model"), default=default, help=say)
