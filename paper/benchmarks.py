@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data import conversations, prompt_text
 from paper.grading import accuracy, one_of, overlap, same_number, squad_words, stands_in, true_share, tydiqa_words
-from support.files import UserError, check, read_json
+from support.files import check, read_json
 from support.sources import hub_files, read_file
 
 Row = dict  # one question, in the schema of its hub data set
@@ -31,27 +31,48 @@ Task = dict
 """
 DATA = read_json(Path(__file__).with_name("benchmarks.json"))
 MMLU_SUBJECTS, AGIEVAL_SETS = DATA["mmlu"], DATA["agieval"]
+TYDIQA = DATA["tydiqa"]  # code: the language as ids spell it, and what lm-eval calls context, question, answer in it
+TYDIQA_RELEASE = DATA["tydiqa_release"]  # code: the word for passage, and the instruction, of open-instruct's prompts
 
 
-def questions(file: str, hub: tuple[str, str | None] | None, rows: str | Callable) -> Task:
-    """What a task asks about. rows: a split, to take every row of it as it is, or what makes them."""
-    return {"hub": hub, "file": file, "rows": (lambda load, tokenizer: load(rows)) if isinstance(rows, str) else rows}
+def loader(name: str, folder: Path | None) -> Callable:
+    """load(split) -> the rows of a task's split, from <file>.<split>.jsonl in a folder, or from the hub."""
+    return functools.partial(_load, TASKS[name]["file"], TASKS[name]["hub"], folder)
+
+
+@functools.cache
+def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
+    path = f"{file}.{split}.jsonl"
+    check(folder or hub, f"--data must name the folder of your own rows, {path}")
+    paths = [folder / path] if folder else hub_files(hub[0], split, hub[1])
+    rows = [row for path in paths for row in read_file(path)]
+    check(rows, f"{paths[0]} has no rows")
+    return rows
+
+
+forget_rows = _load.cache_clear  # so that a command which is run again in one process reads its files again
+
+
+def every_row(file: str, path: str, configuration: str | None, split: str) -> Task:
+    """What a task is asked about: all rows of a split, as they are."""
+    return {"hub": (path, configuration), "file": file, "rows": lambda load, tokenizer: load(split)}
+
+
+def of_language(rows: list[Row], language: str) -> list[Row]:
+    found = [row for row in rows if row["id"].startswith(language + "-")]
+    check(found, f"no row's id starts with {language}-")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ several choices
 
 
-def multiple_choice(context, choices, gold, metrics=("acc", "acc_norm")) -> Task:
+def multiple_choice(context: Callable, choices: Callable, gold: Callable) -> Task:
     """Asks for the likeliest continuation: context(row), choices(row), gold(row) -> the right ones' indices."""
-
-    def requests(row):
-        return [(context(row), " " + choice) for choice in choices(row)]
-
-    def grade(row, answers):
-        scores = accuracy(answers, choices(row), gold(row))
-        return {metric: scores[metric] for metric in metrics}
-
-    return {"requests": requests, "metrics": grade}
+    return {
+        "requests": lambda row: [(context(row), " " + choice) for choice in choices(row)],
+        "metrics": lambda row, answers: accuracy(answers, choices(row), gold(row)),
+    }
 
 
 def hellaswag_text(text: str) -> str:
@@ -70,12 +91,6 @@ def winogrande_requests(row: Row) -> list:
     return [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
 
 
-def truthfulqa_requests(row: Row) -> list:
-    context = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in DATA["truthfulqa"])
-    context += f"Q: {row['question']}\nA:"
-    return [(context, " " + choice) for choice in row["mc2_targets"]["choices"]]
-
-
 def mmlu(subject: str) -> Task:
     """One subject of MMLU, 5-shot: each row's examples are the first five of the split dev."""
 
@@ -85,21 +100,22 @@ def mmlu(subject: str) -> Task:
     def rows(load, tokenizer):
         examples = load("dev")[:5]
         check(len(examples) == 5, f"the dev split has {len(examples)} rows, 5 examples are needed")
-        about = subject.replace("_", " ")
-        prefix = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        prefix = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         prefix += "".join(f"{question(row)} {'ABCD'[row['answer']]}\n\n" for row in examples)
         return [row | {"prefix": prefix} for row in load("test")]
 
-    return questions(f"mmlu/{subject}", ("cais/mmlu", subject), rows) | multiple_choice(
-        context=lambda row: row["prefix"] + question(row),
-        choices=lambda row: list("ABCD"),
-        gold=lambda row: [row["answer"]],
-        metrics=("acc",),
-    )
+    return {
+        "hub": ("cais/mmlu", subject),
+        "file": f"mmlu/{subject}",
+        "rows": rows,
+        "requests": lambda row: [(row["prefix"] + question(row), f" {letter}") for letter in "ABCD"],
+        "metrics": lambda row, answers: {"acc": accuracy(answers, list("ABCD"), [row["answer"]])["acc"]},
+    }
 
 
 def agieval(name: str) -> Task:
-    asked = questions(f"agieval/{name}", (f"hails/agieval-{name}", None), "test")
+    """One set of AGIEval: choices, or a number to be written."""
+    asked = every_row(f"agieval/{name}", f"hails/agieval-{name}", None, "test")
     if name not in ("gaokao-mathcloze", "math"):
         return asked | multiple_choice(*map(itemgetter, ("query", "choices", "gold")))
     return asked | {
@@ -110,37 +126,27 @@ def agieval(name: str) -> Task:
 
 # --------------------------------------------------------------------------------------------------- written answers
 
-TYDIQA = DATA["tydiqa"]  # code: the language as ids spell it, and what lm-eval calls context, question, answer in it
-TYDIQA_RELEASE = DATA["tydiqa_release"]  # code: the word for passage, and the instruction, of open-instruct's prompts
-
-
-def of_language(rows: list[Row], language: str) -> list[Row]:
-    found = [row for row in rows if row["id"].startswith(language + "-")]
-    check(found, f"no row's id starts with {language}-")
-    return found
-
 
 def tydiqa(code: str) -> Task:
     """TyDiQA's gold passages in one language, 1-shot: each row's example is drawn by a sampler that goes on."""
-    language, *labels = TYDIQA[code]
+    language, context, question, answer = TYDIQA[code]
+
+    def prompt(row):
+        return f"{context}: {row['context']}\n\n{question}: {row['question']}\n\n{answer}:"
 
     def rows(load, tokenizer):
         sampler, examples = random.Random(1234), of_language(load("train"), language)
         return [row | {"example": sampler.sample(examples, 1)[0]} for row in of_language(load("validation"), language)]
 
-    def question(row):
-        context, question, answer = labels
-        return f"{context}: {row['context']}\n\n{question}: {row['question']}\n\n{answer}:"
-
     def requests(row):
-        shot = f"{question(row['example'])} {row['example']['answers']['text'][0]}\n\n"
-        return [(shot + question(row), {"until": ["\n"]})]
+        shot = f"{prompt(row['example'])} {row['example']['answers']['text'][0]}\n\n"
+        return [(shot + prompt(row), {"until": ["\n"]})]
 
     def metrics(row, answers):
         return overlap(answers[0].strip(), row["answers"]["text"], lambda text: tydiqa_words(text, code))
 
-    asked = questions("tydiqa", ("google-research-datasets/tydiqa", "secondary_task"), rows)
-    return asked | {"requests": requests, "metrics": metrics}
+    hub = "google-research-datasets/tydiqa", "secondary_task"
+    return {"hub": hub, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
 
 
 def release_example(rows: list[Row], language: str) -> Row:
@@ -172,9 +178,6 @@ def tydiqa_release(code: str) -> Task:
     }
 
 
-# -------------------------------------------------------------------------------------------------- your own rows
-
-
 def instructions_rows(load: Callable, tokenizer) -> list[Row]:
     """Rows of any schema that train.py reads, each as a prompt in its template and what should follow.
 
@@ -184,14 +187,15 @@ def instructions_rows(load: Callable, tokenizer) -> list[Row]:
     found = conversations(rows, "instructions")
     fits = len(found) == len(rows) and all(turns and turns[-1]["role"] == "assistant" for turns in found)
     check(fits, "every row must be one conversation that ends with the answer that is asked for")
+    whole = {"whole": True} if tokenizer.template else {}  # the checkpoint's own template says itself where BOS is
     graded = []
     for number, (row, turns) in enumerate(zip(rows, found, strict=True), 1):
         output, answer = turns[-1]["content"], row.get("answer")
         fits = isinstance(answer, str | int | float | None) and not isinstance(answer, bool)
-        check(fits, f"row {number}: its answer is {type(answer).__name__}, not a text or a number")
+        check(fits, f"row {number}: its answer is {type(answer).__name__}, no text or number")
         answer = None if answer is None else str(answer).strip()
-        check(output.strip() if answer is None else answer, f"row {number}: its answer is empty")
-        whole = {"whole": True} if tokenizer.template else {}  # the checkpoint's own template says itself where BOS is
+        counts = output.strip() if answer is None else answer
+        check(counts, f"row {number}: its answer is empty, which anything would match")
         graded.append({"prompt": prompt_text(turns[:-1], tokenizer), "output": output, "answer": answer} | whole)
     return graded
 
@@ -205,51 +209,53 @@ def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------- all of them
 
-TASKS: dict[str, Task] = {
-    "triviaqa": questions("triviaqa", ("mandarjoshi/trivia_qa", "rc.nocontext"), "validation")
-    | {
+TRUTHFULQA = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in DATA["truthfulqa"])
+ARC = multiple_choice(
+    context=lambda row: f"Question: {row['question']}\nAnswer:",
+    choices=lambda row: row["choices"]["text"],
+    gold=lambda row: [row["choices"]["label"].index(row["answerKey"])],
+)
+# Those that ask every row of one split, which benchmarks.json names
+FUNCTIONS: dict[str, Task] = {
+    "triviaqa": {
         "requests": lambda row: [(f"Question: {row['question']}?\nAnswer:", {"until": ["\n", ".", ","]})],
         "metrics": lambda row, answers: {"exact_match": one_of(answers[0].strip(), row["answer"]["aliases"])},
     },
-    "truthfulqa_mc2": questions("truthfulqa_mc2", ("truthfulqa/truthful_qa", "multiple_choice"), "validation")
-    | {
-        "requests": truthfulqa_requests,
+    "truthfulqa_mc2": {
+        "requests": lambda row: [
+            (f"{TRUTHFULQA}Q: {row['question']}\nA:", " " + choice) for choice in row["mc2_targets"]["choices"]
+        ],
         "metrics": lambda row, answers: {"acc": true_share(answers, row["mc2_targets"]["labels"])},
     },
-    **{f"mmlu_{subject}": mmlu(subject) for subject in MMLU_SUBJECTS},
-    **{
-        name: questions(name, ("allenai/ai2_arc", configuration), "test")
-        | multiple_choice(
-            context=lambda row: f"Question: {row['question']}\nAnswer:",
-            choices=lambda row: row["choices"]["text"],
-            gold=lambda row: [row["choices"]["label"].index(row["answerKey"])],
-        )
-        for name, configuration in {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}.items()
-    },
-    **{f"tydiqa_goldp_{code}": tydiqa(code) for code in TYDIQA},
-    "winogrande": questions("winogrande", ("allenai/winogrande", "winogrande_xl"), "validation")
-    | {
+    "arc_challenge": ARC,
+    "arc_easy": ARC,
+    "winogrande": {
         "requests": winogrande_requests,
         "metrics": lambda row, answers: {"acc": accuracy(answers, ["-", "-"], [int(row["answer"]) - 1])["acc"]},
     },
-    "hellaswag": questions("hellaswag", ("Rowan/hellaswag", None), "validation")
-    | multiple_choice(
+    "hellaswag": multiple_choice(
         context=lambda row: hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
         choices=lambda row: [hellaswag_text(ending) for ending in row["endings"]],
         gold=lambda row: [int(row["label"])],
     ),
-    "logiqa": questions("logiqa", ("EleutherAI/logiqa", "logiqa"), "test")
-    | multiple_choice(
+    "logiqa": multiple_choice(
         context=lambda row: (
             f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{lettered(row['options'])}Answer:"
         ),
         choices=lambda row: row["options"],
         gold=lambda row: ["abcd".index(row["label"].strip())],
     ),
+}
+TASKS: dict[str, Task] = {
+    **{name: every_row(name, *DATA["splits"][name]) | functions for name, functions in FUNCTIONS.items()},
+    **{f"mmlu_{subject}": mmlu(subject) for subject in MMLU_SUBJECTS},
     **{f"agieval_{name.replace('-', '_')}": agieval(name) for name in AGIEVAL_SETS},
+    **{f"tydiqa_goldp_{code}": tydiqa(code) for code in TYDIQA},
     **{f"tydiqa_release_{code}": tydiqa_release(code) for code in TYDIQA},
-    "instructions": questions("instructions", None, instructions_rows)
-    | {
+    "instructions": {
+        "hub": None,
+        "file": "instructions",
+        "rows": instructions_rows,
         "requests": lambda row: [(row["prompt"], {"until": []} | ({"whole": True} if "whole" in row else {}))],
         "metrics": instructions_metrics,
     },
@@ -258,16 +264,9 @@ TASKS: dict[str, Task] = {
 # group: its tasks, its metrics, and whether a task counts by its number of rows
 GROUPS = {
     group: ([name for name in TASKS if name.startswith(start)], metrics, weighted)
-    for group, start, metrics, weighted in (
-        ("mmlu", "mmlu_", ("acc",), True),
-        ("tydiqa", "tydiqa_goldp_", ("exact_match", "f1"), False),
-        ("agieval", "agieval_", ("acc",), True),
-        ("tydiqa_release", "tydiqa_release_", ("exact_match", "f1"), False),
-    )
+    for group, (start, metrics, weighted) in DATA["groups"].items()
 }
-
-# Table 1's columns: the name there, the task or group, the metric of Appendix A.2
-TABLE = [tuple(column) for column in DATA["table"]]
+TABLE = DATA["table"]  # Table 1's columns: the name there, the task or group, the metric of Appendix A.2
 OWN_ROWS = ("own rows", "instructions", "exact_match")  # a column beside those
 
 
@@ -291,33 +290,13 @@ def add_groups(results: dict[str, dict]):
         results[group] = score | {"n": sum(sizes)}
 
 
-# ------------------------------------------------------------------------------------------------- rows and names
-
-
-def loader(name: str, folder: Path | None) -> Callable:
-    """load(split) -> the rows of a task's split, from <file>.<split>.jsonl in a folder, or from the hub."""
-    return functools.partial(_load, TASKS[name]["file"], TASKS[name]["hub"], folder)
-
-
-@functools.cache
-def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
-    check(folder or hub, f"--data must name the folder of your own rows, {file}.{split}.jsonl")
-    paths = [folder / f"{file}.{split}.jsonl"] if folder else hub_files(hub[0], split, hub[1])
-    rows = [row for path in paths for row in read_file(path)]
-    check(rows, f"{paths[0]} has no rows")
-    return rows
-
-
-forget_rows = _load.cache_clear  # so that a command which is run again in one process reads its files again
-
-
 def task_names(asked: str) -> list[str]:
     """The tasks that a comma-separated list of tasks and groups means; all: the ten benchmarks of Table 1."""
     names, table = [], [task for _, task, _ in TABLE]
     for name in map(str.strip, asked.split(",")):
         for part in table if name == "all" else [name]:
-            if part not in TASKS and part not in GROUPS:
-                known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN_ROWS[1]])
-                raise UserError(f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
+            known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN_ROWS[1]])
+            words = f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy"
+            check(part in TASKS or part in GROUPS, words)
             names += GROUPS[part][0] if part in GROUPS else [part]
     return list(dict.fromkeys(names))

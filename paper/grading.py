@@ -32,18 +32,13 @@ def one_of(answer: str, right: list[str]) -> float:
 
 def overlap(prediction: str, answers: list[str], normalize: Callable[[str], str]) -> dict[str, float]:
     """SQuAD's exact match, and F1 of the words in common, with whichever of the right answers is nearest."""
-
-    def f1(predicted, truth):
-        if not (same := sum((Counter(predicted) & Counter(truth)).values())):
-            return 0.0
-        precision, recall = same / len(predicted), same / len(truth)
-        return 2 * precision * recall / (precision + recall)
-
-    predicted, right = normalize(prediction).split(), [normalize(answer).split() for answer in answers]
-    return {
-        "exact_match": max(float(predicted == words) for words in right),
-        "f1": max(f1(predicted, words) for words in right),
-    }
+    predicted, exact, f1 = normalize(prediction).split(), [], []
+    for words in (normalize(answer).split() for answer in answers):
+        same = sum((Counter(predicted) & Counter(words)).values())
+        precision, recall = (same / max(1, len(side)) for side in (predicted, words))
+        exact.append(float(predicted == words))
+        f1.append(2 * precision * recall / (precision + recall) if same else 0.0)
+    return {"exact_match": max(exact), "f1": max(f1)}
 
 
 def tydiqa_words(text: str, code: str) -> str:

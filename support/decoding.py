@@ -1,6 +1,5 @@
 """Greedy decoding: a KV cache in blocks of rows, several tokens a step, prompts that begin alike read once."""
 
-import json
 import math
 from collections.abc import Callable, Container
 from functools import partial
@@ -24,7 +23,7 @@ class SharedPrefix:
     k = v = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The first call keeps the prefix's own k and v; later ones put them before theirs, (B, H_kv, L, d)."""
+        """Attention. The first call keeps its k and v; later calls put them before theirs, (B, H_kv, L, d)."""
         if self.k is None:
             self.k, self.v = k, v
         else:
@@ -33,83 +32,71 @@ class SharedPrefix:
 
 
 class Row:
-    """A prompt and what is written after it, in `ids`; `guess`: the tokens that may come next.
+    """The `number`-th prompt and the `new` tokens that are written after it, both in `ids`.
 
-    A guess is what came next where the last tokens stood before ("prompt lookup decoding", Saxena 2023). The model
-    checks it: only what it would have written is kept.
+    guess: what may come next. It is what followed the last tokens where they stood before ("prompt lookup decoding",
+    Saxena 2023). states: hidden states of the last token and of those of the guess, (1 + len(guess), D).
     """
 
     def __init__(self, number: int, prompt: list[int]):
-        self.number, self.start, self.ended = number, len(prompt), False
-        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place after it, where it was seen last
+        self.number, self.new, self.ended = number, [], False
+        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place behind where it was seen last
         for token in prompt:
             self.append(token)
 
-    def new(self) -> list[int]:
-        return self.ids[self.start :]
-
-    def ends(self) -> list[tuple[int, ...]]:
-        """The n-grams at the end, the longest first."""
-        return [tuple(self.ids[-n:]) for n in (3, 2, 1) if n <= len(self.ids)]
-
     def append(self, token: int):
-        self.after |= dict.fromkeys(self.ends(), len(self.ids))
+        for n in (1, 2, 3):
+            self.after[tuple(self.ids[-n:])] = len(self.ids)
         self.ids.append(token)
 
     def look_up(self, most: int):
-        """Set `guess`, of at most `most` tokens; a repetition goes on in the guess itself."""
-        place = next((self.after[end] for end in self.ends() if end in self.after), None)
-        going_on = list(self.ids)
-        while place is not None and len(going_on) < len(self.ids) + most:
-            going_on.append(going_on[place])
-            place += 1
-        self.guess = going_on[len(self.ids) :]
+        """Set `guess`, at most `most` tokens. What repeats at the end of `ids` goes on to repeat."""
+        ends = [tuple(self.ids[-n:]) for n in (3, 2, 1)]
+        place = next((self.after[end] for end in ends if end in self.after), len(self.ids))
+        self.guess = (self.ids[place : place + most] * most)[:most]
 
 
 class Block:
-    """Rows of similar length that are decoded side by side, and their cache.
+    """Prompts of similar length that are read and then decoded side by side, and the cache of their keys and values.
 
-    keys, values: for each layer (rows, H_kv, capacity, d), of all tokens of a row but the last.
+    rows: the longest first. cache: of each layer, (2, rows, H_kv, capacity, d), keys and values, each row's from its
+    first token to the one before its last.
     """
 
-    def __init__(self, config, rows: list[Row], capacity: int, like: Tensor):
-        shape, layers = (len(rows), config.num_key_value_heads, capacity, config.head_dim), config.num_hidden_layers
-        self.keys, self.values = ([like.new_zeros(shape) for _ in range(layers)] for _ in range(2))
-        self.rows, self.device = rows, like.device
+    def __init__(self, model: nn.Module, rows: list[Row], capacity: int, batch_tokens: float):
+        config, weight = model.config, model.lm_head.weight
+        shape = 2, len(rows), config.num_key_value_heads, capacity, config.head_dim
+        self.rows, self.cache = rows, [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
+        for first in range(0, len(rows), size):
+            some, read = rows[first : first + size], [SharedPrefix() for _ in self.cache]
+            ids = pad_right([row.ids for row in some], weight.device)
+            for row, states in zip(some, model(ids, cache=read), strict=True):
+                row.states = states[len(row.ids) - 1 : len(row.ids)].clone()
+            for cache, layer in zip(self.cache, read, strict=True):
+                cache[:, first : first + size, :, : ids.shape[1]] = torch.stack((layer.k, layer.v))
 
     def drop_ended(self):
         going = [n for n, row in enumerate(self.rows) if not row.ended]
         if len(going) < len(self.rows):
             self.rows = [self.rows[n] for n in going]
-            for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-                self.keys[layer], self.values[layer] = k[going], v[going]
+            for layer, cache in enumerate(self.cache):
+                self.cache[layer] = cache[:, going]
 
     def extend(self, width: int) -> Tensor:
-        """The positions that are computed next, (rows, width): of each row's last token and of those after it."""
-        last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.device)
-        self.positions = last + torch.arange(width, device=self.device)
-        places = torch.arange(int(last.max()) + width, device=self.device)
-        self.mask = (places <= self.positions[:, :, None])[:, None]  # (rows, 1, width, places)
-        return self.positions
-
-    def read(self, layer: int, first: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-        """Attention in prompts, padded on the right, of the rows from `first` on. Stores their k and v."""
-        at = slice(first, first + len(k)), slice(None), slice(k.shape[2])
-        self.keys[layer][at], self.values[layer][at] = k, v
-        return attention(q, k, v)
+        """The positions of each row's last token and those after it, (rows, width), which are to be computed next."""
+        last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.cache[0].device)
+        positions = last + torch.arange(width, device=last.device)
+        places = torch.arange(int(positions.max()) + 1, device=last.device)
+        self.mask = (places <= positions[:, :, None])[:, None]  # (rows, 1, width, places)
+        self.at = torch.arange(len(last), device=last.device)[:, None], slice(None), positions
+        return positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the tokens at `positions`, (rows, heads, width, d), to all before them. Stores their k and v."""
-        at, end = (torch.arange(len(k), device=k.device)[:, None], slice(None), self.positions), self.mask.shape[-1]
-        self.keys[layer][at], self.values[layer][at] = k.transpose(1, 2), v.transpose(1, 2)
-        return attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], self.mask)
-
-
-def attend_all(blocks: list[Block], layer: int, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-    """`Block.attend` of all blocks, whose rows stand one after the other: (rows, heads, width, d)."""
-    sizes = [len(block.rows) for block in blocks]
-    parts = zip(blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    return torch.cat([block.attend(layer, q, k, v) for block, q, k, v in parts])
+        """Attention of these tokens, (rows, heads, width, d), to all up to themselves; their k and v are stored."""
+        (keys, values), end = self.cache[layer], self.mask.shape[-1]
+        keys[self.at], values[self.at] = k.transpose(1, 2), v.transpose(1, 2)
+        return attention(q, keys[:, :, :end], values[:, :, :end], self.mask)
 
 
 def pad_right(lists: list[list[int]], device) -> Tensor:
@@ -118,23 +105,27 @@ def pad_right(lists: list[list[int]], device) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
 
-def read_prompts(model: nn.Module, rows: list[Row], capacity: int, batch_tokens: float) -> tuple[Block, list[Tensor]]:
-    """A block of rows, the longest first, of `capacity` tokens each, and the hidden states of their last tokens."""
-    layers, weight, hidden = range(model.config.num_hidden_layers), model.lm_head.weight, []
-    block = Block(model.config, rows, capacity, weight)
-    size = int(max(1, min(batch_tokens / len(rows[0].ids), len(rows))))
-    for first in range(0, len(rows), size):
-        some = [row.ids for row in rows[first : first + size]]
-        cache = [SimpleNamespace(attend=partial(block.read, layer, first)) for layer in layers]
-        read = model(pad_right(some, weight.device), cache=cache)
-        hidden += read[torch.arange(len(some)), [len(ids) - 1 for ids in some]].split(1)
-    return block, hidden
-
-
 def check_numbers(values: Tensor, model: nn.Module):
-    """UserError if a model gives NaN or an infinite value: then none of its answers means anything."""
-    finite = bool(values.isfinite().all())
-    check(finite, f"{model.name_or_path}: a prediction is no finite number: look at the weights and the adapter")
+    """UserError where one of the values that a model gives is NaN or infinite: none of its answers means anything."""
+    words = "a prediction is no finite number, by its weights or its adapter's"
+    check(values.isfinite().all(), f"{model.name_or_path}: {words}")
+
+
+def step(model: nn.Module, blocks: list[Block], max_new_tokens: int):
+    """Guess what comes next in each row, and compute the states of its last token and of the guess, all in one pass."""
+    rows, sizes = [row for block in blocks for row in block.rows], [len(block.rows) for block in blocks]
+    for row in rows:
+        row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new) - 1))
+    ids = pad_right([row.ids[-1:] + row.guess for row in rows], model.lm_head.weight.device)
+    positions = torch.cat([block.extend(ids.shape[1]) for block in blocks])
+
+    def attend(layer, q, k, v, mask):
+        parts = zip(blocks, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return torch.cat([block.attend(layer, *part) for block, *part in parts])
+
+    cache = [SimpleNamespace(attend=partial(attend, layer)) for layer in range(model.config.num_hidden_layers)]
+    for row, states in zip(rows, model(ids, positions, cache=cache), strict=True):
+        row.states = states[: 1 + len(row.guess)]
 
 
 @torch.no_grad()
@@ -151,88 +142,87 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuation of each prompt: at most `max_new_tokens` ids, up to the first stop id, which is left out.
 
-    stop(new ids) is called after each token of a row; true ends the row. batch_tokens: tokens of prompts that are read
-    at once. cache_tokens: tokens that the cache may hold, prompts and answers (one prompt at least, in both cases).
-    ended(number) is called for each prompt that is done. repetition_penalty: Keskar et al., 2019.
+    stop: is asked after each token of a row, with the row's new ids; true ends the row, its last token included.
+    batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
+    all that they may become (at least one prompt in either case). ended: is told each prompt that is done.
+    repetition_penalty: of the tokens that stand in a row already (Keskar et al., 2019).
     """
-    produced = [[] for _ in prompts]
+    produced, blocks = [[] for _ in prompts], []
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
-    blocks, hidden = [], []  # hidden: of each row of all blocks, its last token's state and those of its guess, (n, D)
-    layers, device = range(model.config.num_hidden_layers), model.lm_head.weight.device
-    sizes = [len(prompt) + max_new_tokens + GUESS for prompt in prompts]  # what the cache of each row must hold
+    # What each row's cache is to hold; one without a guess gets padding where others have theirs
+    sizes = [len(prompt) + max_new_tokens + GUESS for prompt in prompts]
 
     while blocks or waiting:
-        free = cache_tokens - sum(len(block.rows) * block.keys[0].shape[2] for block in blocks)
-        if free >= 0.25 * cache_tokens:  # so that prompts are read several at a time
+        # Fill the cache, once there is room for several prompts
+        free = cache_tokens - sum(len(block.rows) * block.cache[0].shape[3] for block in blocks)
+        if free >= 0.25 * cache_tokens:
             while waiting and (not blocks or free >= sizes[waiting[-1]]):
                 largest = sizes[waiting[-1]]
                 alike = sum(sizes[i] >= SIMILAR * largest for i in waiting)
                 numbers = [waiting.pop() for _ in range(int(max(1, min(free / largest, alike))))]
-                rows = [Row(i, prompts[i]) for i in numbers]
-                block, read = read_prompts(model, rows, largest, batch_tokens)
-                blocks, hidden, free = [*blocks, block], [*hidden, *read], free - len(rows) * largest
+                blocks.append(Block(model, [Row(i, prompts[i]) for i in numbers], largest, batch_tokens))
+                free -= len(numbers) * largest
 
-        logits, at = model.lm_head(torch.cat(hidden)), 0
+        # Each row takes its next token, and as much of its guess as the model would have written
+        rows = [row for block in blocks for row in block.rows]
+        logits = model.lm_head(torch.cat([row.states for row in rows]))
         check_numbers(logits.amax(dim=-1), model)
-        likeliest = logits.argmax(dim=-1).tolist()
-        for row in (row for block in blocks for row in block.rows):
-            for n, guessed in enumerate([*row.guess, None], start=at):
-                token = likeliest[n]
-                if repetition_penalty != 1:
-                    seen = torch.tensor(row.ids, device=device).unique()
-                    old = logits[n, seen]
-                    logits[n, seen] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
-                    token = int(logits[n].argmax())
+        if repetition_penalty != 1:
+            before = [row.ids + row.guess[:n] for row in rows for n in range(len(row.states))]
+            for scores, ids in zip(logits, before, strict=True):
+                seen = torch.tensor(ids, device=scores.device)
+                old = scores[seen]
+                scores[seen] = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+        likeliest = logits.argmax(dim=-1).cpu().split([len(row.states) for row in rows])
+        for row, tokens in zip(rows, likeliest, strict=True):
+            for token, guessed in zip(tokens.tolist(), [*row.guess, None], strict=True):
                 row.ended = token in stop_ids
                 if not row.ended:
                     row.append(token)
-                    row.ended = len(row.new()) == max_new_tokens or stop(row.new())
+                    row.new.append(token)
+                    row.ended = len(row.new) == max_new_tokens or stop(row.new)
                 if row.ended or token != guessed:
                     break
-            at += 1 + len(row.guess)
             if row.ended:
-                produced[row.number] = row.new()
+                produced[row.number] = row.new
                 ended(row.number)
+
         for block in blocks:
             block.drop_ended()
-        blocks, hidden = [block for block in blocks if block.rows], []
-        rows = [row for block in blocks for row in block.rows]
-        for row in rows:
-            row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new()) - 1))
-        if rows:
-            ids = pad_right([row.ids[-1:] + row.guess for row in rows], device)
-            positions = torch.cat([block.extend(ids.shape[1]) for block in blocks])
-            cache = [SimpleNamespace(attend=partial(attend_all, blocks, layer)) for layer in layers]
-            read = model(ids, positions, cache=cache)
-            hidden = [states[: 1 + len(row.guess)] for row, states in zip(rows, read, strict=True)]
+        blocks = [block for block in blocks if block.rows]
+        if blocks:
+            step(model, blocks, max_new_tokens)
     return produced
 
 
-# Settings that change what greedy decoding writes -> the values that do not, beside those that are off
-NEUTRAL = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+# Settings that would change what greedy decoding writes -> the values that do not, beside those that are off
+NEUTRAL = read_json(Path(__file__).with_name("decoding.json"))
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:
-    """stop_ids and repetition_penalty of the checkpoint's generation_config.json, or config.json if there is none.
+    """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
 
-    stop_ids also has the tokenizer's ends of an answer. UserError for a setting that changes what is written and is
-    not implemented.
+    stop_ids: the tokenizer's ends of an answer, and those that the file names, or config.json where there is none.
+    UserError for a setting that would change what is written and is not implemented.
     """
     path = model.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else model.config.raw
     where = path if path.exists() else model.folder / "config.json"
     for key, neutral in NEUTRAL.items():
-        fits = (value := settings.get(key)) in (None, False, "", [], {}, *neutral)
-        check(fits, f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding")
-    penalty = 1.0 if settings.get("repetition_penalty") is None else settings["repetition_penalty"]
-    fits = is_number(penalty) and penalty > 0
-    check(fits, f"{where}: repetition_penalty is {penalty!r}, not a number above 0")
-    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty}
+        value = settings.get(key)
+        words = f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding"
+        check(value in (None, False, "", [], {}, *neutral), words)
+    penalty = settings.get("repetition_penalty", 1.0)
+    check(
+        penalty is None or is_number(penalty) and penalty > 0,
+        f"{where}: repetition_penalty is {penalty!r}, not above 0",
+    )
+    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty or 1.0}
 
 
 def named_ends(settings: dict, where) -> list[int]:
-    """eos_token_id of the configuration in the file `where`, as a list."""
+    """The tokens at which the configuration in the file `where` says that an answer ends: none, one or some."""
     named = settings.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
-    check(all(type(token) is int for token in named), f"{where}: eos_token_id is {named!r}, not numbers of tokens")
+    check(all(type(token) is int for token in named), f"{where}: eos_token_id is {named!r}, not tokens' numbers")
     return named

@@ -8,8 +8,13 @@ from torch import Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension: x (..., n), weight (n,) -> (..., n).
+
+    In float32 up to the weight. Kept for the backward pass: x and one number per row.
+    """
+
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
         return (x.float() * scale).to(x.dtype) * weight
@@ -24,17 +29,11 @@ class _RMSNorm(torch.autograd.Function):
         return grad_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 up to the weight: x (..., n), weight (n,) -> (..., n).
-
-    The mean is over the last dimension. The backward pass needs x and one number a row.
-    """
-    return _RMSNorm.apply(x, weight, eps)
-
-
 class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, of equal shapes. Kept for the backward pass: the two arguments, not silu(gate)."""
+
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
@@ -44,9 +43,7 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of equal shapes. The backward pass needs the two arguments alone."""
-    return _SwiGLU.apply(gate, up)
+rms_norm, swiglu = _RMSNorm.apply, _SwiGLU.apply
 
 
 class _Dropout(torch.autograd.Function):
@@ -54,7 +51,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, dropped):  # dropped: of 65,536 elements
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # four numbers from each draw, -2^15 to 2^15 - 1
-        first_kept = dropped - 2**15  # a comparison would take three times as long as these two operations
+        first_kept = dropped - 2**15
         kept = bits.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).to(torch.int8)  # 1 where kept, else 0
         ctx.save_for_backward(kept)
         return _where(kept, x)
@@ -72,9 +69,9 @@ def _where(kept: Tensor, x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
-    """x with a share `rate` of its elements set to zero, and the factor that restores its expectation.
+    """x with a share `rate` of its elements set to zero, and the factor that gives it back its expectation.
 
-    Layers with the same x (q, k and v; gate and up) share a mask. On a CPU the rate is rounded to 1 / 65,536.
+    Layers that read the same x (q, k and v; gate and up) get the same. On a CPU the rate is rounded to 1 / 65,536.
     """
     on_cpu, dropped = x.device.type == "cpu", min(round(rate * 2**16), 2**16 - 1)
     if on_cpu and dropped == 0:
@@ -92,8 +89,8 @@ QUERY_BLOCK = 64  # queries of a head that it takes at a time
 class _ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v, causal: q (B, H, L, d), k and v (B, H_kv, L, d) -> (B, H, L, d), on a CPU.
 
-    For short sequences twice as fast as the fused kernel. A block of queries meets the keys up to its own end. Scores
-    are float32; the probabilities are kept for the backward pass, in q's dtype.
+    For short sequences twice as fast there as the fused kernel. A block of queries at a time meets the keys up to its
+    own end. Scores and softmax are float32; for the backward pass they are kept, in q's dtype.
     """
 
     @staticmethod
@@ -133,10 +130,12 @@ class _ShortAttention(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
 
-    mask: bool (B, 1, n, S), where the last n queries may look. Other queries are causal: padding on the right is never
-    seen. On a GPU no fused kernel groups float32 queries, so k and v are repeated: memory then grows with L, not L * L.
+    By the fused kernels, but short sequences on a CPU without a mask by `_ShortAttention`. On a GPU in float32 no fused
+    kernel groups queries: there k and v are repeated, so that memory grows with L and not with its square.
+    mask: bool, (B, 1, n, S), where one of the last n queries may look; all others are causal.
     """
     if mask is None:
+        # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
         if q.device.type == "cpu" and q.shape[2] <= SHORT:
             return _ShortAttention.apply(q, k, v)
         if q.device.type == "cuda" and q.dtype == torch.float32:
@@ -184,9 +183,10 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
 
-    logits_of: (hidden, weight, targets) of `chunk` rows -> logits (n, V) and the targets' (n, 1), float32. Each loss's
-    gradient for its hidden state, (softmax - onehot(target)) weight, is made in the same pass; `weight` has none.
-    statistics: is called with the log-probabilities (n, V) of each chunk.
+    logits_of: (hidden, weight, targets) -> logits (n, V) and the targets' own (n, 1), float32, of `chunk` rows at a
+    time. The same pass keeps each loss's gradient for its hidden state, (softmax - onehot(target)) weight; there is
+    none for `weight`. statistics: is shown the log-probabilities (n, V) of each chunk in its turn, such as
+    `PredictionStatistics`.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, statistics)
@@ -231,5 +231,5 @@ class PredictionStatistics:
 
 
 def logits_at_once(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits that are computed together: 2^23 numbers (32 MB); on a GPU 2^26, to read the head less often."""
+    """Rows of logits that are computed together: 2^23 numbers, 32 MB; on a GPU 2^26, where reading the head costs."""
     return max(1, 2 ** (26 if device.type == "cuda" else 23) // vocabulary)

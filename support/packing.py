@@ -1,6 +1,6 @@
 """Many sequences in few passes: where to cut a batch, and requests that begin alike as one tree."""
 
-import itertools
+from itertools import pairwise
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from support.decoding import pad_right
-from support.files import UserError
+from support.files import check
 
 # What a pass costs before its first token, in tokens: about what it is on a CPU, the best of four tried on an H200.
 PASS_COST = {"cpu": 64, "cuda": 1024}
@@ -23,9 +23,9 @@ def pass_cost(device: torch.device) -> int:
 def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None) -> list[int]:
     """Where to cut `lengths`, the longest first, into groups of at most `most`, and of so many padded `tokens`.
 
-    A group costs its size times its longest length, and `pass_cost` more. The sum of costs is the least.
+    A group costs its size times its longest length, and `pass_cost` more. The cuts are the cheapest, head by head.
     """
-    best = [(0, 0)]  # the cheapest way to cut the first n lengths: its cost, and where its last group starts
+    best = [(0, 0)]  # of the cheapest way to cut the first n lengths: what it costs, and where its last group starts
     for end in range(1, len(lengths) + 1):
         starts = range(max(0, end - most), end)
         candidates = [i for i in starts if i == end - 1 or not tokens or (end - i) * lengths[i] <= tokens]
@@ -52,35 +52,33 @@ def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, who
     for with_prefix in (True, False):
         some = [text for text in dict.fromkeys(texts) if with_prefix != (text in whole or text.startswith(bos))]
         ids |= zip(some, tokenizer.encode_prompts(some, with_prefix=with_prefix), strict=True)
-    if vocab_size and (largest := max(map(max, filter(None, ids.values())), default=0)) >= vocab_size:
-        token = tokenizer.decode([largest])
-        raise UserError(f"token {token!r}, id {largest}, is outside the embedding of {vocab_size} rows")
+    largest = max(max(tokens, default=0) for tokens in [[], *ids.values()])
+    words = f"token {tokenizer.decode([largest])!r}, id {largest}, is outside the embedding of {vocab_size} rows"
+    check(vocab_size is None or largest < vocab_size, words)
     return ids
 
 
 def encode_contexts(tokenizer, requests: list[tuple[str, dict]], vocab_size: int) -> list[list[int]]:
-    """The ids of each request's context; a context with the setting "whole" gets no BOS."""
+    """The ids of each request's context; one whose settings call it "whole" gets no BOS that it does not spell."""
     whole = {context for context, settings in requests if settings.get("whole")}
     ids = encode_texts(tokenizer, [context for context, _ in requests], vocab_size, whole)
     return [ids[context] for context, _ in requests]
 
 
 def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int, vocab_size=None) -> list[Scored]:
-    """(context, continuation) in tokens, cut on the left to `context_length`.
+    """(context, continuation) in tokens, cut on the left to what the model reads.
 
-    Spaces at the end of a context belong to the continuation. The pair is split where the context, encoded alone, ends.
+    Spaces at a context's end belong to the continuation. The pair is split where the context, encoded alone, ends.
     """
-    pairs = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
-    texts = [text for context, rest in pairs for text in (context, context + rest)]
-    ids = encode_texts(tokenizer, texts, vocab_size)
+    pairs = [(context.rstrip(), context + continuation) for context, continuation in pairs]
+    ids = encode_texts(tokenizer, [text for pair in pairs for text in pair], vocab_size)
     (first,) = tokenizer.encode_prompts([tokenizer.bos or tokenizer.eos], with_prefix=False)
     found = []
-    for context, rest in pairs:
-        before = ids[context]
-        targets = ids[context + rest][len(before) :]
-        if not 0 < len(targets) <= context_length:
-            raise UserError(f"a continuation of {len(targets)} tokens cannot be scored: {rest!r}")
-        whole = ((before or first) + targets)[-context_length - 1 :]
+    for context, text in pairs:
+        targets = ids[text][len(ids[context]) :]
+        words = f"a continuation of {len(targets)} tokens cannot be scored: {text[len(context) :]!r}"
+        check(0 < len(targets) <= context_length, words)
+        whole = ((ids[context] or first) + targets)[-context_length - 1 :]
         found.append(Scored(whole[:-1], targets))
     return found
 
@@ -92,14 +90,14 @@ def shared_prefix(requests: list[Scored]) -> list[int]:
 
 
 class Tree:
-    """Requests that begin alike as one sequence: a shared token stands once, each token attends to its ancestors."""
+    """Requests that begin alike as one sequence: every token they share stands once, each attends to its ancestors.
+
+    ids: the tokens. parents: of each, the place of the one before it in its request, or -1. depths: its position there.
+    path: the places of the last request. scored: request -> the places that predict its targets.
+    """
 
     def __init__(self):
-        self.ids: list[int] = []
-        self.parents: list[int] = []  # of each token, the place of the token before it; -1: there is none
-        self.depths: list[int] = []  # of each token, its position in its request
-        self.path: list[int] = []  # the places of the last request's tokens
-        self.scored: dict[int, list[int]] = {}  # request -> the places that predict its targets
+        self.ids, self.parents, self.depths, self.path, self.scored = [], [], [], [], {}
 
     def common(self, inputs: list[int]) -> int:
         """How many tokens a request shares with the one before it."""
@@ -118,26 +116,25 @@ class Tree:
 
 
 def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
-    """Trees of neighbouring requests, without their first `prefix` tokens.
+    """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
 
-    A request joins the tree before it if that is cheaper. n tokens cost n * (ratio + n).
+    A request joins the tree before it where that is cheaper. n tokens cost n * (ratio + n) comparisons of two tokens.
     """
 
     def price(n):
         return n * (ratio + n)
 
-    trees = []
+    trees = [Tree()]
     for i, (inputs, targets) in enumerate(requests):
-        own, tree = inputs[prefix:], trees[-1] if trees else Tree()
-        apart = price(len(tree.ids)) + price(len(own))
-        if not trees or price(len(tree.ids) + len(own) - tree.common(own)) > apart:
-            trees.append(tree := Tree())
-        tree.add(i, own, len(targets))
+        own, size = inputs[prefix:], len(trees[-1].ids)
+        if price(size + len(own) - trees[-1].common(own)) > price(size) + price(len(own)):
+            trees.append(Tree())
+        trees[-1].add(i, own, len(targets))
     return trees
 
 
 def price_ratio(config) -> float:
-    """The cost of a layer's weights for one token, in units of the attention of one token to another."""
+    """What a token's way through a layer's weights costs, in comparisons with one other token (multiply-adds)."""
     heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     weights = config.hidden_size * (2 * heads + 2 * key_heads + 3 * config.intermediate_size)
     return weights / (2 * heads)
@@ -147,23 +144,22 @@ def pack(trees: list[Tree], batch_tokens: int, device: torch.device) -> list[lis
     """Trees in batches of at most `batch_tokens` tokens, padding included, or of one tree; the longest come first."""
     trees = sorted(trees, key=lambda tree: -len(tree.ids))
     cuts = cut_batch([len(tree.ids) for tree in trees], ROWS, pass_cost(device), batch_tokens)
-    return [trees[first:end] for first, end in itertools.pairwise(cuts)]
+    return [trees[first:end] for first, end in pairwise(cuts)]
 
 
 def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids and positions (B, L), and the mask (B, 1, n, prefix + L) of the last n tokens.
+    """ids and positions (B, L), and the mask (B, 1, n, prefix + L): who the last n tokens may look at.
 
-    Without a prefix, the tokens before these are a plain sequence in all trees, and so are causal.
+    Without a prefix the tokens before those each follow the one before them in all trees, and so are causal.
     """
     longest = len(batch[0].ids)
     branches = [place for tree in batch for place, parent in enumerate(tree.parents) if parent != place - 1]
     causal = 0 if prefix else min([longest - 1, *branches])
-    mask = np.zeros((len(batch), longest, prefix + longest), dtype=bool)
-    mask[..., :prefix] = True
-    mask[:, range(longest), range(prefix, prefix + longest)] = True
-    for own, tree in zip(mask[..., prefix:], batch, strict=True):
+    mask = np.ones((len(batch), 1, longest, prefix + longest), dtype=bool)
+    mask[..., prefix:] = np.eye(longest, dtype=bool)
+    for seen, tree in zip(mask[:, 0, :, prefix:], batch, strict=True):
         for place, parent in enumerate(tree.parents):
             if parent >= 0:
-                own[place] |= own[parent]
+                seen[place] |= seen[parent]
     ids, depths = pad_right([tree.ids for tree in batch], device), pad_right([tree.depths for tree in batch], device)
-    return ids, prefix + depths, torch.from_numpy(mask[:, None, causal:]).to(device)
+    return ids, prefix + depths, torch.from_numpy(mask[:, :, causal:]).contiguous().to(device)
