@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from model import Transformer, response_nll
+from model import Transformer, response_nll, response_places
+from sstoken import AttentionProbe
 from support import ranks
 from support.files import UserError
 from support.kernels import PredictionStatistics
@@ -48,24 +49,36 @@ def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def response_losses(model: Transformer, examples: list[data.Example], described: bool = False) -> list[Tensor]:
-    """The loss of every response token, adapters on, dropout off: a (L_resp,) float32 tensor a sample, on the host.
+def signals(model: Transformer, examples: list[data.Example], layers=(), names=()) -> list[Tensor]:
+    """Of each sample's response tokens L_theta, AttnScore at `layers`, and the kernels.STATISTICS called `names`.
 
-    described: (3, L_resp) instead, all of HISTORY. All ranks share the passes, and each returns all.
+    Adapters on, dropout off: a (1 + layers + names, L_resp) float32 tensor a sample, on the host. All ranks share the
+    passes, and each returns all. UserError for a loss that is no finite number.
     """
     training, device, found = model.training, model.lm_head.weight.device, {}
-    statistics = PredictionStatistics(["entropy", "spread"]) if described else None
+    statistics, probes = PredictionStatistics(names), [AttentionProbe(model, layer) for layer in layers]
     model.eval()
     passes = ranks.share_passes(scoring_passes(examples))
     for samples in tqdm(passes, "losses", leave=False, disable=not ranks.first_rank()):
         batch = [examples[i] for i in samples]
-        nll = response_nll(model, *data.collate(batch, device), statistics)
-        nll = torch.stack([nll, *statistics.collect(nll).values()]).cpu() if statistics else nll.cpu()
-        found |= zip(samples, nll.split([int(e.response.sum()) for e in batch], -1), strict=True) if batch else {}
+        ids, response = data.collate(batch, device)
+        nll = response_nll(model, ids, response, statistics if names else None)
+        places = response_places(response, device)
+        attention = [probe.scores(response).flatten()[places] for probe in probes]
+        known = torch.stack([nll, *attention, *statistics.collect(nll).values()]).cpu()
+        found |= zip(samples, known.split([int(e.response.sum()) for e in batch], 1), strict=True) if batch else {}
+    for probe in probes:
+        probe.remove()
     model.train(training)
-    found = {i: nll for part in ranks.gather(found) for i, nll in part.items()}
-    check_losses(model, found)
+    found = {i: known for part in ranks.gather(found) for i, known in part.items()}
+    check_losses(model, {i: known[0] for i, known in found.items()})
     return [found[i] for i in range(len(examples))]
+
+
+def response_losses(model: Transformer, examples: list[data.Example], described: bool = False) -> list[Tensor]:
+    """The loss of every response token: (L_resp,) for each sample; described: (3, L_resp), all of HISTORY."""
+    found = signals(model, examples, names=("entropy", "spread") if described else ())
+    return found if described else [known[0] for known in found]
 
 
 def check_losses(model: Transformer, found: dict[int, Tensor]):

@@ -17,7 +17,6 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +25,11 @@ from torch import Tensor
 
 import data
 import lora
-from model import Transformer, load_model, response_nll, response_places
+from model import load_model
 from paper import auto, baselines, curves
-from paper.frozen import check_losses, response_losses, scoring_passes
-from sstoken import AttentionProbe
+from paper.frozen import response_losses, signals
 from support import checkpoint, command, machine, templates
 from support.files import check, check_writable, write_whole
-from support.kernels import PredictionStatistics
 from support.sources import Account, add_flags, load_rows, source_names
 from support.start import run_script
 
@@ -57,30 +54,6 @@ class Sample(NamedTuple):
     surprise: Tensor | None = None  # (L_theta - H) / sigma of what is predicted, (states, L_resp)
     answer_mask: Tensor | None = None  # which tokens are of an answer that --rho auto keeps, (L_resp,)
     noise: Tensor | None = None  # which tokens the data itself marks, (L_resp,) bool
-
-
-@torch.no_grad()
-def signals(
-    model: Transformer, examples: list[data.Example], layers: list[int], names: tuple[str, ...] = ()
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """L_theta (L_resp,), AttnScore (layers, L_resp) and statistics (names, L_resp) of each sample, without dropout.
-
-    names: of kernels.STATISTICS.
-    """
-    device, found, statistics = model.lm_head.weight.device, {}, PredictionStatistics(names) if names else None
-    probes = [AttentionProbe(model, layer) for layer in layers]
-    model.eval()
-    for members in scoring_passes(examples):
-        ids, response = data.collate([examples[i] for i in members], device)
-        nll, places = response_nll(model, ids, response, statistics), response_places(response, device)
-        attention = [probe.scores(response).flatten()[places] for probe in probes]
-        known = torch.stack([nll, *attention, *(statistics.collect(nll).values() if statistics else ())]).cpu()
-        found |= zip(members, known.split([int(examples[i].response.sum()) for i in members], 1), strict=True)
-    for probe in probes:
-        probe.remove()
-    check_losses(model, {i: known[0] for i, known in found.items()})
-    parts = (found[i].split([1, len(layers), len(names)]) for i in range(len(examples)))
-    return ((nll[0], attention, described) for nll, attention, described in parts)
 
 
 def in_steps(values: Tensor, steps: int, largest: int = 65535) -> Tensor:
@@ -263,7 +236,7 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
     for state in states:
         if state.adapter:
             lora.load_adapter(model, state.adapter)
-        found.append(list(signals(model, examples, layers, DESCRIBED)))
+        found.append(signals(model, examples, layers, DESCRIBED))
         lora.remove_lora(model)
     if args.reference and baselines.is_adapter(args.reference):
         lora.load_adapter(model, args.reference)
@@ -272,12 +245,12 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
     reference = response_losses(model, examples) if args.reference else []
     reference = [in_steps(nll, NATS) for nll in reference] or [None] * len(examples)
 
-    masks = auto.filter_answers(examples, [nll for nll, *_ in found[0]], elsewhere).tokens(examples)
+    masks = auto.filter_answers(examples, [known[0] for known in found[0]], elsewhere).tokens(examples)
     rows = [row for source in source_names(args.data) if source != "pool" for row in load_rows(source, args.limit)]
     samples, noise = [], marked(rows, examples, tokenizer)
     for i, example in enumerate(examples):
-        nll, attention, described = (torch.stack(parts) for parts in zip(*(state[i] for state in found), strict=True))
-        entropy, spread, top_entropy = described.unbind(1)
+        known = torch.stack([state[i] for state in found])  # (states, 1 + layers + 3, L_resp)
+        nll, attention, (entropy, spread, top_entropy) = known[:, 0], known[:, 1:-3], known[:, -3:].unbind(1)
         losses, surprise = in_steps(nll, NATS), (nll - entropy) / spread.clamp(min=1e-6)
         shown = losses[0], losses, in_steps(attention, SHARE), reference[i]
         more = in_steps(top_entropy, TOP, 255), in_steps(surprise, SIGMA, 255), masks[i], noise[i]

@@ -24,8 +24,8 @@ import data
 import lora
 import train
 from model import load_model
-from paper import auto, baselines, visualize
-from paper.frozen import FrozenLosses, response_losses
+from paper import auto, baselines
+from paper.frozen import FrozenLosses, response_losses, signals
 from paper.objectives import OBJECTIVES, probability_gain
 from sstoken import excess_loss, normalize, retrospective_excess_loss, score, select
 from support import command, machine
@@ -114,8 +114,7 @@ class Setting:
 
         def log(line):
             if method in FOLLOWED and record["kind"] in TOKENS and line["step"] in report.STEPS:
-                nll, attention, _ = zip(*visualize.signals(self.model, self.examples, [-1]), strict=True)
-                last_layer = [layers[0] for layers in attention]
+                nll, last_layer = zip(*signals(self.model, self.examples, [-1]), strict=True)
                 for key, value in measure(nll, last_layer, self.base, self.reference, self.noise).items():
                     record.setdefault(key, []).append(value)
                 fall = torch.cat(self.base) - torch.cat(nll)
