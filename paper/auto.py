@@ -1,11 +1,9 @@
 """`--rho auto`: which answers are kept. An extension of this project, beside `objectives.surprise`.
 
 A right answer is more likely after its own prompt than after another prompt. A wrong answer is about equally likely
-after both. So the base model reads the first tokens of each answer after its own prompt and after two others. How much
-more likely the answer is after its own prompt is its gain. How much the two others differ is chance: so do the gains of
-wrong answers scatter. `separate_answers` divides the answers into two groups, or says why it cannot.
-
-A conversation may have several answers. The prompt of an answer is all that stands before it.
+after both. So the base model reads the first tokens of each answer after its own prompt (all that stands before it) and
+after two others. How much more likely the answer is after its own prompt is its gain. How much the two others differ is
+chance: so do the gains of wrong answers scatter.
 """
 
 import math
@@ -46,8 +44,8 @@ def find_answers(examples: list[data.Example]) -> list[Answer]:
 def behind_other_prompts(examples: list[data.Example], seed: int) -> list[data.Example]:
     """The first tokens of each answer after another answer's prompt, then all of them after a second other prompt.
 
-    Prompts with the same beginning (the tokens before a sample's first answer) count as one. If more than a third of
-    the answers have one prompt, the list is empty. A prompt loses its beginning where it exceeds the longest sample.
+    Prompts with the same tokens before a sample's first answer count as one. If more than a third of the answers have
+    one prompt, the list is empty. A prompt that exceeds the longest sample loses its beginning.
     """
     answers, alike = find_answers(examples), {}
     for number, (sample, _, _) in enumerate(answers):

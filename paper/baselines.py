@@ -103,8 +103,8 @@ class PrecomputedSelection:
 class StepwiseSelection(PrecomputedSelection):
     """A selection that is made in every step.
 
-    inputs: what it is made of. weigh: from all that is known of a sample to its tokens' weights (L_resp,).
-    --loss-mean batch needs counts before the step. Without a rho all tokens count, or all of answers that are kept.
+    inputs: what it is made of. weigh: all that is known of a sample -> the weights of its tokens (L_resp,).
+    counts are needed before the step. Without a rho all tokens count, or all of the answers that are kept.
     """
 
     def __init__(self, sizes: list[int], frozen: FrozenLosses, inputs: set, rho: float, weigh: Callable):
@@ -193,11 +193,10 @@ def reference_losses(model: Transformer, examples, args) -> tuple[list[Tensor], 
 
 
 def run_method(model, examples, reference_examples, args, folder: Path, fit: Callable) -> tuple[float, dict]:
-    """Compute what the method ranks by, and train by it.
+    """Compute what the method ranks by, and train with fit(samples, frozen, args, folder), which returns its steps.
 
     reference_examples: samples to train a reference model on first, into folder/reference.
-    fit: (samples, frozen, args, folder) trains the model's adapters, and returns the steps that it took.
-    Returns the seconds that losses of frozen models took, and, with --rho auto, what it did, for the record.
+    Returns the seconds that losses of frozen models took, and what --rho auto did.
     """
     base, reference, seconds, taken, inputs = None, None, 0.0, 0.0, inputs_of(args.method)
     of_the_pool = args.method in (*OVER_THE_POOL, *WITH_REFERENCE) and args.excess == "static"
@@ -243,10 +242,8 @@ def add_flags(parser):
     """The flags of the reference model."""
     add = parser.group("reference model (rho1, tokencleaning)")
     # fmt: off
-    add("--reference", metavar="NAME|DIR",
-        help="the reference of Eq. 2: an adapter of --model, or a whole model with the same tokenizer")
-    add("--reference-data", metavar="SOURCE[,SOURCE...]",
-        help="train the reference first on these rows, as --method full does, into OUT/reference")
+    add("--reference", metavar="NAME|DIR", help="reference of Eq. 2: an adapter, or a model with the same tokenizer")
+    add("--reference-data", metavar="SOURCE[,SOURCE...]", help="train the reference first on these rows, in full")
     add("--reference-top", type=int, bound="at least 1", metavar="K",
         help="train the reference on the K best-rated rows (Sec. 4.1: 10000); with --method full, train on them")
     add("--rating-field", default="score", metavar="COLUMN", help="the column that --reference-top reads")

@@ -64,9 +64,6 @@ def of_language(rows: list[Row], language: str) -> list[Row]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ several choices
-
-
 def multiple_choice(context: Callable, choices: Callable, gold: Callable) -> Task:
     """Asks for the likeliest continuation: context(row), choices(row), gold(row) -> the right ones' indices."""
     return {
@@ -122,9 +119,6 @@ def agieval(name: str) -> Task:
         "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
         "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
     }
-
-
-# --------------------------------------------------------------------------------------------------- written answers
 
 
 def tydiqa(code: str) -> Task:
@@ -206,8 +200,6 @@ def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
     right = written == row["output"].strip() if answer is None else stands_in(answer, written)
     return {"exact_match": float(right)}
 
-
-# --------------------------------------------------------------------------------------------------- all of them
 
 TRUTHFULQA = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in DATA["truthfulqa"])
 ARC = multiple_choice(

@@ -17,9 +17,8 @@ MOST = 600  # points of a curve: of a longer run, each is the mean of several st
 def read_run(folder: Path) -> dict:
     """A run as the page holds it; UserError where the folder has no log that train.py has written.
 
-    name; folder; steps (those done); every (steps that one point stands for); points, a list for each of CURVES: step,
-    loss, lr, share (of the response tokens, selected) and speed (tokens/s); held_out, [[step, nats a token], ...], from
-    0 on; states, which `with_states` fills.
+    name; folder; steps: those done; every: steps of one point; points: a list for each of CURVES; held_out: [[step,
+    nats a token], ...], from 0 on; states, which `with_states` fills.
     """
     lines, inner = read_log(folder), [path.parent for name in INNER for path in folder.glob(f"{name}/log.jsonl")]
     if not lines:
@@ -41,18 +40,15 @@ def read_run(folder: Path) -> dict:
     }
 
 
-def total(block: list[dict], key: str) -> float:
-    return sum(line[key] for line in block)
-
-
 def ratio(block: list[dict], above: str, below: str) -> float | None:
-    return total(block, above) / total(block, below) if total(block, below) > 0 else None
+    total = sum(line[below] for line in block)
+    return sum(line[above] for line in block) / total if total > 0 else None
 
 
 # What is drawn of a few lines of a log that stand beside each other
 CURVES = {
     "step": lambda block: block[-1]["step"],
-    "loss": lambda block: total(block, "loss") / len(block),
+    "loss": lambda block: sum(line["loss"] for line in block) / len(block),
     "lr": lambda block: block[-1]["lr"],
     "share": lambda block: ratio(block, "selected_tokens", "response_tokens"),
     "speed": lambda block: ratio(block, "tokens", "seconds"),
@@ -69,10 +65,7 @@ class State(NamedTuple):
 
 
 def find_states(adapters: list[str], model: Transformer) -> list[State]:
-    """The models on the page: the base, then of each run its snapshots and, if it has ended, its last adapter.
-
-    UserError for an adapter that does not fit `model`.
-    """
+    """The base model, then each run's snapshots and last adapter. UserError for an adapter that does not fit."""
     states = [State("base model")]
     for adapter, name in zip(adapters, command.short_names(adapters), strict=True):
         run = Path(adapter)
@@ -86,10 +79,7 @@ def find_states(adapters: list[str], model: Transformer) -> list[State]:
 
 
 def with_states(logs: list[dict], states: list[State]) -> list[dict]:
-    """The runs of the page: those of `logs`, and those of its models that have a log.
-
-    Each with "states", {step: the number of the model after it}. Of two with one name, each is called by its folder.
-    """
+    """The runs of the page: `logs`, and those of its models with a log; with "states": {step: a model's number}."""
     given, shown = {run["folder"]: run for run in logs}, {}
     for number, state in enumerate(states):
         folder = str(state.run)

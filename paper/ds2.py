@@ -202,8 +202,7 @@ def curate(ratings: Tensor, embeddings: Tensor, seed: int = 42) -> tuple[Tensor,
     """
     N, R, generator = len(ratings), len(RATINGS), torch.Generator().manual_seed(seed)
     size = min(SUBSET, int(SHARE * N))
-    if size <= VOTERS:
-        raise UserError(f"{N} samples are too few: in a subset of {SHARE:.0%} each is to have {VOTERS} neighbours")
+    check(size > VOTERS, f"{N} samples are too few: in a subset of {SHARE:.0%} each must have {VOTERS} neighbours")
     lists = nearest(embeddings, min(N - 1, 10 + math.ceil(1.5 * VOTERS * N / size)))
 
     def draw() -> tuple[Tensor, Tensor, Tensor]:
@@ -242,9 +241,6 @@ def select(curated: Tensor, distance: Tensor, top: int) -> Tensor:
     """The `top` samples by curated rating, and among equals by long-tail score, the highest first: (top,) indices."""
     by_distance = distance.sort(descending=True, stable=True).indices
     return by_distance[curated[by_distance].sort(descending=True, stable=True).indices][:top]
-
-
-# --------------------------------------------------------------------------------------------------- the command
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -290,20 +286,12 @@ PART = 128  # samples whose ratings or embeddings are kept as soon as they are t
 
 
 def in_parts(cache: Path, key: str, samples: list, compute: Callable[[list], Tensor]) -> Tensor:
-    """compute(samples), a row for each of them, PART of them at a time; a part that `cache` keeps is read from there.
-
-    Each part is computed by itself, so a run that was stopped gets the same bits as one that was not.
-    """
+    """compute(samples), PART of them at a time. A part that `cache` keeps is not computed again."""
     parts = []
     for start in tqdm(range(0, len(samples), PART), "parts", leave=False, disable=not ranks.first_rank()):
         part = samples[start : start + PART]
         parts.append(kept_losses(cache, f"{key}-{start}", lambda part=part: compute(part).float())[0])
     return torch.cat(parts)
-
-
-def counts(ratings: Tensor) -> str:
-    """How many samples have each rating."""
-    return ", ".join(f"{rating}: {n:,}" for rating, n in enumerate(ratings.bincount(minlength=len(RATINGS)).tolist()))
 
 
 def main(argv: list[str] | None = None):
@@ -331,21 +319,18 @@ def main(argv: list[str] | None = None):
 
     if not ranks.first_rank():
         return
-    curated, _, T, p = curate(ratings, embeddings, args.seed)
+    curated, *_ = curate(ratings, embeddings, args.seed)
     distance = long_tail(embeddings)
     best_first = select(curated, distance, len(samples))
     rows = []
     for place, i in enumerate(best_first.tolist()):  # so --reference-top, which takes the first of equals, takes these
-        row, messages = samples[i]
         scores = {"rating": ratings[i].item(), "curated": curated[i].item(), "long_tail": distance[i].item()}
-        rows.append({"messages": messages, **scores, "selected": place < args.top, "row": row})
+        rows.append({"messages": samples[i][1], **scores, "selected": place < args.top, "row": samples[i][0]})
     write_lines(out, rows)
-    print(f"rated    {counts(ratings)}")
-    print(f"curated  {counts(curated)}; {int((curated != ratings).sum()):,} changed")
-    print(f"selected {counts(curated[best_first[: args.top]])}")
-    print("P(rated | truly), a row for each true rating, and how many are it:")
-    for row, share in zip(T.tolist(), p.tolist(), strict=True):
-        print("  " + " ".join(f"{x:.2f}" for x in row) + f"   {share:.2f}")
+    for name, found in {"rated": ratings, "curated": curated, "selected": curated[best_first[: args.top]]}.items():
+        counts = enumerate(found.bincount(minlength=len(RATINGS)).tolist())
+        print(f"{name:8} " + ", ".join(f"{rating}: {n:,}" for rating, n in counts))
+    print(f"{int((curated != ratings).sum()):,} ratings changed")
     print(f"wrote {out}; train.py: --reference-data {out} --reference-top {args.top} --rating-field curated")
 
 

@@ -11,7 +11,7 @@ import data
 from model import Transformer, response_nll, response_places
 from sstoken import AttentionProbe
 from support import ranks
-from support.files import UserError
+from support.files import check
 from support.kernels import PredictionStatistics
 from support.losses import kept_losses, losses_key
 
@@ -71,7 +71,8 @@ def signals(model: Transformer, examples: list[data.Example], layers=(), names=(
         probe.remove()
     model.train(training)
     found = {i: known for part in ranks.gather(found) for i, known in part.items()}
-    check_losses(model, {i: known[0] for i, known in found.items()})
+    broken = ", ".join(str(i) for i in sorted(found) if not found[i][0].isfinite().all())
+    check(not broken, f"{model.name_or_path}: the loss of samples {broken} (from 0) is no finite number")
     return [found[i] for i in range(len(examples))]
 
 
@@ -79,12 +80,6 @@ def response_losses(model: Transformer, examples: list[data.Example], described:
     """The loss of every response token: (L_resp,) for each sample; described: (3, L_resp), all of HISTORY."""
     found = signals(model, examples, names=("entropy", "spread") if described else ())
     return found if described else [known[0] for known in found]
-
-
-def check_losses(model: Transformer, found: dict[int, Tensor]):
-    """UserError if a loss is no finite number; found: {sample: (L_resp,) losses}."""
-    if broken := [str(i) for i, nll in sorted(found.items()) if not nll.isfinite().all()]:
-        raise UserError(f"{model.name_or_path}: the loss of samples {', '.join(broken)} (from 0) is no finite number")
 
 
 def cached_losses(model, adapter: Path | None, examples, args, described=False) -> tuple[list[Tensor], float]:

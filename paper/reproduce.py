@@ -77,9 +77,7 @@ def table_rows(table: int, rho: float, layers: int) -> list[Row]:
 
 def asked_rows(args: argparse.Namespace, layers: int) -> list[Row]:
     """The rows of --table that --methods names; in table 1, behind the paper's, --rho auto and the objectives too."""
-    rows = table_rows(args.table, args.rho, layers)
-    if args.table == 1:
-        rows += [row(name, args.rho) for name in EXTRA]
+    rows = table_rows(args.table, args.rho, layers) + [row(name, args.rho) for name in EXTRA if args.table == 1]
     asked = [row for row in rows if row.method in args.methods]
     names = ", ".join(dict.fromkeys(row.method for row in rows))
     check(asked, f"--table {args.table} has none of the rows of --methods; it has {names}")
@@ -134,7 +132,7 @@ class Cells:
         return self.trained(f"{row.name}-seed{seed}", seed, row.method, [*row.flags, *flags])
 
     def reference(self, seed: int) -> Path:
-        """The reference model of a seed, one for all methods that ask for one."""
+        """The reference model of a seed, the same for all methods."""
         args = self.args
         flags = given(method="full", data=args.reference_data or args.data, limit=args.reference_limit)
         flags += given(reference_top=args.reference_top, rating_field=args.reference_top and args.rating_field)
@@ -193,8 +191,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="1: methods, Figure 2. 2: the attention's layer. 3: gamma, Figure 3a. 4: rho, Figure 3b. 5: methods x rho")
     add("--methods", metavar="ROW[,ROW...]", help=f"only these rows; table 1 also has {', '.join(EXTRA)}")
     add("--seeds", type=int, bound="above 0", default=3, metavar="N", help="runs of each row, with seeds 42, 43, ...")
-    add("--rho", type=float, bound="in (0, 1]",
-        help="rho of tables that do not vary it (default, Sec. 4.2: 0.8 for Qwen-2.5-14B, else 0.6)")
+    add("--rho", type=float, bound="in (0, 1]", help="of tables that do not vary it (default: as in Sec. 4.2)")
     add("--out", required=True, help="folder of the cells, table.md, table.json and the figures")
     add = parser.group("training")
     count = functools.partial(add, type=int, bound="above 0", metavar="N")
@@ -209,8 +206,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.group("evaluation (Appendix A.2)")
     add("--tasks", default="all", help="benchmarks, as evaluate.py takes them")
     add("--benchmarks", metavar="DIR", help="folder of the benchmarks' rows (default: the data sets on the hub)")
-    add("--eval-limit", type=float, bound="above 0", metavar="N",
-        help="the first N rows of each task; below 1: this share of them")
+    add("--eval-limit", type=float, bound="above 0", metavar="N", help="evaluate.py's --limit")
     add = parser.group("machine")
     add("--launcher", metavar="COMMAND", help="instead of Python, such as 'torchrun --nproc_per_node 8'")
     # fmt: on

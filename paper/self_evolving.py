@@ -23,9 +23,8 @@ PARTS = 5
 def train_in_parts(model, examples, base: list[Tensor], args: argparse.Namespace, folder: Path, fit: Callable) -> float:
     """Train on PARTS parts of the pool, one after the other. Returns the seconds that the references' losses took.
 
-    The first part trains on all its tokens. Then the model so far, its adapters frozen into it, is the reference of the
-    next part: its tokens are ranked by excess loss of the base model over it. `fit` trains each part's new adapters,
-    with their own warm-up and decay, into folder/part-1, ... All together are written to `folder` as one adapter.
+    The first part trains on all its tokens. Then the model so far, its adapters frozen, is the reference of the next
+    part. `fit` trains new adapters, with their own warm-up and decay; `folder` gets their sum as one adapter.
     """
     order, seconds, done = random.Random(f"{args.seed} parts").sample(range(len(examples)), len(examples)), 0.0, []
     for number in range(1, PARTS + 1):

@@ -82,10 +82,8 @@ def report(args: argparse.Namespace, lines: list[Line], columns: list[tuple[str,
     out, names = Path(args.out), [column for column, _, _ in columns]
     if args.table == 1:
         plot_time(lines, out / "figure2.png")
-    elif args.table == 3:
-        plot_sweep(lines, "gamma", out / "figure3a.png")
-    elif args.table == 4:
-        plot_sweep(lines, "rho", out / "figure3b.png")
+    elif args.table in (3, 4):
+        plot_sweep(lines, *{3: ("gamma", out / "figure3a.png"), 4: ("rho", out / "figure3b.png")}[args.table])
     base, paper = paper_lines(args.table, args.model, names)
     names.append("AVG" if len(names) == len(TABLE) else f"AVG of {len(names)}")
     variants = [line for line in lines if line.label.startswith("TOKENCLEANING,")]
@@ -145,6 +143,5 @@ def plot_sweep(lines: list[Line], name: str, path: Path):
     with figure(path, (5, 3.5), name) as axes:
         x, scores, halves = np.array(sorted(points), dtype=float).reshape(-1, 3).T  # no interval: nan
         axes.errorbar(x, scores, halves, marker="o", capsize=3, label="SSTOKEN")
-        for line in lines:
-            if name == "gamma" and line.label == "FULL":
-                axes.axhline(line.means()[-1][0], label="FULL", **DASHED)
+        for line in (line for line in lines if (name, line.label) == ("gamma", "FULL")):
+            axes.axhline(line.means()[-1][0], label="FULL", **DASHED)

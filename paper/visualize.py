@@ -3,8 +3,7 @@
     python -m paper.visualize --model NAME|DIR [--adapter DIR ...] --data SOURCE --out page.html
     python -m paper.visualize --run DIR [--run DIR ...]
 
-The reader moves gamma and rho, and the page selects as sstoken.py does. The second view shows the curves of runs
-(curves.py); `--run` shows them alone.
+The reader moves gamma and rho. The page selects as sstoken.py does. Its second view has the curves of runs (curves.py).
 """
 
 import argparse
@@ -38,8 +37,6 @@ NATS, SHARE = 2000, 65535  # what the page stores: losses in 1 / NATS nats up to
 TOP, SIGMA = 80, 40  # and in one byte entropies of 20 tokens in 1 / TOP nats up to 3.1, surprise in 1 / SIGMA up to 6.3
 DESCRIBED = ("entropy", "spread", "top_entropy")
 JOINER = "\u200d"  # makes one emoji of two
-
-# ---------------------------------------------------------------------------------------------------- what is shown
 
 
 class Sample(NamedTuple):
@@ -117,9 +114,6 @@ def marked(rows: list[dict], examples: list[data.Example], tokenizer: data.Token
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- the page
-
-
 def pack(values: Tensor, size: int = 2) -> str | list:
     """Whole numbers as base64 of `size` bytes each, the low one first; lists of these for the other dimensions."""
     if values.dim() > 1:
@@ -147,10 +141,10 @@ def content(samples: list[Sample], head: dict) -> str:
 
 
 def build_page(samples: list[Sample], head: dict) -> str:
-    """The page, complete: template, style and script with their digests in its security policy, and the samples.
+    """The page: the template with digests of its style and script in the security policy, and the samples.
 
     head: about (the line under the title), states (labels), layers (numbers), gamma and rho in hundredths, NATS, SHARE,
-    and runs, as curves.py reads them. Without samples the page has its second view alone.
+    and runs, as curves.py reads them.
     """
     template = TEMPLATE.read_text(encoding="utf-8")
 
@@ -165,9 +159,6 @@ def build_page(samples: list[Sample], head: dict) -> str:
         "content": content(samples, head),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], template)
-
-
-# ------------------------------------------------------------------------------------------------------ the command
 
 
 def layer_numbers(asked: str, count: int) -> list[int]:
@@ -185,14 +176,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.ArgumentParser("Write the token explorer: one page that shows which tokens are selected, and why.")
     # fmt: off
     add = parser.group("models")
-    add("--run", action="append", default=[], metavar="DIR",
-        help="a run's folder: show its curves, while it trains or after")
+    add("--run", action="append", default=[], metavar="DIR", help="a run's folder: show its curves")
     add("--model", help="a folder in Hugging Face layout, or a name on the hub")
     add("--revision", help="branch, tag or commit of --model on the hub")
     add("--adapter", action="append", default=[], metavar="NAME|DIR",
         help="a run's folder; its snapshots (train.py --snapshot-every) are steps of the page")
-    add("--reference", metavar="NAME|DIR",
-        help="a reference model for excess loss (Eq. 2): an adapter, or a whole model")
+    add("--reference", metavar="NAME|DIR", help="a reference for excess loss (Eq. 2): an adapter, or a whole model")
     add("--layers", default="deep",
         help="decoder layers to show the attention of, comma-separated: shallow, medium, deep (Table 2) or numbers")
     add = parser.group("data")
@@ -271,9 +260,7 @@ def main(argv: list[str] | None = None):
     head |= {"sigma": SIGMA, "top": TOP, "gamma": round(100 * args.gamma), "rho": round(100 * args.rho)}
     page = build_page(samples, head)
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    tokens, steps = sum(len(sample.history) for sample in samples), sum(run["steps"] for run in shown)
-    held = f"{len(samples)} samples, {tokens:,} response tokens; {len(shown)} runs, {steps:,} steps"
-    print(f"wrote {path}: {held}; {len(page.encode()) / 1e6:.1f} MB")
+    print(f"wrote {path}: {len(samples)} samples, {len(shown)} runs, {len(page.encode()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
