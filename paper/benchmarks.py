@@ -19,13 +19,11 @@ from paper.grading import accuracy, one_of, overlap, same_number, squad_words, s
 from support.files import check, read_json
 from support.sources import hub_files, read_file
 
-Row = dict  # one question, in the schema of its hub data set
 Task = dict
 """What a benchmark is:
-
 "hub":      (data set, configuration or None) on the hub; None: rows of the user's own, in a local folder
 "file":     what its files in a local folder are called, <file>.<split>.jsonl
-"rows":     (load, tokenizer) -> the rows to ask, where load(split) gives the rows of a split
+"rows":     (load, tokenizer) -> the rows to ask, where load(split) gives a split's rows, in the hub's schema
 "requests": row -> its requests
 "metrics":  row, their answers -> {metric: value}, to be averaged over rows
 """
@@ -58,7 +56,7 @@ def every_row(file: str, path: str, configuration: str | None, split: str) -> Ta
     return {"hub": (path, configuration), "file": file, "rows": lambda load, tokenizer: load(split)}
 
 
-def of_language(rows: list[Row], language: str) -> list[Row]:
+def of_language(rows: list[dict], language: str) -> list[dict]:
     found = [row for row in rows if row["id"].startswith(language + "-")]
     check(found, f"no row's id starts with {language}-")
     return found
@@ -82,7 +80,7 @@ def lettered(options: list[str], strict: bool = False) -> str:
     return "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=strict))
 
 
-def winogrande_requests(row: Row) -> list:
+def winogrande_requests(row: dict) -> list:
     """Partial evaluation: the option goes into the context, and what is scored is the rest of the sentence."""
     before, _, after = row["sentence"].partition("_")
     return [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
@@ -143,13 +141,6 @@ def tydiqa(code: str) -> Task:
     return {"hub": hub, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
 
 
-def release_example(rows: list[Row], language: str) -> Row:
-    """The release's example of a language: one generator draws one for each, the languages in alphabetical order."""
-    sampler, names = random.Random(42), sorted(names[0] for names in TYDIQA.values())
-    drawn = [sampler.sample(of_language(rows, name), 1)[0] for name in names[: names.index(language) + 1]]
-    return drawn[-1]
-
-
 def tydiqa_release(code: str) -> Task:
     """TyDiQA as the authors' release asks it: the same example for all, passages of at most 512 tokens, SQuAD's F1."""
     language, _, question, answer = TYDIQA[code]
@@ -161,7 +152,9 @@ def tydiqa_release(code: str) -> Task:
         return f"{passage}: {context}\n{question}: {row['question']}\n{answer}:"
 
     def rows(load, tokenizer):
-        shot = release_example(load("train"), language)
+        sampler, languages = random.Random(42), sorted(names[0] for names in TYDIQA.values())
+        drawn = {name: sampler.sample(of_language(load("train"), name), 1)[0] for name in languages}
+        shot = drawn[language]  # one generator draws for all languages, in alphabetical order
         start = f"{instruction}\n\n{prompt(shot, tokenizer)} {shot['answers']['text'][0]}\n\n"
         return [row | {"prompt": start + prompt(row, tokenizer)} for row in of_language(load("validation"), language)]
 
@@ -172,7 +165,7 @@ def tydiqa_release(code: str) -> Task:
     }
 
 
-def instructions_rows(load: Callable, tokenizer) -> list[Row]:
+def instructions_rows(load: Callable, tokenizer) -> list[dict]:
     """Rows of any schema that train.py reads, each as a prompt in its template and what should follow.
 
     A row may have a column "answer", the part of the output that counts; otherwise all of it does.
@@ -185,16 +178,16 @@ def instructions_rows(load: Callable, tokenizer) -> list[Row]:
     graded = []
     for number, (row, turns) in enumerate(zip(rows, found, strict=True), 1):
         output, answer = turns[-1]["content"], row.get("answer")
-        fits = isinstance(answer, str | int | float | None) and not isinstance(answer, bool)
-        check(fits, f"row {number}: its answer is {type(answer).__name__}, no text or number")
+        kind = type(answer)
+        check(kind in (type(None), str, int, float), f"row {number}: its answer is {kind.__name__}, no text or number")
         answer = None if answer is None else str(answer).strip()
-        counts = output.strip() if answer is None else answer
-        check(counts, f"row {number}: its answer is empty, which anything would match")
+        words = f"row {number}: its answer is empty, which anything would match"
+        check(output.strip() if answer is None else answer, words)
         graded.append({"prompt": prompt_text(turns[:-1], tokenizer), "output": output, "answer": answer} | whole)
     return graded
 
 
-def instructions_metrics(row: Row, answers: list[str]) -> dict[str, float]:
+def instructions_metrics(row: dict, answers: list[str]) -> dict[str, float]:
     """Is what was written the row's output? Or, where the row names an answer, does that stand in it (`stands_in`)?"""
     written, answer = answers[0].strip(), row["answer"]
     right = written == row["output"].strip() if answer is None else stands_in(answer, written)
@@ -265,30 +258,30 @@ OWN_ROWS = ("own rows", "instructions", "exact_match")  # a column beside those
 def add_groups(results: dict[str, dict]):
     """Add the groups of which every task has its result: weighted by rows (pooled standard error), or a plain mean."""
     for group, (names, metrics, weighted) in GROUPS.items():
-        if any(name not in results for name in names):
+        if not results.keys() >= {*names}:
             continue
         parts, score = [results[name] for name in names], {}
         sizes = [part["n"] for part in parts]
         weights = sizes if weighted else [1] * len(parts)
         for metric in metrics:
-            errors = [part[metric + "_stderr"] for part in parts]
             score[metric] = sum(part[metric] * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
-            score[metric + "_stderr"] = None
+            errors, error = [part[metric + "_stderr"] for part in parts], None
             if weighted and None not in errors:
                 total = sum((n - 1) * e**2 * n for n, e in zip(sizes, errors, strict=True)) / (sum(sizes) - len(sizes))
-                score[metric + "_stderr"] = math.sqrt(total / sum(sizes))
+                error = math.sqrt(total / sum(sizes))
             elif None not in errors:
-                score[metric + "_stderr"] = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+                error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+            score[metric + "_stderr"] = error
         results[group] = score | {"n": sum(sizes)}
 
 
 def task_names(asked: str) -> list[str]:
     """The tasks that a comma-separated list of tasks and groups means; all: the ten benchmarks of Table 1."""
-    names, table = [], [task for _, task, _ in TABLE]
+    parts = {name: [name] for name in TASKS} | {group: names for group, (names, _, _) in GROUPS.items()}
+    table, found = [task for _, task, _ in TABLE], []
+    parts["all"] = [name for task in table for name in parts[task]]
     for name in map(str.strip, asked.split(",")):
-        for part in table if name == "all" else [name]:
-            known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN_ROWS[1]])
-            words = f"--tasks {part!r} is not one of {known}, or one of their parts, such as mmlu_anatomy"
-            check(part in TASKS or part in GROUPS, words)
-            names += GROUPS[part][0] if part in GROUPS else [part]
-    return list(dict.fromkeys(names))
+        known = ", ".join(["all", *dict.fromkeys([*table, *GROUPS]), OWN_ROWS[1]])
+        check(name in parts, f"--tasks {name!r} is not one of {known}, or one of their parts, such as mmlu_anatomy")
+        found += parts[name]
+    return list(dict.fromkeys(found))

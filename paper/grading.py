@@ -124,8 +124,8 @@ def go_on(left: str, right: str) -> bool:
     """Whether a word or a number goes on from one text to the next: from "7" to "2", from "3." to "5"."""
     edge = left[-1:] + right[:1]
     word = all(unicodedata.category(c)[0] in "LNM" and not SPACELESS.match(c) for c in edge)
-    number = re.search(r"\d[.,]$", left) and re.match(r"\d", right)
-    return bool(len(edge) == 2 and word or number or re.search(r"\d$", left) and re.match(r"[.,]\d", right))
+    number = re.search(r"\d\|[.,]\d|\d[.,]\|\d", f"{left[-2:]}|{right[:2]}")
+    return bool(len(edge) == 2 and word or number)
 
 
 def stands_in(answer: str, text: str) -> bool:

@@ -1,1 +1,1 @@
-"""What any trainer needs and none of it is the paper: files, checkpoints, kernels, decoding, ranks, runs, flags."""
+"""What any trainer needs, and nothing of the paper."""

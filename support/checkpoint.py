@@ -1,4 +1,4 @@
-"""Checkpoints as files, in Hugging Face layout: both config dialects, shards, the hub; what is refused, and why."""
+"""Checkpoints in Hugging Face layout: config, weights, shards, the hub, and what is refused."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ ONLY, FREE_KEYS = KNOWN["only"], KNOWN["free"]
 
 
 def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
-    """The local folder of a checkpoint: the path itself, or the hub's snapshot of the files that match `patterns`."""
+    """A checkpoint's folder: the path itself, or the hub's snapshot of the files that match `patterns`."""
     name = str(name_or_path)
     if Path(name).is_dir():
         return Path(name)
@@ -61,7 +61,7 @@ def find_folder(name_or_path, patterns: list[str], revision: str | None = None, 
 
 
 def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) -> Path:
-    """`find_folder` of a model (default: all of its files); what is an adapter gets an error that says what to type."""
+    """`find_folder` of a model (default: all of its files). UserError for an adapter says what to type."""
     wanted = [*(patterns or CHECKPOINT_FILES + TOKENIZER_FILES), "adapter_config.json"]
     folder = find_folder(name_or_path, [file for file in wanted if file not in SHARDS], revision)
     here = [(folder / name).exists() for name in ("adapter_config.json", "config.json", "tokenizer.json")]
@@ -97,7 +97,7 @@ def special_token(folder: Path, name: str) -> str | None:
 
 
 def is_off(value) -> bool:
-    """Whether a setting that is not known here is as configurations leave what is not switched on."""
+    """Whether a setting is switched off."""
     return value in (None, False, "", [], {})
 
 
@@ -293,7 +293,7 @@ def save_model(model: nn.Module, folder):
 
 
 def end_of_text(folder: Path) -> list[int]:
-    """The token that every answer of the training data ended with. Many a base's generation_config names another."""
+    """The token that ends every answer of the training data. A base's generation_config may name another."""
     path = folder / "tokenizer.json"
     end = special_token(folder, "eos_token") if path.exists() else None
     found = tokenizers.Tokenizer.from_file(str(path)).token_to_id(end) if end else None
@@ -310,7 +310,7 @@ def generation_config(folder: Path, config: dict, ends: list[int]) -> dict:
 
 
 def check_fits(model: nn.Module, name: str, examples: list[tuple[Tensor, Tensor]]):
-    """UserError for samples, (ids, response) each, with tokens that the model does not have, or more than it reads."""
+    """UserError for samples, (ids, response) each, with unknown tokens, or with more than the model reads."""
     rows, most = model.config.vocab_size, model.config.max_position_embeddings
     largest, longest = max(int(ids.max()) for ids, _ in examples), max(len(ids) for ids, _ in examples)
     check(largest < rows, f"{name}: token id {largest} is outside the embedding of {rows} rows")

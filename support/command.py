@@ -43,7 +43,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
         def add(flag: str, bound: str | None = None, **settings):
             action = group.add_argument(flag, **settings)
-            if action.default not in (None, False, []):
+            if action.default not in (None, []) and action.default is not False:
                 action.help += " (default: %(default)s)"
             if bound:
                 self.bounds[flag] = (action.dest, bound)

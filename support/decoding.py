@@ -84,7 +84,7 @@ class Block:
                 self.cache[layer] = cache[:, going]
 
     def extend(self, width: int) -> Tensor:
-        """The positions of each row's last token and those after it, (rows, width), which are to be computed next."""
+        """The positions that are computed next, (rows, width): each row's last token and those after it."""
         last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.cache[0].device)
         positions = last + torch.arange(width, device=last.device)
         places = torch.arange(int(positions.max()) + 1, device=last.device)
@@ -106,13 +106,13 @@ def pad_right(lists: list[list[int]], device) -> Tensor:
 
 
 def check_numbers(values: Tensor, model: nn.Module):
-    """UserError where one of the values that a model gives is NaN or infinite: none of its answers means anything."""
+    """UserError if a model gives NaN or an infinite value."""
     words = "a prediction is no finite number, by its weights or its adapter's"
     check(values.isfinite().all(), f"{model.name_or_path}: {words}")
 
 
 def step(model: nn.Module, blocks: list[Block], max_new_tokens: int):
-    """Guess what comes next in each row, and compute the states of its last token and of the guess, all in one pass."""
+    """Guess what comes next in each row, and compute the states of its last token and the guess, in one pass."""
     rows, sizes = [row for block in blocks for row in block.rows], [len(block.rows) for block in blocks]
     for row in rows:
         row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new) - 1))
@@ -200,28 +200,25 @@ NEUTRAL = read_json(Path(__file__).with_name("decoding.json"))
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:
-    """What `generate` is to know of the checkpoint's generation_config.json: stop_ids and repetition_penalty.
+    """stop_ids and repetition_penalty of the checkpoint's generation_config.json, or config.json if there is none.
 
-    stop_ids: the tokenizer's ends of an answer, and those that the file names, or config.json where there is none.
-    UserError for a setting that would change what is written and is not implemented.
+    stop_ids also has the tokenizer's ends of an answer. UserError for a setting that is not implemented and would
+    change what is written.
     """
-    path = model.folder / "generation_config.json"
-    settings = read_json(path) if path.exists() else model.config.raw
-    where = path if path.exists() else model.folder / "config.json"
+    own = (model.folder / "generation_config.json").exists()
+    where = model.folder / ("generation_config.json" if own else "config.json")
+    settings = read_json(where) if own else model.config.raw
     for key, neutral in NEUTRAL.items():
-        value = settings.get(key)
-        words = f"{where}: {key} {value!r} is not implemented; take it out to have plain greedy decoding"
-        check(value in (None, False, "", [], {}, *neutral), words)
-    penalty = settings.get("repetition_penalty", 1.0)
-    check(
-        penalty is None or is_number(penalty) and penalty > 0,
-        f"{where}: repetition_penalty is {penalty!r}, not above 0",
-    )
-    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty or 1.0}
+        words = f"{where}: {key} {settings.get(key)!r} is not implemented; take it out to have plain greedy decoding"
+        check(settings.get(key) in (None, False, "", [], {}, *neutral), words)
+    penalty = settings.get("repetition_penalty")
+    penalty = 1.0 if penalty is None else penalty
+    check(is_number(penalty) and penalty > 0, f"{where}: repetition_penalty is {penalty!r}, not a number above 0")
+    return {"stop_ids": {*tokenizer.end_ids, *named_ends(settings, where)}, "repetition_penalty": penalty}
 
 
 def named_ends(settings: dict, where) -> list[int]:
-    """The tokens at which the configuration in the file `where` says that an answer ends: none, one or some."""
+    """eos_token_id of the configuration in the file `where`, as a list."""
     named = settings.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
     check(all(type(token) is int for token in named), f"{where}: eos_token_id is {named!r}, not tokens' numbers")

@@ -23,7 +23,7 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
-    """Write to `folder` the tokenizer's files of `source`, with the run's template; a model there is told its ends."""
+    """Write the tokenizer of `source` to `folder`, with the run's template; a model there gets its end tokens."""
     # a template stands in both places that are read, by older and by newer programs
     template = tokenizer.template.text if tokenizer.template else chat_template(tokenizer)
     settings = {key: value for key, value in tokenizer_settings(source).items() if value is not None}
@@ -81,7 +81,7 @@ def card(record: dict, name: str, defaults: dict) -> str:
 
 
 def given_flags(args: dict, defaults: dict) -> list[str]:
-    """The flags that make these arguments of the defaults; where a run was written, and how it went on, left out."""
+    """The flags that differ from the defaults, without those of the folder and of resuming."""
     found = []
     for name in args.keys() - {"model", "out", "overwrite", "resume", "pass_tokens", "device", "cache", "debug"}:
         if args[name] not in (defaults.get(name), None, False):

@@ -1,4 +1,4 @@
-"""Operations that keep less or run faster than their formula: each says its formula, and a test holds it to that."""
+"""Operations that need less memory or time than their formula. A test compares each with its formula."""
 
 from collections.abc import Callable, Iterable
 
@@ -63,7 +63,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _where(kept: Tensor, x: Tensor) -> Tensor:
-    """x where `kept` is 1, zero where it is 0: a product of bit patterns, which no infinity and no rounding enters."""
+    """x where `kept` is 1, zero where it is 0: a product of bit patterns, so infinities become zero too."""
     pattern = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x.contiguous().view(pattern) * kept).view(x.dtype)
 
@@ -71,7 +71,7 @@ def _where(kept: Tensor, x: Tensor) -> Tensor:
 def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
     """x with a share `rate` of its elements set to zero, and the factor that gives it back its expectation.
 
-    Layers that read the same x (q, k and v; gate and up) get the same. On a CPU the rate is rounded to 1 / 65,536.
+    Layers that read the same x (q, k and v; gate and up) get the same. On a CPU the rate is a multiple of 1 / 65,536.
     """
     on_cpu, dropped = x.device.type == "cpu", min(round(rate * 2**16), 2**16 - 1)
     if on_cpu and dropped == 0:
@@ -217,19 +217,17 @@ class PredictionStatistics:
     """Statistics of each token's predicted distribution, some of STATISTICS, kept chunk by chunk."""
 
     def __init__(self, names: Iterable[str]):
-        self.found = {name: [] for name in names}
+        self.names, self.chunks = list(names), []
 
     def __call__(self, log_p: Tensor):
-        for name, chunks in self.found.items():
-            chunks.append(STATISTICS[name](log_p))
+        self.chunks.append([STATISTICS[name](log_p) for name in self.names])
 
     def collect(self, nll: Tensor) -> dict[str, Tensor]:
         """{name: (T,) float32} of all rows since the last call; nll (T,): their losses, which may be none."""
-        found = {name: torch.cat([nll[:0], *chunks]) for name, chunks in self.found.items()}
-        self.found = {name: [] for name in self.found}
-        return found
+        chunks, self.chunks = self.chunks, []
+        return {name: torch.cat([nll[:0], *(chunk[i] for chunk in chunks)]) for i, name in enumerate(self.names)}
 
 
 def logits_at_once(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits that are computed together: 2^23 numbers, 32 MB; on a GPU 2^26, where reading the head costs."""
+    """Rows of logits that are computed together: 2^23 numbers (32 MB); on a GPU 2^26."""
     return max(1, 2 ** (26 if device.type == "cuda" else 23) // vocabulary)

@@ -1,4 +1,4 @@
-"""What is computed once and kept under a digest of all that it depends on: tensors, losses, answers of evaluations."""
+"""What is computed once and kept under a digest of all that it depends on: losses, answers."""
 
 import contextlib
 import fcntl
@@ -46,7 +46,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], head: dict[str, str], ot
 
 
 def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What `write_state` has written: (head, tensors). UserError for a file that is not whole, or of other content."""
+    """What `write_state` has written: (head, tensors). UserError for a damaged file."""
     file = open_safetensors(path)
     tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}  # not a mapping of the file
     head = file.metadata() or {}
@@ -56,7 +56,7 @@ def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def files_key(whole: Iterable[Path], dated: Iterable[Path] = ()) -> str:
-    """A digest of files by their names, sizes and contents; of the `dated` ones the time stands for the content."""
+    """A digest of files: names, sizes and contents; of `dated` files the time instead of the content."""
     digest, dated = hashlib.sha256(), set(dated)
     for path in sorted({*whole, *dated}, key=lambda path: path.name):
         status = path.stat()
@@ -68,7 +68,7 @@ def files_key(whole: Iterable[Path], dated: Iterable[Path] = ()) -> str:
 
 
 def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> str:
-    """A digest of all files that a model's answers depend on; of its weights by size and time alone, unless `whole`."""
+    """A digest of all files that a model's answers depend on; weights by size and time, unless `whole`."""
     weights = {stored.path for stored in find_tensors(model).values()}
     patterns = ("config.json", "generation_config.json", "chat_template*", *TOKENIZER_FILES)
     files = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
@@ -79,7 +79,7 @@ def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> 
 
 
 def losses_key(model: Path, adapter: Path | None, examples: Iterable[tuple], dtype: str, device: str) -> str:
-    """A digest of all that losses depend on: files' contents, dtype, kind of device; examples: (ids, response) each."""
+    """A digest of all that losses depend on; examples: (ids, response) each."""
     digest = hashlib.sha256(f"{LOSSES} {dtype} {device} {model_key(model, adapter, whole=True)}".encode())
     for ids, response in examples:
         digest.update(f" {len(ids)} ".encode() + ids.numpy().tobytes() + response.numpy().tobytes())
@@ -136,7 +136,7 @@ class Report:
 
     @contextlib.contextmanager
     def saving(self, record: dict):
-        """Within it no other process writes, and `record` has all that the file holds of it. Its end is written."""
+        """A context in which no other process writes. `record` gets what the file holds, and is saved at the end."""
         if not self.path:
             yield
             return

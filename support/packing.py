@@ -92,12 +92,12 @@ def shared_prefix(requests: list[Scored]) -> list[int]:
 class Tree:
     """Requests that begin alike as one sequence: every token they share stands once, each attends to its ancestors.
 
-    ids: the tokens. parents: of each, the place of the one before it in its request, or -1. depths: its position there.
-    path: the places of the last request. scored: request -> the places that predict its targets.
+    ids: the tokens. parents: for each, the place of the one before it in its request, or -1. path: the places of the
+    request that came last. scored: request -> the places that predict its targets.
     """
 
     def __init__(self):
-        self.ids, self.parents, self.depths, self.path, self.scored = [], [], [], [], {}
+        self.ids, self.parents, self.path, self.scored = [], [], [], {}
 
     def common(self, inputs: list[int]) -> int:
         """How many tokens a request shares with the one before it."""
@@ -109,7 +109,6 @@ class Tree:
         self.path = self.path[:shared]
         for token in inputs[shared:]:
             self.parents.append(self.path[-1] if self.path else -1)
-            self.depths.append(len(self.path))
             self.path.append(len(self.ids))
             self.ids.append(token)
         self.scored[i] = self.path[len(self.path) - targets :]
@@ -141,7 +140,7 @@ def price_ratio(config) -> float:
 
 
 def pack(trees: list[Tree], batch_tokens: int, device: torch.device) -> list[list[Tree]]:
-    """Trees in batches of at most `batch_tokens` tokens, padding included, or of one tree; the longest come first."""
+    """Trees in batches of at most `batch_tokens` padded tokens (one tree at least), the longest first."""
     trees = sorted(trees, key=lambda tree: -len(tree.ids))
     cuts = cut_batch([len(tree.ids) for tree in trees], ROWS, pass_cost(device), batch_tokens)
     return [trees[first:end] for first, end in pairwise(cuts)]
@@ -161,5 +160,6 @@ def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, 
         for place, parent in enumerate(tree.parents):
             if parent >= 0:
                 seen[place] |= seen[parent]
-    ids, depths = pad_right([tree.ids for tree in batch], device), pad_right([tree.depths for tree in batch], device)
-    return ids, prefix + depths, torch.from_numpy(mask[:, :, causal:]).contiguous().to(device)
+    positions = torch.from_numpy(mask[:, 0].sum(axis=-1) - 1)  # as many as stand before a token in its request
+    mask = torch.from_numpy(mask[:, :, causal:].copy())
+    return pad_right([tree.ids for tree in batch], device), positions.to(device), mask.to(device)

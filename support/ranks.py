@@ -1,4 +1,4 @@
-"""The processes of one job, as torchrun starts them: who does what, sums over all, weights cut into one part each."""
+"""The processes of a torchrun job: shares of the work, sums over ranks, sharded weights."""
 
 import os
 

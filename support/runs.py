@@ -32,7 +32,7 @@ ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each parameter
 
 
 def new_folder(args) -> Path:
-    """The folder of a new run, --out or a fresh one. UserError when it holds a run, unless it is to be replaced."""
+    """The folder of a new run, --out or a fresh one. UserError if it holds another run."""
     name = f"{Path(args.model).name}-{args.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.out or f"runs/{name}")
     files.check_writable(folder / "run.json")
@@ -64,7 +64,7 @@ def check_reads(folder: Path, arguments: dict):
 
 
 def read_record(folder: Path) -> dict:
-    """A run's run.json; {} if there is none yet. UserError unless its parts are objects, and its seconds numbers."""
+    """A run's run.json; {} if there is none yet. UserError if it is no record of a run."""
     path = folder / "run.json"
     record = files.read_json(path) if path.exists() else {}
     parts = [record.get(part, {}) for part in ("arguments", "fingerprints", "seconds")]
@@ -189,7 +189,7 @@ class Checkpoints:
         return self.done
 
     def after(self, step: int, stop: bool):
-        """Write a checkpoint if one is due after this step; end the script if a signal, of any rank, asked for it."""
+        """Write a checkpoint if one is due; end the script if a signal to any rank asked for it."""
         if self.folder and (stop or step % self.every == 0 or step == self.steps):
             self.write(step)
             if stop and step < self.steps:
@@ -302,7 +302,7 @@ class Run:
             save_adapter(folder)
 
     def finish(self, seconds: dict[str, float], auto: dict):
-        """Add to the record the `seconds` of each part and of the trainings, and what --rho auto did, if anything."""
+        """Add the `seconds` of each part and what --rho auto did to the record."""
         inner = self.folder / "reference"
         logs = {"reference": read_log(inner) if inner in self.trained else [], "training": read_log(self.folder)}
         seconds |= {what: sum(line["seconds"] for line in lines) for what, lines in logs.items()}

@@ -116,7 +116,7 @@ def turns(value, what: str, account: Account) -> list[Message]:
 
 
 def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Message]:
-    """A question and its answer, each a text or messages; Alpaca's input or Dolly's context is a line of its own."""
+    """A question and its answer, texts or messages; Alpaca's input or Dolly's context is a line of its own."""
     question, answer = (
         turns(row[name], name, account) if isinstance(row[name], list) else [message(role, row[name])]
         for name, role in zip(schema, SPEAKERS, strict=True)

@@ -225,7 +225,7 @@ def rating(row, field: str) -> float | None:
 
 
 def best_rated(rows: dict[str, list[dict]], top: int, field: str, account: Account) -> dict[str, list[dict]]:
-    """The `top` rows of all sources with the highest rating; of equals the first. UserError for a row without one."""
+    """The `top` best-rated rows of all sources; of equals the first. UserError for a row without a rating."""
     ratings = {(name, i): rating(row, field) for name, found in rows.items() for i, row in enumerate(found, 1)}
     rated = [place for place in ratings if ratings[place] is not None]
     for source, number in [place for place in ratings if ratings[place] is None]:

@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template (--template model), a program in Jinja: a conversation as ids, which supervised."""
+"""--template model: a conversation in the checkpoint's chat template, as ids and mask."""
 
 import bisect
 import itertools
@@ -15,7 +15,7 @@ from support.checkpoint import tokenizer_settings
 from support.files import UserError, check, read_json, readable, told
 from support.runs import read_record
 
-# Characters that stand in no text: within a control token that a text only spells, around what a template generates
+# Characters of no text: within a control token that a text spells, around what a template generates
 GUARD, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!?!"}]
 
@@ -45,7 +45,7 @@ def raise_exception(message: str):
 def compile_template(text: str) -> jinja2.Template:
     """A chat template, to be rendered in a sandbox as transformers' is, with the same names.
 
-    But for strftime_now and lipsum: one seed is to give one run on any day. Llama 3's then write a date of their own.
+    Without strftime_now and lipsum: one seed gives one run on any day. Llama 3's template then writes a fixed date.
     """
     extensions = ["jinja2.ext.loopcontrols", Generation]
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
@@ -62,7 +62,7 @@ class ChatTemplate:
     """A checkpoint's template and tokenizer. text: the Jinja source; end: the control token that closes an answer."""
 
     def __init__(self, text: str, tokenizer, folder: Path):
-        """tokenizer: support.tokenizer's. Raises UserError where this template is not one that can be trained in."""
+        """tokenizer: support.tokenizer's. UserError for a template that cannot be used for training."""
         self.text, self.tokenizer, self.of = text, tokenizer, f"the chat template of {folder}"
         with told(f"{self.of} cannot be read"):
             self.compiled = compile_template(text)
@@ -145,17 +145,17 @@ class ChatTemplate:
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """What transformers gives a template besides the conversation: each special token that has a name of its own."""
+    """What transformers gives a template besides the conversation: the named special tokens."""
     settings = tokenizer_settings(folder)
     extra = settings.get("extra_special_tokens")
     found = {name: token for name, token in settings.items() if name.endswith("_token")}
-    found |= extra if isinstance(extra, dict) else {}  # what both name is the latter's
+    found |= extra if isinstance(extra, dict) else {}  # it counts first
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def find_template(folder: Path) -> str:
-    """The Jinja text of a checkpoint's default template, from where transformers reads it; UserError if it has none."""
+    """The Jinja text of a checkpoint's default template. UserError if it has none."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     text = read_json(config).get("chat_template") if config.exists() else None
     if isinstance(text, list):  # several, each with its name

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, guarded: whatever its file or a text makes its library do, a UserError says so."""
+"""A checkpoint's tokenizer. A UserError tells whatever its file or a text makes its library do."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def quiet():
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer.json, as SFT needs it: control tokens come in where a template writes them, never a row.
+    """A checkpoint's tokenizer. Control tokens come from a template, never from a row.
 
     eos_id: its end of text. bos: what its config calls its beginning, added or not. prefix: the ids that it puts in
     front (BOS, or nothing), start: their text. lost: what it could not write so far, in words. longest: the characters
@@ -61,7 +61,7 @@ class Tokenizer:
         self.guard_tokens({eos, bos, "<|system|>", "<|user|>", "<|assistant|>", *special.values()})
 
     def guard_tokens(self, names: set[str]):
-        """Have these tokens, where there are such, come in from a template alone: what a row spells is characters."""
+        """Let these tokens come from a template alone: what a row spells is characters."""
         added = self.backend.get_added_tokens_decoder().items()
         self.control |= {t.content: number for number, t in added if t.content in names and t.content.strip()}
         tokens = sorted((token for _, token in added if token.content in self.control), key=lambda t: -len(t.content))
@@ -75,7 +75,7 @@ class Tokenizer:
         self.unsteady = {token.content for token in odd}
 
     def guard(self, text: str) -> str:
-        """What a row says, for a template: a GUARD within each control token that it spells keeps it from being one."""
+        """A row's text for a template, with a GUARD inside each control token that it spells."""
         return self.spelled.sub(lambda found: found[0][0] + GUARD + found[0][1:], text.replace(GUARD, GUARD * 2))
 
     def read(self, text: str) -> list[tuple[int, int, int]]:
@@ -129,7 +129,7 @@ class Tokenizer:
         return found
 
     def encode_prompts(self, texts: list[str], with_prefix: bool = True) -> list[list[int]]:
-        """Token ids of texts from a benchmark, as transformers encodes them: spelled-out special tokens are special."""
+        """Token ids of a benchmark's texts, as transformers encodes them: spelled special tokens are special."""
         self.backend.encode_special_tokens = False
         with told("the tokenizer cannot encode a benchmark's texts"):
             return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=with_prefix)]

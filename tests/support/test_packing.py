@@ -13,7 +13,7 @@ from support.tokenizer import load_tokenizer
 def test_a_tree_by_hand():
     requests = [Scored([9, 1, 2, 3, 4], [4, 5]), Scored([9, 1, 2, 6], [7]), Scored([9, 1, 2, 6], [8])]
     (tree,) = plant(requests, prefix=1, ratio=100)
-    assert tree.ids == [1, 2, 3, 4, 6] and tree.depths == [0, 1, 2, 3, 2] and tree.parents == [-1, 0, 1, 2, 1]
+    assert tree.ids == [1, 2, 3, 4, 6] and tree.parents == [-1, 0, 1, 2, 1]
     assert tree.scored == {0: [2, 3], 1: [4], 2: [4]}
     ids, positions, mask = tree_tensors([tree], 1, "cpu")
     assert ids.tolist() == [[1, 2, 3, 4, 6]] and positions.tolist() == [[1, 2, 3, 4, 3]]
