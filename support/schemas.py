@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
 from support.files import UserError, check, told
@@ -74,9 +75,12 @@ def about_the_row(given: dict, reads: set[str], place: str, changes=("changes", 
 
 
 def listed(value, wrong: str) -> list:
-    """A list, as it is or as a text of JSON. Raises UserError(wrong) for any other value."""
-    with told(f"{wrong}, nor its JSON"):
+    """A list, as it is, as a text of JSON, or as a struct of lists. Raises UserError(wrong) for any other value."""
+    with told(f"{wrong}, nor its JSON, nor lists of one length"):
         value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, dict):  # as parquet files may store a list of structs
+            columns = {key: held for key, held in value.items() if held is not None}
+            value = [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
     check(isinstance(value, list), f"{wrong}, but {type(value).__name__}")
     return value
 
@@ -111,14 +115,18 @@ def turn(given: dict, account: Account) -> Message:
     return found | ({"weight": 0} if found["role"] == "assistant" and False in marks.values() else {})
 
 
-def turns(value, what: str, account: Account) -> list[Message]:
-    return [turn(given, account) for given in listed(value, f"{what} is no list of messages")]
+def turns(value, what: str, account: Account, speakers=()) -> list[Message]:
+    """The messages of a list of objects, or, with `speakers`, of texts that these say in turn (LIMA)."""
+    found = listed(value, f"{what} is no list of messages")
+    if speakers and all(isinstance(text, str) for text in found):
+        found = [{"role": role, "content": text} for role, text in zip(cycle(speakers), found, strict=False)]
+    return [turn(given, account) for given in found]
 
 
 def exchange(row: dict, schema: tuple[str, str], account: Account) -> list[Message]:
     """A question and its answer, texts or messages; Alpaca's input or Dolly's context is a line of its own."""
     question, answer = (
-        turns(row[name], name, account) if isinstance(row[name], list) else [message(role, row[name])]
+        turns(row[name], name, account) if isinstance(row[name], list | dict) else [message(role, row[name])]
         for name, role in zip(schema, SPEAKERS, strict=True)
     )
     extras = [name for name in ("input", "context") if not absent(row.get(name)) and name in SCHEMAS[schema]]
@@ -144,7 +152,7 @@ def read_row(row: dict, schema: tuple[str, ...], account: Account) -> list[list[
     if schema == NODE:  # checked here, and read once its tree is whole
         tree_conversations({**row, "role": "user", "replies": [row | {"replies": []}]})
         return []
-    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account)
+    found = exchange(row, schema, account) if len(schema) == 2 else turns(row[schema[0]], schema[0], account, SPEAKERS)
     for first in (message("system", row[name]) for name in SYSTEM if not absent(row.get(name))):
         other = found and found[0]["role"] == "system" and found[0] != first
         check(not other, "a column for the system message beside a conversation that has another one")
