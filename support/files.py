@@ -98,7 +98,7 @@ def check_writable(path: Path):
 
 
 def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = False):
-    """Write `path` whole or not at all, by write(temporary). others_write: other processes may write it too."""
+    """Write `path` whole or not at all, by write(temporary). others_write: others may too, and the first file stays."""
     temporary = path.with_name(path.name + (f".{os.uname().nodename}.{os.getpid()}.tmp" if others_write else ".tmp"))
     with writing(path):
         check_regular(path)
@@ -107,7 +107,8 @@ def write_whole(path: Path, write: Callable[[Path], None], others_write: bool = 
             os.umask(umask := os.umask(0))
             temporary.chmod(0o666 & ~umask)  # as any new file; safetensors' own are for their owner alone
             _to_disk(temporary)  # first the content, then the name
-            os.replace(temporary, path)
+            with contextlib.suppress(FileExistsError):
+                (os.link if others_write else os.replace)(temporary, path)
             _to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
