@@ -358,7 +358,7 @@ DATA = [
     ("unknown schema", rows({"question": "Q", "answer": "A"}),
         "row 1: columns answer, question fit no schema (messages; conversations; prompt/completion; instruction/out"),
     ("half of the rows of no schema", rows(EXCHANGE, {"prompt": "Q"}), "row 2: columns prompt fit no schema (messages"),
-    ("messages are no list", rows({"messages": "Q"}), "row 1: messages is no list of messages, nor its JSON: Exp"),
+    ("messages are no list", rows({"messages": "Q"}), "row 1: messages is no list of messages, nor its JSON, nor"),
     ("messages of two forms", rows({"messages": ["Q", {}]}), "row 1: a message is str, not an object with a role"),
     ("two answers to one question", rows(ALPACA | {"output": ["A", "B"]}), "row 1: a message is str, not an object"),
     ("role unknown", says(user("Q"), {"role": "tool", "content": "A"}), "row 1: role 'tool' is not system, user or"),
