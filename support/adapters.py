@@ -7,17 +7,11 @@ from pathlib import Path
 import pyarrow.compute
 from torch import nn
 
-from support.checkpoint import find_folder, is_off, open_safetensors, pickled, stored_in, write_tensors
+from support.checkpoint import check_known, find_folder, open_safetensors, pickled, stored_in, write_tensors
 from support.files import check, is_count, is_number, read_json, told
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "run.json"]
 PREFIX = "base_model.model."
-# Keys of adapter_config.json that are read here, or change nothing
-KNOWN_KEYS = """
-peft_type bias r lora_alpha lora_dropout init_lora_weights target_modules exclude_modules layers_to_transform
-layers_pattern task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core
-qalora_group_size runtime_config ensure_weight_tying fan_in_fan_out loftq_config eva_config corda_config lora_ga_config
-""".split()
 
 
 def find_adapter(name_or_path) -> Path:
@@ -46,69 +40,58 @@ def write_factors(folder, factors: dict[str, tuple], linears: dict[str, nn.Linea
 
 
 def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, float, float, dict[str, tuple]]:
-    """An adapter's rank, alpha, dropout, and {layer: (A, B)}, from a folder that we or peft wrote.
+    """An adapter's rank, alpha, dropout, and {layer: (A, B)}. linears: the base's layers that can be adapted, by name.
 
-    linears: the base model's layers that can be adapted, by their dotted names. UserError names a tensor that is
-    missing, left over or of another shape, and a setting that matters and is not implemented.
+    UserError, by name, for a tensor missing, left over or of another shape, and for what is not implemented of peft.
     """
-    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    kind, bias, drawn = config.get("peft_type"), config.get("bias", "none"), config.get("init_lora_weights", True)
+    config = {"peft_type": None} | read_json(folder / "adapter_config.json")
+    check_known(folder, config, "adapter_config.json")
     rank, alpha, rate = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    check(kind == "LORA" and bias == "none", f"{folder}: peft_type {kind}, bias {bias} is not plain LoRA")
     check(is_count(rank), f"{folder}: r is {rank!r}, not a whole number above 0")
     check(is_number(alpha), f"{folder}: lora_alpha is {alpha!r}, not a number")
     check(is_number(rate) and 0 <= rate < 1, f"{folder}: lora_dropout is {rate!r}, not a number in [0, 1)")
-    plain = drawn in (True, False, None, "gaussian")  # the others change the base too
-    check(plain, f"{folder}: init_lora_weights {drawn!r} is not implemented")
-    for key in sorted(config.keys() - KNOWN_KEYS):
-        value = config[key]
-        check(is_off(value), f"{folder}: {key} is not implemented, and may change the result; it is {value!r}")
 
-    stored, expected = stored_in(path), {}
-    found = {name.removeprefix(PREFIX).rpartition(".lora_")[0]: name for name in stored}
-    for target in sorted(found):
-        check(target in linears, f"{path}: {found[target]} adapts no linear layer of this decoder")
-        expected[f"{PREFIX}{target}.lora_A.weight"] = [rank, linears[target].in_features]
-        expected[f"{PREFIX}{target}.lora_B.weight"] = [linears[target].out_features, rank]
-    named = described_layers(config, linears, folder)
-    named = set(found) if named is None else named
-    more, missing = found.keys() - named, named - found.keys()
-    check(not more, f"{path} has tensors for {min(more, default='')}, which target_modules does not name")
-    of = f"{len(missing)} of the {len(named)} layers that target_modules names, such as {min(missing, default='')}"
-    check(found and not missing, f"{path} has no tensors for {of}: it is not whole")
-    for name in sorted(expected.keys() | stored.keys()):
-        check(name in stored, f"{path}: {name} is missing")
-        check(name in expected, f"{path}: tensor {name} has no place in a plain LoRA adapter")
-        shape = stored[name].shape
-        check(shape == expected[name], f"{path}: {name} has shape {shape}, not {expected[name]}")
-    read, parts = open_safetensors(path).get_tensor, ("lora_A", "lora_B")
-    factors = {target: tuple(read(f"{PREFIX}{target}.{part}.weight") for part in parts) for target in sorted(found)}
+    layers, expected = sorted(described_layers(config, linears, folder)), {}
+    for name in layers:
+        expected[f"{PREFIX}{name}.lora_A.weight"] = [rank, linears[name].in_features]
+        expected[f"{PREFIX}{name}.lora_B.weight"] = [linears[name].out_features, rank]
+    path = folder / "adapter_model.safetensors"
+    stored = stored_in(path)
+    for name in stored:
+        check(name in expected, f"{path}: {name} has no place in the layers that target_modules names")
+    missing = sorted(expected.keys() - stored)
+    check(not missing, f"{path}: {len(missing)} of {len(expected)} tensors are missing: {missing[:1]}")
+    check(stored, f"{path} has no tensors")
+    for name, shape in expected.items():
+        check(stored[name].shape == shape, f"{path}: {name} has shape {stored[name].shape}, not {shape}")
+    read = open_safetensors(path).get_tensor
+    factors = {name: tuple(read(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB") for name in layers}
     return rank, alpha, rate, factors
 
 
-def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) -> set[str] | None:
-    """The layers that an adapter's config names, as peft reads it; None if it has no target_modules."""
+def matching(given: list[str] | str, names: list[str], folder: Path) -> set[str]:
+    """Those of `names` that peft means by `given`: ends of names, or a pattern of a whole name."""
+    if isinstance(given, list):
+        ends = tuple(f".{end}" for end in given)
+        return {name for name in names if f".{name}".endswith(ends)}
+    with told(f"{folder}: {given[:60]!r} is no pattern that can be matched here"):
+        re.compile(given)  # peft's language; RE2, which knows most of it, needs no longer for any pattern
+        found = pyarrow.compute.match_substring_regex(pyarrow.array(names, "string"), f"^(?:{given})$")
+    return {name for name, matched in zip(names, found.to_pylist(), strict=True) if matched}
 
-    def matching(key: str, among=tuple(linears)) -> set[str]:
-        given = config.get(key) or []
-        if isinstance(given, list) and all(isinstance(name, str) for name in given):
-            return {name for name in among if f".{name}".endswith(tuple(f".{end}" for end in given))}
-        check(isinstance(given, str), f"{folder}: {key} is {given!r}, not names")
-        with told(f"{folder}: {given[:60]!r} is no pattern that can be matched here"):
-            re.compile(given)  # peft's language; RE2 knows most of it, and no pattern takes it long
-            found = pyarrow.compute.match_substring_regex(pyarrow.array(among, "string"), f"^(?:{given})$")
-        return {name for name, matched in zip(among, found.to_pylist(), strict=True) if matched}
 
-    pattern, only, whole = map(config.get, ("layers_pattern", "layers_to_transform", "target_modules"))
-    check(pattern in (None, [], ["layers"], "layers"), f"{folder}: layers_pattern {pattern!r} is not of this decoder")
-    only = [only] if isinstance(only, int) else only or []
-    numbers = isinstance(only, list) and all(isinstance(number, int) for number in only)
-    check(numbers, f"{folder}: layers_to_transform is {only!r}, not numbers")
-    if whole in (None, "all-linear"):
-        return whole and set(linears) - matching("exclude_modules")
-    more = matching("target_modules", ("lm_head", "model.embed_tokens"))
-    check(not more, f"{folder}: target_modules names the head or the embedding, which are not adapted here")
-    found = matching("target_modules") - matching("exclude_modules")
-    if only and isinstance(whole, list):
-        found = {name for name in found if name in whole or int(name.split(".")[2]) in only}
+def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) -> set[str]:
+    """The layers that an adapter's config says it adapts, as peft reads it."""
+    for key, kind in {"target_modules": str, "exclude_modules": str, "layers_to_transform": int}.items():
+        value, what = config.get(key), "names" if kind is str else "numbers"
+        listed = isinstance(value, list) and all(isinstance(one, kind) for one in value)
+        check(listed or isinstance(value, kind | None), f"{folder}: {key} is {value!r}, not {what}")
+    targets, only = config.get("target_modules") or [], config.get("layers_to_transform")
+    names = [*linears, "lm_head", "model.embed_tokens"]
+    found = set(linears) if targets == "all-linear" else matching(targets, names, folder)
+    check(found <= linears.keys(), f"{folder}: target_modules names the head or the embedding")
+    found -= matching(config.get("exclude_modules") or [], names, folder)
+    if isinstance(targets, list) and only not in (None, []):
+        numbers = only if isinstance(only, list) else [only]
+        found = {name for name in found if name in targets or int(name.split(".")[2]) in numbers}
     return found

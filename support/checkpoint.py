@@ -1,10 +1,9 @@
 """Checkpoints in Hugging Face layout: config, weights, shards, the hub, and what is refused."""
 
 import functools
-import json
 import shutil
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -21,6 +20,7 @@ SHARDS = ["model.safetensors.index.json", "model-*.safetensors"]  # read where t
 CHECKPOINT_FILES = ["config.json", "generation_config.json", "model.safetensors", *SHARDS]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Stored = namedtuple("Stored", "path name shape dtype")  # a tensor in a file, and the name that it has there
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What to do about an error of the hub's client, by the first class of it that stands here
 NEXT_STEPS = {
@@ -28,17 +28,13 @@ NEXT_STEPS = {
     "RepositoryNotFoundError": "check the name; what is private needs HF_TOKEN",
     "Exception": "check the name, the revision, the connection and HF_ENDPOINT, or give a local folder",
 }
-KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-CLASS_TOKENS = KNOWN["class_tokens"]  # special tokens that a class of transformers has without tokenizer_config.json
-# Keys of config.json: those that are read, those with one implemented value, and those that change no logits
+# "any value": keys that are read, or change no logits. "these values": the implemented ones of other keys.
+# "class_tokens": special tokens that a class of transformers has without tokenizer_config.json
+KNOWN = read_json(Path(__file__).with_suffix(".json"))
+OFF = (None, False, 0, 0.0, "", [], {})  # what any other key may be
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_KEYS}
-READ_KEYS = {*SIZES, *OPTIONAL_SIZES, *FLAGS, "model_type", "architectures", "dtype", "torch_dtype", "rms_norm_eps"}
-READ_KEYS |= {"rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "max_window_layers", "layer_types"}
-ONLY, FREE_KEYS = KNOWN["only"], KNOWN["free"]
 
 
 def find_folder(name_or_path, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
@@ -69,8 +65,7 @@ def find_checkpoint(name_or_path, revision: str | None = None, patterns=None) ->
         folder = find_folder(name_or_path, SHARDS, revision)
     if here[0] and not (here[1] or (here[2] and SHARDS[0] not in wanted)):  # a run's tokenizer may be asked for
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        merged = f", or --model {name_or_path}/merged" if (folder / "merged").is_dir() else ""
-        use = f"give --model {base} (and to evaluate.py or paper.visualize --adapter {name_or_path}){merged}"
+        use = f"give --model {base} (and to evaluate.py or paper.visualize --adapter {name_or_path})"
         raise UserError(f"{name_or_path} is an adapter of {base}, no whole model: {use}")
     return folder
 
@@ -85,7 +80,7 @@ def tokenizer_settings(folder: Path) -> dict:
     kind = str(said.get("tokenizer_class") or "").removesuffix("Fast")
     if kind == "LlamaTokenizer" and '"ByteLevel"' in (folder / "tokenizer.json").read_text(encoding="utf-8"):
         kind = ""
-    return CLASS_TOKENS.get(kind, {}) | said | {"tokenizer_class": kind}
+    return KNOWN["class_tokens"].get(kind, {}) | said | {"tokenizer_class": kind}
 
 
 def special_token(folder: Path, name: str) -> str | None:
@@ -96,9 +91,12 @@ def special_token(folder: Path, name: str) -> str | None:
     return token
 
 
-def is_off(value) -> bool:
-    """Whether a setting is switched off."""
-    return value in (None, False, "", [], {})
+def check_known(where: Path, settings: dict, table: str):
+    """UserError for the first setting that is not implemented. table: the part of KNOWN that lists them."""
+    known = KNOWN[table]
+    for key in sorted(settings.keys() - known["any value"]):
+        fits = repr(settings[key]) in map(repr, known["these values"].get(key, OFF))  # 1 is not True
+        check(fits, f"{where}: {key} {settings[key]!r} is not implemented, and may change the result")
 
 
 def read_architecture(folder: Path) -> dict:
@@ -109,13 +107,9 @@ def read_architecture(folder: Path) -> dict:
     name = names[0] if isinstance(names, list) else names
     known = any(family == of and name in (None, its) for its, of in FAMILIES.items())
     check(known, f"{path}: architecture {name} of model_type {family} is not one of {FAMILIES}")
+    check_known(path, {key: raw[key] for key in raw.keys() - NEUTRAL if key[:1] != "_"}, "config.json")
     for key in (*SIZES, *(key for key in OPTIONAL_SIZES if raw.get(key) is not None)):
         check(is_count(raw.get(key)), f"{path}: {key} is {raw.get(key)!r}, not a whole number above 0")
-    for key in FLAGS:
-        check(isinstance(raw.get(key), bool | None), f"{path}: {key} is {raw.get(key)!r}, not true or false")
-    for key in sorted(raw.keys() - {*READ_KEYS, *FREE_KEYS, *NEUTRAL, *(key for key in raw if key[:1] == "_")}):
-        fits = raw[key] == ONLY[key] if key in ONLY else is_off(raw[key])
-        check(fits, f"{path}: {key} {raw[key]!r} is not implemented, and may change what the model computes")
 
     used, kinds, full = raw.get("use_sliding_window"), raw.get("layer_types") or [], raw.get("max_window_layers", 28)
     beyond = is_count(full) and full >= raw["num_hidden_layers"]  # the first layer that has a window
@@ -126,11 +120,10 @@ def read_architecture(folder: Path) -> dict:
 
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the first counts where both are there
     check(isinstance(rope, dict), f"{path}: rope parameters {rope!r} are no JSON object")
-    theta, given = raw.get("rope_theta"), {key: value for key, value in rope.items() if value is not None}
-    rope = {"rope_type": rope.get("type") or "default", "rope_theta": 10000.0 if theta is None else theta} | given
-    fits = rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
-    fits = fits and all(key in ROPE_KEYS or is_off(value) for key, value in rope.items())
-    check(fits, f"{path}: rope parameters {rope} are not implemented, only type default or llama3, one for all layers")
+    given = {key: value for key, value in rope.items() if value is not None}
+    theta = 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"]
+    rope = {"rope_type": rope.get("type") or "default", "rope_theta": theta} | given
+    check_known(path, rope, "rope")
     numbers = {"rms_norm_eps": raw.get("rms_norm_eps", 1e-6), "rope_theta": rope["rope_theta"]}
     numbers |= {key: rope.get(key) for key in LLAMA3_KEYS if rope["rope_type"] == "llama3"}
     for key, value in numbers.items():
@@ -138,20 +131,17 @@ def read_architecture(folder: Path) -> dict:
     low, high = numbers.get("low_freq_factor", 0), numbers.get("high_freq_factor", 1)
     check(low < high, f"{path}: low_freq_factor is not below high_freq_factor")
 
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "auto"
-    fits = dtype in ("auto", "float64", "float32", "float16", "bfloat16")
-    check(fits, f"{path}: dtype {dtype!r} is no float that is implemented")
     heads, key_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
     head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
     fits = heads % key_heads == 0 and head_dim % 2 == 0 and head_dim > 0
     check(fits, f"{path}: {heads} heads over {key_heads} key heads, of {head_dim} dimensions, do not come out even")
-    biased, tied, mlp_biased = (bool(raw.get(key)) for key in ("attention_bias", "tie_word_embeddings", "mlp_bias"))
+    dtype, biased = raw.get("dtype") or raw.get("torch_dtype") or "auto", bool(raw.get("attention_bias"))
     fields = {key: raw[key] for key in SIZES} | {"num_key_value_heads": key_heads, "head_dim": head_dim}
     fields |= {"qkv_bias": biased or family == "qwen2", "output_bias": biased and family != "qwen2"}
-    fields |= {"mlp_bias": mlp_biased and family == "llama", "qk_norm": family == "qwen3", "tie_word_embeddings": tied}
-    fields |= {"rms_norm_eps": numbers["rms_norm_eps"], "rope": rope, "raw": raw}
+    fields |= {"mlp_bias": bool(raw.get("mlp_bias")) and family == "llama", "qk_norm": family == "qwen3"}
+    fields |= {"tie_word_embeddings": bool(raw.get("tie_word_embeddings")), "rope": rope, "raw": raw}
     fields |= {"max_position_embeddings": raw.get("max_position_embeddings") or 2048}
-    return fields | {"dtype": None if dtype == "auto" else getattr(torch, dtype)}
+    return fields | {"rms_norm_eps": numbers["rms_norm_eps"], "dtype": getattr(torch, dtype, None)}
 
 
 def open_safetensors(path: Path):
@@ -164,15 +154,6 @@ def pickled(path: Path, program: str) -> str:
     """What to do about weights that are no safetensors."""
     why = "pickled weights can run any program when they are read"
     return f'only {path.name}: {why}. If you trust it: python -c "{program}"'
-
-
-class Stored(NamedTuple):
-    """A tensor in a file: where it is, the name that it has there, its shape and dtype."""
-
-    path: Path
-    name: str
-    shape: list[int]
-    dtype: torch.dtype
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
@@ -216,7 +197,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def find_weights(folder: Path, config) -> dict[str, Stored]:
-    """`find_tensors` for `config`, a tied head under one name. UserError for a size that no stored tensor has."""
+    """`find_tensors` for `config`, a tied head under one name. UserError for a config of a larger model."""
     found = find_tensors(folder)
     if config.tie_word_embeddings and HEAD in found:
         head = found.pop(HEAD)
@@ -224,13 +205,11 @@ def find_weights(folder: Path, config) -> dict[str, Stored]:
         both = (open_safetensors(stored.path).get_tensor(stored.name) for stored in (embedding, head))
         same = embedding == head or torch.equal(*both)
         check(same, f"{head.path}: {HEAD} differs from {EMBEDDING}, but the config ties them")
-    largest = max((size for stored in found.values() if 0 not in stored.shape for size in stored.shape), default=0)
-    sizes = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
-    sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_dim
-    where, n = folder / "config.json", config.num_hidden_layers
-    for key, size in sizes.items():
-        check(size <= largest, f"{where}: {key} is {size}, but no tensor's shape has more than {largest}")
-    check(n <= len(found), f"{where}: num_hidden_layers is {n}, but there are {len(found)} tensors in all")
+    most = max((size for stored in found.values() if 0 not in stored.shape for size in stored.shape), default=0)
+    width = config.num_attention_heads * config.head_dim
+    fits = max(config.vocab_size, config.hidden_size, config.intermediate_size, width) <= most
+    fits = fits and config.num_hidden_layers <= len(found)
+    check(fits, f"{folder}: config.json asks for a larger model than is stored")
     return found
 
 
@@ -288,16 +267,12 @@ def save_model(model: nn.Module, folder):
         return
     for file in filter(Path.is_file, (model.folder / name for name in [*TOKENIZER_FILES, "chat_template.jinja"])):
         files.write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
-    if settings := generation_config(model.folder, config, end_of_text(model.folder)):
+    ends = []  # of every answer in training; a base's own generation_config may name another
+    if (path := model.folder / "tokenizer.json").exists():
+        ids, end = tokenizers.Tokenizer.from_file(str(path)).get_vocab(), special_token(model.folder, "eos_token")
+        ends = [ids[end]] if end in ids else []
+    if settings := generation_config(model.folder, config, ends):
         files.write_json(folder / "generation_config.json", settings)
-
-
-def end_of_text(folder: Path) -> list[int]:
-    """The token that ends every answer of the training data. A base's generation_config may name another."""
-    path = folder / "tokenizer.json"
-    end = special_token(folder, "eos_token") if path.exists() else None
-    found = tokenizers.Tokenizer.from_file(str(path)).token_to_id(end) if end else None
-    return [] if found is None else [found]
 
 
 def generation_config(folder: Path, config: dict, ends: list[int]) -> dict:

@@ -6,6 +6,8 @@ import json
 import shlex
 from pathlib import Path
 
+import jinja2
+
 from support.checkpoint import generation_config, tokenizer_settings
 from support.command import cell
 from support.files import readable, write_json, write_text, write_whole
@@ -13,7 +15,12 @@ from support.machine import find_device, usual_dtype
 from support.tokenizer import Tokenizer, load_backend
 
 # Appendix A.1, as data.encode builds it; BOS and EOS stand for the tokenizer's own, and line breaks for nothing
-FORM = Path(__file__).with_name("paper_template.jinja").read_text(encoding="utf-8").replace("\n", "")
+HERE = Path(__file__).parent
+FORM = (HERE / "paper_template.jinja").read_text(encoding="utf-8").replace("\n", "")
+MADE = "<!-- made by train.py from run.json; a file without this line is left alone -->"
+JINJA = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+JINJA.filters |= {"cell": cell, "json": json.dumps}
+CARD = JINJA.from_string((HERE / "model_card.jinja").read_text(encoding="utf-8"))
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -35,9 +42,6 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path):
         write_json(path, generation_config(folder, {}, sorted(tokenizer.end_ids)))
 
 
-MADE = "<!-- made by train.py from run.json; a file without this line is left alone -->"
-
-
 def write_card(record: dict, folder: Path, defaults: dict):
     """README.md, as the hub shows it, from what run.json records; a card that somebody else wrote stays."""
     path, held = folder / "README.md", ""
@@ -52,32 +56,10 @@ def card(record: dict, name: str, defaults: dict) -> str:
 
     defaults: the arguments of a run that is given only its model, which the command leaves out.
     """
-    args, where = record["arguments"], ""
-    head = {"library_name": "peft", "pipeline_tag": "text-generation", "base_model": args["model"]}
-    head["tags"] = ["lora", "sstoken", "token-selection", f"method:{args['method']}"]
-    if Path(args["model"]).is_dir():  # the hub knows no folder of ours
-        where = "the model in the local folder "
-        del head["base_model"]
-    rows = {"data": args["data"], "samples": record["samples"], "seed": args["seed"], "rho": args["rho"]}
-    rows["rank, alpha"] = f"{args['lora_rank']}, {args['lora_alpha']}"
-    rows["learning rate, epochs, batch"] = f"{args['lr']}, {args['epochs']}, {args['batch_size']}"
-    for when in ("before", "after"):
-        if f"held_out_loss_{when}" in record:
-            rows[f"held-out response loss {when}"] = f"{record[f'held_out_loss_{when}']:.4f} nats a token"
-    if auto := record.get("auto"):
-        rows["answers dropped"] = f"{auto['dropped']} of {auto['answers']} {auto['reason']}"
-        rows["tokens dropped as surprise"] = f"{auto['surprise']:.1%}"
-    elif args["method"] == "sstoken":
-        rows["gamma"] = args["gamma"]
-    rows["versions"] = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
-    command = shlex.join(["python", "train.py", "--model", args["model"], *given_flags(args, defaults)])
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", MADE, ""]
-    lines += [f"# {cell(name)}", "", f"A LoRA adapter of {where}{cell(args['model'])}, trained with"]
-    lines += [f"`--method {args['method']}` of ssToken (self-modulated and semantic-aware token selection)."]
-    lines += ["", "| | |", "|---|---|", *(f"| {key} | {cell(str(value))} |" for key, value in rows.items())]
-    lines += ["", "The command:", "", f"    {' '.join(command.split())}", ""]
-    lines += ["Ask it in the template that it was trained in, which its tokenizer carries (`apply_chat_template`).", ""]
-    return "\n".join(lines)
+    model = record["arguments"]["model"]
+    command = shlex.join(["python", "train.py", "--model", model, *given_flags(record["arguments"], defaults)])
+    local = Path(model).is_dir()  # the hub knows no folder of ours
+    return CARD.render(record, name=name, made=MADE, local=local, command=" ".join(command.split()))
 
 
 def given_flags(args: dict, defaults: dict) -> list[str]:

@@ -11,7 +11,6 @@ import jinja2.ext
 import jinja2.sandbox
 
 from support.adapters import find_adapter
-from support.checkpoint import tokenizer_settings
 from support.files import UserError, check, read_json, readable, told
 from support.runs import read_record
 
@@ -61,12 +60,12 @@ def compile_template(text: str) -> jinja2.Template:
 class ChatTemplate:
     """A checkpoint's template and tokenizer. text: the Jinja source; end: the control token that closes an answer."""
 
-    def __init__(self, text: str, tokenizer, folder: Path):
-        """tokenizer: support.tokenizer's. UserError for a template that cannot be used for training."""
-        self.text, self.tokenizer, self.of = text, tokenizer, f"the chat template of {folder}"
+    def __init__(self, text: str, tokenizer, variables: dict[str, str], folder: Path):
+        """variables: what a template is given besides. UserError for a template that cannot be used for training."""
+        self.text, self.tokenizer, self.variables = text, tokenizer, variables
+        self.of = f"the chat template of {folder}"
         with told(f"{self.of} cannot be read"):
             self.compiled = compile_template(text)
-        self.variables = variables(folder)
         ends = tokenizer.spelled.findall(self.render(PROBE).rpartition(PROBE[-1]["content"])[2])
         check(ends, f"{self.of} puts no control token behind an answer: a model would not learn to end it")
         self.end = ends[0]
@@ -142,16 +141,6 @@ class ChatTemplate:
         # Nothing stands before it that a template could ask an answer to: what is the same before another answer
         another, _ = self._write([turns[0] | {"content": "!" if turns[0]["content"].lstrip()[:1] == "?" else "?"}])
         return os.path.commonprefix([after, another]), after
-
-
-def variables(folder: Path) -> dict[str, str]:
-    """What transformers gives a template besides the conversation: the named special tokens."""
-    settings = tokenizer_settings(folder)
-    extra = settings.get("extra_special_tokens")
-    found = {name: token for name, token in settings.items() if name.endswith("_token")}
-    found |= extra if isinstance(extra, dict) else {}  # it counts first
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def find_template(folder: Path) -> str:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from support.checkpoint import TOKENIZER_FILES, find_checkpoint, special_token, tokenizer_settings
 from support.files import UserError, check, read_json, told
-from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template, variables
+from support.templates import GUARD, PROBE, ChatTemplate, compile_template, find_template
 
 SAID = re.compile(f"{GUARD}?(.)", re.DOTALL)  # a character that a row says, without what keeps it from being control
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -118,9 +118,8 @@ class Tokenizer:
         with told(f"the tokenizer cannot encode {text[:60]!r}"):
             encoding = self.backend.encode(text, add_special_tokens=False)
         found, last = [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)], 0
-        if plain and (token := next(filter(set(encoding.ids).__contains__, self.control.values()), None)) is not None:
-            kind = "end-of-text" if token == self.eos_id else "control"  # in a vocabulary looked up word by word
-            raise UserError(f"this tokenizer reads {self.backend.id_to_token(token)!r} in a text as its {kind} token")
+        wrong = [token for token, number in self.control.items() if number in set(encoding.ids)]
+        check(not (plain and wrong), f"this tokenizer reads {wrong} in a text as control tokens")  # a whole word's
         for token, start, end in [*found, (None, len(text), len(text))]:
             lost = text[last:start].strip() or (text[start:end] if token == self.unknown else "")
             if lost and not self.lost:
@@ -141,11 +140,19 @@ class Tokenizer:
             return self.backend.decode(kept, skip_special_tokens=False)
 
 
-def added_token(told) -> AddedToken:
-    """A token from a file, where it is a text or an object with flags."""
-    known = told if isinstance(told, dict) else {"content": told, "special": True}
-    known = {"normalized": not known.get("special"), **known}
-    return AddedToken(**{flag: held for flag, held in known.items() if flag in FLAGS})
+def special_tokens(settings: dict) -> dict[str, AddedToken]:
+    """The special tokens of a tokenizer's settings by name, in transformers' order. Those of a list get numbers."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or {}
+    found = {name: settings.get(name) for name in [*NAMED, *settings] if name.endswith("_token")}
+    found |= extra if isinstance(extra, dict) else dict(enumerate(extra))
+    return {name: added_token(said) for name, said in found.items() if isinstance(said, str | dict)}
+
+
+def added_token(said: str | dict) -> AddedToken:
+    """A token as a file describes it, by its text or with its flags."""
+    flags = said if isinstance(said, dict) else {"content": said, "special": True}
+    flags = {"normalized": not flags.get("special"), **flags}
+    return AddedToken(**{flag: flags[flag] for flag in FLAGS if flag in flags})
 
 
 def as_llama(settings: dict, model: dict) -> dict:
@@ -183,10 +190,7 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
         settings, older = tokenizer_settings(folder), read_json(later) if later.exists() else {}
         odd = settings.get("split_special_tokens") or value["model"].get("dropout")  # which is random
         check(not odd, f"{config} or {path.name}: split_special_tokens or dropout is not implemented")
-        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-        names = dict.fromkeys([*NAMED, *(name for name in settings if name.endswith("_token"))])
-        named = [settings[name] for name in names if isinstance(settings.get(name), str | dict)]
-        named = [added_token(token) for token in [*named, *(extra.values() if isinstance(extra, dict) else extra)]]
+        named = list(special_tokens(settings).values())
         special, listed = {token.content for token in named}, settings.get("added_tokens_decoder")
         if listed is None:
             listed = {number: {"content": name, "special": name in special} for name, number in older.items()}
@@ -223,17 +227,17 @@ def load_tokenizer(name_or_path, revision: str | None = None, template: str = "p
         ids = backend.get_vocab().values()
         check(len(ids) == len(set(ids)), f"{folder / 'tokenizer.json'}: two tokens have one id")
         tokenizer = Tokenizer(backend, eos, bos)
-        try:
-            tokenizer.encode(eos)
-        except UserError as reason:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
+        backend.encode_special_tokens = True
+        apart = tokenizer.eos_id not in backend.encode(eos, add_special_tokens=False).ids
+        check(apart, f"{folder / 'tokenizer_config.json'}: {eos!r}, the end of text, is read in a text as that")
         whole = tokenizer.read(f"a{eos}")[-1][0] == tokenizer.eos_id
         check(whole, f"{folder}: the tokenizer does not read {eos!r} behind a word: the flags of that token")
         if template == "model":
             text, known = find_template(folder), {t.content for t in backend.get_added_tokens_decoder().values()}
-            with told(f"the chat template of {folder} cannot be read"):
-                tokenizer.guard_tokens(written_tokens(text, variables(folder), known))
-            tokenizer.template = ChatTemplate(text, tokenizer, folder)
+            named = special_tokens(tokenizer_settings(folder)).items()
+            given = {name: token.content for name, token in named if isinstance(name, str)}
+            tokenizer.guard_tokens(written_tokens(text, given, known))
+            tokenizer.template = ChatTemplate(text, tokenizer, given, folder)
             tokenizer.end_ids.add(backend.token_to_id(tokenizer.template.end))
         tokenizer.lost = ""
         return tokenizer

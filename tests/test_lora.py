@@ -181,14 +181,16 @@ WRONG_ADAPTERS = {
         {"base_model.model.model.layers.0.mlp.up_proj.lora_A.bias": torch.ones(4)}
     ),
     "rank_pattern": lambda config, tensors: config.update(rank_pattern={"q_proj": 2}),
-    "bias all": lambda config, tensors: config.update(bias="all"),
-    "peft_type IA3": lambda config, tensors: config.update(peft_type="IA3"),
+    "bias 'all'": lambda config, tensors: config.update(bias="all"),
+    "peft_type 'IA3'": lambda config, tensors: config.update(peft_type="IA3"),
     "has shape": lambda config, tensors: config.update(r=5),
-    "is missing": lambda config, tensors: tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"),
-    "lm_head.lora_A.weight adapts": lambda config, tensors: tensors.update(
+    "1 of 42 tensors are missing": lambda config, tensors: tensors.pop(
+        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    ),
+    "lm_head.lora_A.weight has no place": lambda config, tensors: tensors.update(
         {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 48)}
     ),
-    "adapts no linear layer": lambda config, tensors: tensors.update(
+    "model.x.lora_A.weight has no place": lambda config, tensors: tensors.update(
         {"base_model.model.x.lora_A.weight": torch.ones(1)}
     ),
 }

@@ -763,8 +763,8 @@ def test_noise_that_cannot_be_is_none_and_much_of_it_takes_no_longer():
         (["--adapter", "nowhere"], "nowhere"),
         (["--out", "rows.jsonl/page.html"], "rows.jsonl/page.html cannot be written (File exists)"),
         (["--out", "."], ". cannot be written (Is a directory)"),
-        (["--adapter", "half"], "half/adapter_model.safetensors has no tensors for 3 of the 21 layers"),
-        (["--reference", "half"], "half/adapter_model.safetensors has no tensors for 3 of the 21 layers"),
+        (["--adapter", "half"], "half/adapter_model.safetensors: 6 of 42 tensors are missing"),
+        (["--reference", "half"], "half/adapter_model.safetensors: 6 of 42 tensors are missing"),
         (["--reference", "nowhere"], "nowhere is neither a local folder nor available"),
     ],
 )
