@@ -1,4 +1,4 @@
-"""Greedy decoding: a KV cache in blocks of rows, several tokens a step, prompts that begin alike read once."""
+"""Greedy decoding: a KV cache in blocks of rows, and several tokens a step."""
 
 import math
 from collections.abc import Callable, Container
@@ -13,34 +13,35 @@ from support.files import check, is_number, read_json
 from support.kernels import attention
 
 GUESS = 8  # tokens of a guess, at most
-STEP_TOKENS = 96  # a step of decoding that computes fewer costs hardly more: most of it is reading weights and cache
-SIMILAR = 0.7  # prompts share a block if the shortest is at least this share of the longest: the rest is padding
+STEP_TOKENS = 96  # tokens of a step; fewer save little time, which goes into reading weights and cache
+SIMILAR = 0.7  # prompts share a block if the shortest is at least this share of the longest; the rest is padding
 
 
 class SharedPrefix:
     """Keys and values of one layer for tokens that stand before every row of a batch, (1, H_kv, P, d) each."""
 
-    k = v = None
+    kept = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention. The first call keeps its k and v; later calls put them before theirs, (B, H_kv, L, d)."""
-        if self.k is None:
-            self.k, self.v = k, v
+        """The first call keeps its k and v. Later calls put these before their own, (B, H_kv, L, d)."""
+        if self.kept is None:
+            self.kept = k, v
         else:
-            k, v = (torch.cat((own.expand(len(x), -1, -1, -1), x), dim=2) for own, x in ((self.k, k), (self.v, v)))
+            pairs = zip(self.kept, (k, v), strict=True)
+            k, v = (torch.cat((own.expand(len(x), -1, -1, -1), x), dim=2) for own, x in pairs)
         return attention(q, k, v, mask)
 
 
 class Row:
     """The `number`-th prompt and the `new` tokens that are written after it, both in `ids`.
 
-    guess: what may come next. It is what followed the last tokens where they stood before ("prompt lookup decoding",
-    Saxena 2023). states: hidden states of the last token and of those of the guess, (1 + len(guess), D).
+    guess: what followed the last tokens where they stood before ("prompt lookup decoding", Saxena 2023).
+    states: hidden states of the last token and of the guess, (1 + len(guess), D).
     """
 
     def __init__(self, number: int, prompt: list[int]):
         self.number, self.new, self.ended = number, [], False
-        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place behind where it was seen last
+        self.ids, self.guess, self.after = [], [], {}  # after: n-gram -> the place after its last occurrence
         for token in prompt:
             self.append(token)
 
@@ -50,17 +51,17 @@ class Row:
         self.ids.append(token)
 
     def look_up(self, most: int):
-        """Set `guess`, at most `most` tokens. What repeats at the end of `ids` goes on to repeat."""
+        """Set `guess`, at most `most` tokens. A repetition at the end of `ids` goes on."""
         ends = [tuple(self.ids[-n:]) for n in (3, 2, 1)]
         place = next((self.after[end] for end in ends if end in self.after), len(self.ids))
         self.guess = (self.ids[place : place + most] * most)[:most]
 
 
 class Block:
-    """Prompts of similar length that are read and then decoded side by side, and the cache of their keys and values.
+    """Rows of similar length that are decoded side by side, and the cache of their keys and values.
 
-    rows: the longest first. cache: of each layer, (2, rows, H_kv, capacity, d), keys and values, each row's from its
-    first token to the one before its last.
+    rows: the longest first; their prompts are read at once. cache: keys and values of each layer, (2, rows, H_kv,
+    capacity, d), of all tokens of a row but the last.
     """
 
     def __init__(self, model: nn.Module, rows: list[Row], capacity: int, batch_tokens: float):
@@ -74,7 +75,7 @@ class Block:
             for row, states in zip(some, model(ids, cache=read), strict=True):
                 row.states = states[len(row.ids) - 1 : len(row.ids)].clone()
             for cache, layer in zip(self.cache, read, strict=True):
-                cache[:, first : first + size, :, : ids.shape[1]] = torch.stack((layer.k, layer.v))
+                cache[:, first : first + size, :, : ids.shape[1]] = torch.stack(layer.kept)
 
     def drop_ended(self):
         going = [n for n, row in enumerate(self.rows) if not row.ended]
@@ -84,7 +85,7 @@ class Block:
                 self.cache[layer] = cache[:, going]
 
     def extend(self, width: int) -> Tensor:
-        """The positions that are computed next, (rows, width): each row's last token and those after it."""
+        """The positions (rows, width) of the next step: each row's last token and those after it."""
         last = torch.tensor([[len(row.ids) - 1] for row in self.rows], device=self.cache[0].device)
         positions = last + torch.arange(width, device=last.device)
         places = torch.arange(int(positions.max()) + 1, device=last.device)
@@ -93,7 +94,7 @@ class Block:
         return positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of these tokens, (rows, heads, width, d), to all up to themselves; their k and v are stored."""
+        """Attention of a step's tokens, (rows, heads, width, d), to all up to themselves. Stores k and v."""
         (keys, values), end = self.cache[layer], self.mask.shape[-1]
         keys[self.at], values[self.at] = k.transpose(1, 2), v.transpose(1, 2)
         return attention(q, keys[:, :, :end], values[:, :, :end], self.mask)
@@ -106,13 +107,13 @@ def pad_right(lists: list[list[int]], device) -> Tensor:
 
 
 def check_numbers(values: Tensor, model: nn.Module):
-    """UserError if a model gives NaN or an infinite value."""
+    """UserError if a value that the model gives is NaN or infinite."""
     words = "a prediction is no finite number, by its weights or its adapter's"
     check(values.isfinite().all(), f"{model.name_or_path}: {words}")
 
 
 def step(model: nn.Module, blocks: list[Block], max_new_tokens: int):
-    """Guess what comes next in each row, and compute the states of its last token and the guess, in one pass."""
+    """Guess what comes next in each row. Then compute the states of last tokens and guesses, all in one pass."""
     rows, sizes = [row for block in blocks for row in block.rows], [len(block.rows) for block in blocks]
     for row in rows:
         row.look_up(min(GUESS, STEP_TOKENS // len(rows) - 1, max_new_tokens - len(row.new) - 1))
@@ -142,28 +143,26 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuation of each prompt: at most `max_new_tokens` ids, up to the first stop id, which is left out.
 
-    stop: is asked after each token of a row, with the row's new ids; true ends the row, its last token included.
-    batch_tokens: how many tokens of prompts are read at once. cache_tokens: how many the cache may hold, prompts and
-    all that they may become (at least one prompt in either case). ended: is told each prompt that is done.
-    repetition_penalty: of the tokens that stand in a row already (Keskar et al., 2019).
+    stop: called after each token with the row's new ids; true ends the row, whose last token stays. batch_tokens: of
+    prompts, read at once. cache_tokens: that the cache may hold, prompts and answers; at least one prompt in either
+    case. ended: called with the number of each finished prompt. repetition_penalty: Keskar et al., 2019.
     """
     produced, blocks = [[] for _ in prompts], []
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest last, to be popped first
-    # What each row's cache is to hold; one without a guess gets padding where others have theirs
-    sizes = [len(prompt) + max_new_tokens + GUESS for prompt in prompts]
+    # Each prompt's tokens in the cache and its number, the longest last
+    waiting = sorted((len(prompt) + max_new_tokens + GUESS, number) for number, prompt in enumerate(prompts))
 
     while blocks or waiting:
         # Fill the cache, once there is room for several prompts
         free = cache_tokens - sum(len(block.rows) * block.cache[0].shape[3] for block in blocks)
         if free >= 0.25 * cache_tokens:
-            while waiting and (not blocks or free >= sizes[waiting[-1]]):
-                largest = sizes[waiting[-1]]
-                alike = sum(sizes[i] >= SIMILAR * largest for i in waiting)
-                numbers = [waiting.pop() for _ in range(int(max(1, min(free / largest, alike))))]
+            while waiting and (not blocks or free >= waiting[-1][0]):
+                largest, _ = waiting[-1]
+                alike = sum(size >= SIMILAR * largest for size, _ in waiting)
+                numbers = [waiting.pop()[1] for _ in range(int(max(1, min(free / largest, alike))))]
                 blocks.append(Block(model, [Row(i, prompts[i]) for i in numbers], largest, batch_tokens))
                 free -= len(numbers) * largest
 
-        # Each row takes its next token, and as much of its guess as the model would have written
+        # Each row takes its next token, and of its guess what the model agrees with
         rows = [row for block in blocks for row in block.rows]
         logits = model.lm_head(torch.cat([row.states for row in rows]))
         check_numbers(logits.amax(dim=-1), model)
@@ -195,15 +194,15 @@ def generate(
     return produced
 
 
-# Settings that would change what greedy decoding writes -> the values that do not, beside those that are off
+# Settings that change what is written -> the values that do not, beside none, false, zero and empty
 NEUTRAL = read_json(Path(__file__).with_name("decoding.json"))
 
 
 def generation_settings(model: nn.Module, tokenizer) -> dict:
-    """stop_ids and repetition_penalty of the checkpoint's generation_config.json, or config.json if there is none.
+    """stop_ids and repetition_penalty for `generate`: from generation_config.json, or config.json if there is none.
 
-    stop_ids also has the tokenizer's ends of an answer. UserError for a setting that is not implemented and would
-    change what is written.
+    stop_ids: the tokenizer's ends of an answer, and those that the file names. UserError for a setting that would
+    change what is written and is not implemented.
     """
     own = (model.folder / "generation_config.json").exists()
     where = model.folder / ("generation_config.json" if own else "config.json")
@@ -218,7 +217,7 @@ def generation_settings(model: nn.Module, tokenizer) -> dict:
 
 
 def named_ends(settings: dict, where) -> list[int]:
-    """eos_token_id of the configuration in the file `where`, as a list."""
+    """The tokens that end an answer, by the settings in the file `where`: none, one or some."""
     named = settings.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
     check(all(type(token) is int for token in named), f"{where}: eos_token_id is {named!r}, not tokens' numbers")

@@ -1,4 +1,4 @@
-"""Operations that need less memory or time than their formula. A test compares each with its formula."""
+"""Operations that take less memory or time than their formula. Each states its formula, and a test checks it."""
 
 from collections.abc import Callable, Iterable
 
@@ -63,20 +63,20 @@ class _Dropout(torch.autograd.Function):
 
 
 def _where(kept: Tensor, x: Tensor) -> Tensor:
-    """x where `kept` is 1, zero where it is 0: a product of bit patterns, so infinities become zero too."""
+    """x where `kept` is 1, zero where it is 0: a product of bit patterns, exact even for infinity and NaN."""
     pattern = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x.contiguous().view(pattern) * kept).view(x.dtype)
 
 
 def dropout(x: Tensor, rate: float) -> tuple[Tensor, float]:
-    """x with a share `rate` of its elements set to zero, and the factor that gives it back its expectation.
+    """x with a share `rate` of its elements set to zero, and the factor that restores its expectation.
 
-    Layers that read the same x (q, k and v; gate and up) get the same. On a CPU the rate is a multiple of 1 / 65,536.
+    Layers that read the same x (q, k and v; gate and up) share one mask. On a CPU `rate` is rounded to 1 / 65,536.
     """
     on_cpu, dropped = x.device.type == "cpu", min(round(rate * 2**16), 2**16 - 1)
     if on_cpu and dropped == 0:
         return x, 1.0
-    if not hasattr(x, "dropped"):  # F.dropout draws a number an element: on a CPU that takes ten times as long
+    if not hasattr(x, "dropped"):  # on a CPU F.dropout, which draws a number per element, is ten times slower
         x.dropped = _Dropout.apply(x, dropped) if on_cpu else F.dropout(x, rate)
     return x.dropped, 2**16 / (2**16 - dropped) if on_cpu else 1.0
 
@@ -89,8 +89,8 @@ QUERY_BLOCK = 64  # queries of a head that it takes at a time
 class _ShortAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v, causal: q (B, H, L, d), k and v (B, H_kv, L, d) -> (B, H, L, d), on a CPU.
 
-    For short sequences twice as fast there as the fused kernel. A block of queries at a time meets the keys up to its
-    own end. Scores and softmax are float32; for the backward pass they are kept, in q's dtype.
+    Twice as fast there as the fused kernel if sequences are short. Each block of queries sees the keys up to its own
+    end. Scores and softmax are float32. The softmax is kept for the backward pass, in q's dtype.
     """
 
     @staticmethod
@@ -100,14 +100,13 @@ class _ShortAttention(torch.autograd.Function):
         q, k, v = q.reshape(-1, groups, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
         scaled, keys, out = q.to(wide) * q.shape[-1] ** -0.5, k.to(wide).mT, torch.empty_like(q)
         later = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=wide).triu_(1)
-        kept, length = [], q.shape[2]
-        ctx.blocks = [slice(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+        kept, ctx.blocks = [], [slice(start, start + QUERY_BLOCK) for start in range(0, q.shape[2], QUERY_BLOCK)]
         for block in ctx.blocks:
-            size = block.stop - block.start
             scores = scaled[:, :, block].flatten(1, 2) @ keys[..., : block.stop]  # (B * H_kv, groups * size, stop)
-            scores.unflatten(1, (groups, size))[..., block] += later[:size, :size]
+            own = scores.unflatten(1, (groups, -1))[..., block]  # (B * H_kv, groups, size, size)
+            own += later[: own.shape[2], : own.shape[2]]
             kept.append(scores.softmax(-1).to(q.dtype))
-            out[:, :, block] = (kept[-1] @ v[:, : block.stop]).unflatten(1, (groups, size))
+            out[:, :, block] = (kept[-1] @ v[:, : block.stop]).unflatten(1, (groups, -1))
         ctx.save_for_backward(q, k, v, *kept)
         return out.view(shape)
 
@@ -130,22 +129,20 @@ class _ShortAttention(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
 
-    By the fused kernels, but short sequences on a CPU without a mask by `_ShortAttention`. On a GPU in float32 no fused
-    kernel groups queries: there k and v are repeated, so that memory grows with L and not with its square.
-    mask: bool, (B, 1, n, S), where one of the last n queries may look; all others are causal.
+    mask: bool, (B, 1, n, S), where the last n queries may look; the queries before them are causal.
     """
     if mask is None:
-        # Padding sits on the right, so no real token ever sees it, and nobody reads the rows of the padding itself.
+        # Padding is on the right: no real token sees it, and its own results are not read
         if q.device.type == "cpu" and q.shape[2] <= SHORT:
             return _ShortAttention.apply(q, k, v)
-        if q.device.type == "cuda" and q.dtype == torch.float32:
+        if q.device.type == "cuda" and q.dtype == torch.float32:  # no fused kernel groups queries there
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     causal = q.shape[2] - mask.shape[2]
-    if causal:  # without a mask tensor the kernel leaves out what nobody may see
+    if causal:  # without a mask the kernel skips what nobody may see
         parts = attention(*(x[:, :, :causal] for x in (q, k, v))), attention(q[:, :, causal:], k, v, mask)
         return torch.cat(parts, dim=2)
-    if q.shape[2] <= FEW:  # the queries of all heads that share a key head become its queries: the keys are read once
+    if q.shape[2] <= FEW:  # heads that share keys become queries of one head: the keys are read once
         shared = q.reshape(len(q), k.shape[1], -1, q.shape[3])
         mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
         return F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).reshape(q.shape)
@@ -183,10 +180,9 @@ def chunked_nll(
 ) -> Tensor:
     """-log softmax(hidden @ weight.T) at each target: hidden (T, D), weight (V, D), targets (T,) -> (T,) float32.
 
-    logits_of: (hidden, weight, targets) -> logits (n, V) and the targets' own (n, 1), float32, of `chunk` rows at a
-    time. The same pass keeps each loss's gradient for its hidden state, (softmax - onehot(target)) weight; there is
-    none for `weight`. statistics: is shown the log-probabilities (n, V) of each chunk in its turn, such as
-    `PredictionStatistics`.
+    logits_of: (hidden, weight, targets) -> logits (n, V) and those of the targets (n, 1), float32, for `chunk` rows at
+    a time. The gradient for hidden, (softmax - onehot(target)) weight, is computed in the same pass; `weight` has none.
+    statistics: called with the log-probabilities (n, V) of each chunk, such as `PredictionStatistics`.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     return _ChunkedNLL.apply(hidden, weight.detach(), targets, chunk, logits_of, wanted, statistics)
@@ -201,12 +197,12 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def spread(log_p: Tensor) -> Tensor:
-    """sigma = sqrt(sum p (log p)^2 - H^2), by how much the loss of a token drawn from p deviates: (n, V) -> (n,)."""
+    """sigma = sqrt(sum p (log p)^2 - H^2), the standard deviation of the loss under p: (n, V) -> (n,)."""
     return (log_p.exp() * (log_p + entropy(log_p).unsqueeze(1)).square()).sum(dim=1).sqrt()
 
 
 def top_entropy(log_p: Tensor) -> Tensor:
-    """The entropy of the TOP likeliest tokens of each row, as if there were no others: (n, V) -> (n,)."""
+    """The entropy of each row's TOP likeliest tokens, as if there were no others: (n, V) -> (n,)."""
     return entropy(log_p.topk(min(TOP, log_p.shape[1]), dim=1).values.log_softmax(dim=1))
 
 
@@ -214,7 +210,7 @@ STATISTICS = {"entropy": entropy, "spread": spread, "top_entropy": top_entropy}
 
 
 class PredictionStatistics:
-    """Statistics of each token's predicted distribution, some of STATISTICS, kept chunk by chunk."""
+    """Some of STATISTICS for each predicted token, collected chunk by chunk."""
 
     def __init__(self, names: Iterable[str]):
         self.names, self.chunks = list(names), []
@@ -223,11 +219,11 @@ class PredictionStatistics:
         self.chunks.append([STATISTICS[name](log_p) for name in self.names])
 
     def collect(self, nll: Tensor) -> dict[str, Tensor]:
-        """{name: (T,) float32} of all rows since the last call; nll (T,): their losses, which may be none."""
+        """{name: (T,) float32} of all rows since the last call; nll: their losses (T,)."""
         chunks, self.chunks = self.chunks, []
         return {name: torch.cat([nll[:0], *(chunk[i] for chunk in chunks)]) for i, name in enumerate(self.names)}
 
 
 def logits_at_once(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits that are computed together: 2^23 numbers (32 MB); on a GPU 2^26."""
+    """How many rows of logits to compute together: 2^23 numbers, 32 MB; on a GPU 2^26."""
     return max(1, 2 ** (26 if device.type == "cuda" else 23) // vocabulary)

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ LOSSES = 1  # how they are computed; a change to that makes it 2, and what an ol
 
 
 def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(tensors: Iterable[Tensor], most: int | None = 4096) -> str:
@@ -57,14 +58,13 @@ def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def files_key(whole: Iterable[Path], dated: Iterable[Path] = ()) -> str:
     """A digest of files: names, sizes and contents; of `dated` files the time instead of the content."""
-    digest, dated = hashlib.sha256(), set(dated)
-    for path in sorted({*whole, *dated}, key=lambda path: path.name):
-        status = path.stat()
-        digest.update(os.fsencode(path.name) + f" {status.st_size} {path in dated and status.st_mtime_ns} ".encode())
+
+    def state(path: Path) -> list:
         with path.open("rb") as file:
-            while path not in dated and (block := file.read(2**22)):
-                digest.update(block)
-    return digest.hexdigest()
+            content = path.stat().st_mtime_ns if path in dated else hashlib.file_digest(file, "sha256").hexdigest()
+        return [path.name, path.stat().st_size, content]
+
+    return digest(sorted(map(state, {*whole, *dated}), key=str))
 
 
 def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> str:
@@ -80,10 +80,9 @@ def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> 
 
 def losses_key(model: Path, adapter: Path | None, examples: Iterable[tuple], dtype: str, device: str) -> str:
     """A digest of all that losses depend on; examples: (ids, response) each."""
-    digest = hashlib.sha256(f"{LOSSES} {dtype} {device} {model_key(model, adapter, whole=True)}".encode())
-    for ids, response in examples:
-        digest.update(f" {len(ids)} ".encode() + ids.numpy().tobytes() + response.numpy().tobytes())
-    return digest.hexdigest()
+    return digest(
+        LOSSES, dtype, device, model_key(model, adapter, whole=True), fingerprint(chain(*examples), most=None)
+    )
 
 
 def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -10,9 +10,9 @@ import torch
 from support.decoding import pad_right
 from support.files import check
 
-# What a pass costs before its first token, in tokens: about what it is on a CPU, the best of four tried on an H200.
+# What a pass costs before its first token, in tokens: estimated on a CPU, the best of four on an H200
 PASS_COST = {"cpu": 64, "cuda": 1024}
-ROWS = 64  # of a batch of trees, at most: bounds the ways to cut them that are tried
+ROWS = 64  # of a batch of trees, at most
 
 
 def pass_cost(device: torch.device) -> int:
@@ -21,11 +21,11 @@ def pass_cost(device: torch.device) -> int:
 
 
 def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None) -> list[int]:
-    """Where to cut `lengths`, the longest first, into groups of at most `most`, and of so many padded `tokens`.
+    """Where to cut `lengths`, the longest first, into groups of at most `most`, and of at most `tokens` with padding.
 
-    A group costs its size times its longest length, and `pass_cost` more. The cuts are the cheapest, head by head.
+    A group costs its size times its longest length, plus `pass_cost`. The cuts have the least total cost.
     """
-    best = [(0, 0)]  # of the cheapest way to cut the first n lengths: what it costs, and where its last group starts
+    best = [(0, 0)]  # for the first n lengths: the least cost, and where its last group starts
     for end in range(1, len(lengths) + 1):
         starts = range(max(0, end - most), end)
         candidates = [i for i in starts if i == end - 1 or not tokens or (end - i) * lengths[i] <= tokens]
@@ -37,16 +37,16 @@ def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None 
 
 
 class Scored(NamedTuple):
-    """A request in tokens: what goes into the model, and what its last len(targets) positions are to predict."""
+    """A request in tokens: the model's inputs, and the targets of the last len(targets) of them."""
 
     inputs: list[int]
     targets: list[int]
 
 
 def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, whole=()) -> dict[str, list[int]]:
-    """Each text's token ids. BOS comes first where the tokenizer adds it, unless the text spells it or is in `whole`.
+    """Each text's token ids. BOS comes first if the tokenizer adds it, unless the text spells it or is in `whole`.
 
-    UserError for a token that an embedding of `vocab_size` rows does not have, such as a padding token added later.
+    UserError for a token outside an embedding of `vocab_size` rows, such as a padding token added later.
     """
     bos, ids = tokenizer.bos or tokenizer.eos, {}
     for with_prefix in (True, False):
@@ -59,14 +59,14 @@ def encode_texts(tokenizer, texts: list[str], vocab_size: int | None = None, who
 
 
 def encode_contexts(tokenizer, requests: list[tuple[str, dict]], vocab_size: int) -> list[list[int]]:
-    """The ids of each request's context; one whose settings call it "whole" gets no BOS that it does not spell."""
+    """The ids of each request's context; no BOS is added to one whose settings say "whole"."""
     whole = {context for context, settings in requests if settings.get("whole")}
     ids = encode_texts(tokenizer, [context for context, _ in requests], vocab_size, whole)
     return [ids[context] for context, _ in requests]
 
 
 def encode_pairs(tokenizer, pairs: list[tuple[str, str]], context_length: int, vocab_size=None) -> list[Scored]:
-    """(context, continuation) in tokens, cut on the left to what the model reads.
+    """(context, continuation) in tokens, cut on the left to `context_length`.
 
     Spaces at a context's end belong to the continuation. The pair is split where the context, encoded alone, ends.
     """
@@ -90,7 +90,7 @@ def shared_prefix(requests: list[Scored]) -> list[int]:
 
 
 class Tree:
-    """Requests that begin alike as one sequence: every token they share stands once, each attends to its ancestors.
+    """Requests that begin alike, as one sequence: shared tokens stand once, and each token sees its ancestors.
 
     ids: the tokens. parents: for each, the place of the one before it in its request, or -1. path: the places of the
     request that came last. scored: request -> the places that predict its targets.
@@ -115,9 +115,9 @@ class Tree:
 
 
 def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
-    """Trees of neighbouring requests; the first `prefix` tokens of all are left out.
+    """Trees of neighbouring requests, without the first `prefix` tokens that all share.
 
-    A request joins the tree before it where that is cheaper. n tokens cost n * (ratio + n) comparisons of two tokens.
+    A request joins the tree before it if that is cheaper. n tokens cost n * (ratio + n).
     """
 
     def price(n):
@@ -133,23 +133,23 @@ def plant(requests: list[Scored], prefix: int, ratio: float) -> list[Tree]:
 
 
 def price_ratio(config) -> float:
-    """What a token's way through a layer's weights costs, in comparisons with one other token (multiply-adds)."""
+    """What a layer's weights cost per token, as a multiple of attention to one other token (multiply-adds)."""
     heads, key_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     weights = config.hidden_size * (2 * heads + 2 * key_heads + 3 * config.intermediate_size)
     return weights / (2 * heads)
 
 
 def pack(trees: list[Tree], batch_tokens: int, device: torch.device) -> list[list[Tree]]:
-    """Trees in batches of at most `batch_tokens` padded tokens (one tree at least), the longest first."""
+    """Batches of one tree, or of at most `batch_tokens` tokens with padding; the longest trees first."""
     trees = sorted(trees, key=lambda tree: -len(tree.ids))
     cuts = cut_batch([len(tree.ids) for tree in trees], ROWS, pass_cost(device), batch_tokens)
     return [trees[first:end] for first, end in pairwise(cuts)]
 
 
 def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids and positions (B, L), and the mask (B, 1, n, prefix + L): who the last n tokens may look at.
+    """ids and positions (B, L), and the mask (B, 1, n, prefix + L): where the last n tokens may look.
 
-    Without a prefix the tokens before those each follow the one before them in all trees, and so are causal.
+    The tokens before those are causal: no tree branches there. With a prefix, n is L.
     """
     longest = len(batch[0].ids)
     branches = [place for tree in batch for place, parent in enumerate(tree.parents) if parent != place - 1]
@@ -160,6 +160,6 @@ def tree_tensors(batch: list[Tree], prefix: int, device) -> tuple[torch.Tensor, 
         for place, parent in enumerate(tree.parents):
             if parent >= 0:
                 seen[place] |= seen[parent]
-    positions = torch.from_numpy(mask[:, 0].sum(axis=-1) - 1)  # as many as stand before a token in its request
+    positions = torch.from_numpy(mask[:, 0].sum(axis=-1) - 1)  # how many tokens come before
     mask = torch.from_numpy(mask[:, :, causal:].copy())
     return pad_right([tree.ids for tree in batch], device), positions.to(device), mask.to(device)

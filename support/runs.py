@@ -198,10 +198,8 @@ class Checkpoints:
     def check_numbers(self, step: int, loss: float, gradient: float, samples: dict[int, tuple[Tensor, Tensor]]):
         """UserError for a step without finite numbers, before anything of it is kept."""
         if not (math.isfinite(loss) and math.isfinite(gradient)):
-            said = (
-                f"step {step}: the loss is {loss}, the gradient's norm {gradient}; the last checkpoint is untouched. "
-            )
-            said += f"The step's samples, counted from 0, are {', '.join(map(str, sorted(samples)))}"
+            said = f"step {step}: the loss is {loss}, the gradient's norm {gradient}; the last checkpoint is untouched"
+            said += f". The step's samples, counted from 0, are {', '.join(map(str, sorted(samples)))}"
             raise UserError(f"{said}. Look at their text, and try a lower --lr or --dtype float32")
 
     def write(self, step: int):
