@@ -305,8 +305,7 @@ def fit(run: runs.Run, model, samples: list[data.Example], frozen: FrozenLosses,
     """Train the model's adapters, into `folder`, the run's own or one inside it. Returns the steps."""
     steps = plan_steps([len(sample.ids) for sample in samples], args, torch.device(args.device))
     content = {
-        "history losses from --cache": baselines.reads_kept_history(args),
-        "the losses of the base model": runs.fingerprint(frozen.base or []),
+        "the losses of the base model (--cache)": runs.fingerprint(frozen.base or []),
         "the losses of the reference": runs.fingerprint(frozen.reference or []),
     }
     save_adapter = functools.partial(lora.save_adapter, model)

@@ -41,6 +41,15 @@ def find_answers(examples: list[data.Example]) -> list[Answer]:
     return found
 
 
+def first_tokens(examples: list[data.Example]) -> list[data.Example]:
+    """The samples without what stands behind the first tokens of their last answers; only first tokens are scored."""
+    masks = [torch.zeros_like(response) for _, response in examples]
+    for sample, start, end in find_answers(examples):
+        masks[sample][start : min(end, start + FIRST)] = True
+    ends = [int(mask.nonzero().max()) + 1 for mask in masks]
+    return [data.Example(ids[:end], mask[:end]) for (ids, _), mask, end in zip(examples, masks, ends, strict=True)]
+
+
 def behind_other_prompts(examples: list[data.Example], seed: int) -> list[data.Example]:
     """The first tokens of each answer after another answer's prompt, then all of them after a second other prompt.
 

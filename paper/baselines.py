@@ -141,10 +141,11 @@ def make_selection(model, sizes: list[int], args, frozen: FrozenLosses) -> Preco
     return PrecomputedSelection(choose(sizes, args.rho, args.seed, excess)) if choose else None
 
 
-def reads_kept_history(args: argparse.Namespace) -> bool:
-    """Whether ssToken's history losses come from --cache: those of a fixed base model can."""
-    scores = args.method == "sstoken" and args.rho not in ("auto", 1)
-    return bool(args.cache and scores and args.history == "base" and args.gamma)
+def reads_kept_history(args: argparse.Namespace, samples: int) -> bool:
+    """Whether the base model's losses, which stay as they are, are computed before training: for epochs, or --cache."""
+    again = args.epochs > 1 and (args.max_steps or math.inf) > math.ceil(samples / args.batch_size)
+    scores = args.method == "sstoken" and args.rho not in ("auto", 1) and args.gamma
+    return bool(scores and args.history == "base" and (again or args.cache))
 
 
 def is_adapter(name: str) -> bool:
@@ -200,11 +201,11 @@ def run_method(model, examples, reference_examples, args, folder: Path, fit: Cal
     """
     base, reference, seconds, taken, inputs = None, None, 0.0, 0.0, inputs_of(args.method)
     of_the_pool = args.method in (*OVER_THE_POOL, *WITH_REFERENCE) and args.excess == "static"
-    if args.rho == "auto" or of_the_pool or "history_nll" in inputs or reads_kept_history(args):
+    if args.rho == "auto":
+        return train_by_itself(model, examples, args, folder, fit)
+    if of_the_pool or "history_nll" in inputs or reads_kept_history(args, len(examples)):
         described = "history_entropy" in inputs
         base, seconds = cached_losses(model, None, examples, args, described)  # new adapters change nothing
-    if args.rho == "auto":
-        return train_by_itself(model, examples, base, seconds, args, folder, fit)
     if args.method == "self-evolving":
         return seconds + train_in_parts(model, examples, base, args, folder, fit), {}
     if reference_examples:
@@ -219,15 +220,15 @@ def run_method(model, examples, reference_examples, args, folder: Path, fit: Cal
     return seconds + taken, {}
 
 
-def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, folder: Path, fit: Callable):
-    """--rho auto: drop answers that do not belong to their prompt, train on the rest."""
-    others = auto.behind_other_prompts(examples, args.seed)
-    elsewhere, taken = cached_losses(model, None, others, args) if others else ([], 0.0)
-    found = auto.filter_answers(examples, base, elsewhere)
+def train_by_itself(model, examples, args, folder: Path, fit: Callable) -> tuple[float, dict]:
+    """--rho auto: drop answers that do not belong to their prompt, train on the rest. Returns as `run_method`."""
+    own, others = auto.first_tokens(examples), auto.behind_other_prompts(examples, args.seed)
+    losses, seconds = cached_losses(model, None, own + others, args) if others else ([], 0.0)
+    found = auto.filter_answers(own, losses[: len(own)], losses[len(own) :])
     masks = found.tokens(examples)
-    steps = fit(examples, FrozenLosses(base, answer_masks=masks), args, folder)
+    steps = fit(examples, FrozenLosses(answer_masks=masks), args, folder)
     if not ranks.first_rank():
-        return seconds + taken, {}
+        return seconds, {}
     belonging = sum(int(masks[i].sum()) for batch in steps for samples in batch for i in samples)
     surprise = 1 - sum(line["selected_tokens"] for line in read_log(folder)) / max(belonging, 1)
     n, dropped = len(found.mask), int((~found.mask).sum())
@@ -235,7 +236,7 @@ def train_by_itself(model, examples, base: list[Tensor], seconds: float, args, f
     kept = f"all {n:,} answers are kept: {found.reason}" if found.reason else kept
     ranks.say(f"--rho auto: {kept}; of the tokens of those kept, {surprise:.1%} were dropped as surprise")
     record = {"answers": n, "dropped": dropped, "reason": found.reason}
-    return seconds + taken, record | {"surprise": round(surprise, 6)}
+    return seconds, record | {"surprise": round(surprise, 6)}
 
 
 def add_flags(parser):

@@ -13,8 +13,9 @@ from test_train import prepare
 
 import data
 import train
+from model import load_model
 from paper import auto, baselines
-from paper.frozen import FrozenLosses
+from paper.frozen import FrozenLosses, response_losses
 
 # ----------------------------------------------------------------------------------------------- two groups, or one
 
@@ -183,6 +184,21 @@ def test_a_long_prompt_loses_its_beginning():
         assert len(theirs) == longest - 8 and theirs[-1] % 50 == 8
 
 
+def test_first_tokens_have_the_losses_and_so_the_gains_of_whole_samples(checkpoint):
+    samples = conversations(5)
+    first = auto.first_tokens(samples)
+    for (ids, response), (whole, theirs) in zip(first, samples, strict=True):
+        assert torch.equal(ids, whole) and len(ids) == 45  # the last answer is short
+        assert response.nonzero().flatten().tolist() == [*range(3, 3 + auto.FIRST), 44] and (theirs | ~response).all()
+    samples = [example(([1, 2, 3 + i], False), (list(range(20, 70)), True)) for i in range(4)]
+    first, others, model = auto.first_tokens(samples), auto.behind_other_prompts(samples, 0), load_model(checkpoint)
+    assert all(len(ids) == 3 + auto.FIRST and response[3:].all() for ids, response in first)
+    elsewhere = response_losses(model, others)
+    found, chance = auto.gains(first, response_losses(model, first), elsewhere)
+    expected = auto.gains(samples, response_losses(model, samples), elsewhere)
+    assert torch.allclose(found, expected[0], atol=1e-4) and torch.equal(chance, expected[1]) and found.abs().max() > 0
+
+
 def test_gains_by_hand():
     samples = [example(([1], False), ([2] * 40, True), ([3], False), ([4, 5], True))]
     base = [torch.cat([torch.full((40,), 0.5), torch.tensor([1.0, 2.0])])]
@@ -261,7 +277,7 @@ def test_it_asks_the_base_model_by_way_of_the_cache(llama, tmp_path):
         cache = [] if name == "none" else ["--cache", str(tmp_path / "cache")]
         train.main([*argv, "--out", str(tmp_path / name), *cache, "--dtype", "float32", "--batch-size", "4"])
         ends.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
-    assert ends[0] == ends[1] == ends[2] and len(list((tmp_path / "cache").iterdir())) == 2
+    assert ends[0] == ends[1] == ends[2] and len(list((tmp_path / "cache").iterdir())) == 1
     kept = [*argv, "--cache", str(tmp_path / "cache"), "--rho"]
-    reads = [baselines.reads_kept_history(train.parse_arguments([*kept, rho])) for rho in ("0.6", "auto", "1")]
+    reads = [baselines.reads_kept_history(train.parse_arguments([*kept, rho]), 9) for rho in ("0.6", "auto", "1")]
     assert reads == [True, False, False]  # no history where no score is made

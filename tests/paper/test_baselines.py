@@ -299,10 +299,11 @@ def test_a_reference_that_is_missing_or_not_read_is_refused(message):
 
 
 def test_losses_of_the_base_model_are_kept_where_sstoken_reads_them_and_nowhere_else():
-    common = ["--model", "x", "--cache", "c"]
-    assert baselines.reads_kept_history(parse_arguments(common))
+    reads = lambda *flags: baselines.reads_kept_history(parse_arguments(["--model", "x", *flags]), 100)  # three steps
+    assert reads("--cache", "c") and reads("--epochs", "2") and reads("--epochs", "2", "--max-steps", "4")
+    assert not reads() and not reads("--epochs", "2", "--max-steps", "3")
     for flags in (["--gamma", "0"], ["--history", "ema"], ["--rho", "1"], ["--method", "full"]):
-        assert not baselines.reads_kept_history(parse_arguments([*common, *flags])), flags
+        assert not reads("--cache", "c", "--epochs", "2", *flags), flags
 
 
 def nll_in(cache: Path) -> list[bytes]:
@@ -353,10 +354,14 @@ def test_a_run_that_reads_its_history_is_the_one_that_computes_it(llama, rows, t
     monkeypatch.setitem(objectives.GAINS, "log", spy)
     flags = ["--epochs", "3", "--batch-size", "10", "--gamma", "0.8"]
     logs, rels = [], []
-    for name, more in {"a": [], "b": ["--cache", tmp_path / "cache"]}.items():
-        logs.append(main(llama, rows, tmp_path / name, *flags, *more))
-        rels.append(list(seen))
-        seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "reads_kept_history", lambda *given: False)  # as with one epoch
+        logs.append(main(llama, rows, tmp_path / "a", *flags))
+    rels.append(list(seen))
+    seen.clear()
+    monkeypatch.setattr(lora, "replaced", lambda *given: pytest.fail("a history pass"))
+    logs.append(main(llama, rows, tmp_path / "b", *flags))
+    rels.append(list(seen))
     in_step_1 = len(rels[0]) - len(rels[1])
     assert 0 < in_step_1 < len(rels[1]) / 3 and all(rel.eq(0).all() for rel in rels[0][:in_step_1])  # known to be zero
     for a, b in zip(rels[0][in_step_1:], rels[1], strict=True):
@@ -364,8 +369,12 @@ def test_a_run_that_reads_its_history_is_the_one_that_computes_it(llama, rows, t
     assert any(rel.abs().max() > 0.01 for rel in rels[1])
     for a, b in zip(*logs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    monkeypatch.setattr(lora, "replaced", lambda *given: pytest.fail("a history pass"))
-    main(llama, rows, tmp_path / "c", *flags, "--cache", tmp_path / "cache")
+    adapters = [(tmp_path / "b" / "adapter_model.safetensors").read_bytes()]
+    for name in "cd":  # computed, then read
+        main(llama, rows, tmp_path / name, *flags, "--cache", tmp_path / "cache")
+        adapters.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+        monkeypatch.setattr(frozen, "response_losses", lambda *given: pytest.fail("computed again"))
+    assert adapters[0] == adapters[1] == adapters[2]
 
 
 def test_whatever_changes_a_loss_changes_its_key(llama, rows, reference, tmp_path):
