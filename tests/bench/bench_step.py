@@ -37,6 +37,7 @@ import data
 import lora
 import train
 from model import Transformer, load_model, read_config, response_nll
+from paper import baselines
 from paper.frozen import FrozenLosses, response_losses
 from sstoken import share_of
 from support import machine
@@ -57,15 +58,20 @@ def measure(args) -> dict:
     run, tokenizer = settings(args), data.load_tokenizer(args.model)
     examples, _ = data.load_examples(args.data, tokenizer, args.max_length, args.samples)
     torch.manual_seed(run.seed)
-    lines = []
+    lines, scoring = [], 0.0
     if args.side == "peer":
         train_peer(examples, run, lines.append)
     else:
         model = load_model(args.model, getattr(torch, run.dtype))
         lora.add_lora(model, run.lora_rank, run.lora_alpha, run.lora_dropout)
-        frozen = FrozenLosses(response_losses(model, examples)) if args.side == "cached" else None
+        frozen = None
+        if args.side == "cached" or baselines.reads_kept_history(run, len(examples)):
+            start = time.perf_counter()
+            frozen = FrozenLosses(response_losses(model, examples))
+            scoring = time.perf_counter() - start if args.side == "sstoken" else 0.0
         train.train(model, examples, run, lines.append, frozen=frozen)
     seconds, tokens = (sum(line[key] for line in lines) for key in ("seconds", "tokens"))
+    seconds += scoring
     peak = machine.peak_memory_mb(torch.device("cpu"))
     return {"seconds": seconds, "tokens": tokens, "loss": lines[-1]["loss"], "peak_memory_mb": peak}
 
@@ -129,7 +135,8 @@ def scale(args):
             ]
             train.train(model, examples, run, found.append)
             seconds = statistics.median(line["seconds"] for line in found[1:] or found)  # the first one warms up
-            rate = operations(examples, run, config) / run.epochs / seconds
+            run.epochs = 1  # what one step needs
+            rate = operations(examples, run, config) / seconds
             peak = peak_allocated(lambda m=model, e=examples: response_nll(m, *data.collate(e)).sum().backward())
             cells = [f"{size / 1e6:.0f}M", length, at_once, f"{at_once * length / seconds:.0f}", f"{rate / 1e9:.0f}"]
             print("|", " | ".join(map(str, [*cells, f"{rate / best:.0%}", f"{peak / 2**20:.0f}"])), "|", flush=True)
@@ -188,9 +195,12 @@ def train_peer(examples, run, log, base=None):
         future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         return logits.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32)
 
-    order = random.Random(f"{run.seed} 0").sample(examples, len(examples))  # the global batches that train.py draws
-    for step in range(0, len(order), run.batch_size):
-        start, batch, total = time.perf_counter(), order[step : step + run.batch_size], 0.0
+    batches = []  # the global batches that train.py draws
+    for epoch in range(run.epochs):
+        order = random.Random(f"{run.seed} {epoch}").sample(examples, len(examples))
+        batches += [order[first : first + run.batch_size] for first in range(0, len(order), run.batch_size)]
+    for batch in batches:
+        start, total = time.perf_counter(), 0.0
         for first in range(0, len(batch), run.micro_batch_size):
             ids, response = (x.to(device) for x in data.collate(batch[first : first + run.micro_batch_size]))
             visible = torch.nn.utils.rnn.pad_sequence(
@@ -228,15 +238,15 @@ def operations(examples, run, config=None, history=True) -> float:
     shapes += [(c.hidden_size, c.intermediate_size)] * 2 + [(c.intermediate_size, c.hidden_size)]
     weights = c.num_hidden_layers * sum(a * b for a, b in shapes)
     factors = c.num_hidden_layers * sum(run.lora_rank * (a + b) for a, b in shapes)
-    scored, total = history and run.method == "sstoken" and run.rho < 1 and run.gamma > 0, 0
+    scored, trained, scoring = history and run.method == "sstoken" and run.rho < 1 and run.gamma > 0, 0, 0
     for example in examples:
         tokens, answers = len(example.ids), int(example.response.sum())
         attention = c.num_hidden_layers * 2 * heads * tokens**2  # q k^T and p v, the causal half of each
         vocabulary = 2 * c.hidden_size * c.vocab_size * answers
         # forward and backward: frozen weights have no gradient, the adapters have, attention's backward is 2.5 times
-        total += 4 * weights * tokens + 6 * factors * tokens + 3.5 * attention + 2 * vocabulary
-        total += (2 * weights * tokens + attention + vocabulary) if scored else 0
-    return total * run.epochs
+        trained += 4 * weights * tokens + 6 * factors * tokens + 3.5 * attention + 2 * vocabulary
+        scoring += (2 * weights * tokens + attention + vocabulary) if scored else 0
+    return trained * run.epochs + scoring  # the history's losses are computed once
 
 
 def best_matmul(dtype, size=4096, seconds=5.0) -> float:
