@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from support.files import UserError, note
+from support.files import check, note
 from support.packing import PASS_COST, cut_batch
 from support.schemas import Message, conversations
 from support.sources import Account, best_rated, load_rows, source_names
@@ -50,8 +50,7 @@ def load_conversations(
     """
     found, names, account = [], source_names(sources), account or Account()
     if top:
-        if "pool" in names:
-            raise UserError("the rows of pool are not rated: name rated sources")
+        check("pool" not in names, "the rows of pool are not rated: name rated sources")
         rows = {source: load_rows(source, limit, account) for source in names}
         rows = best_rated(rows, top, rating_field, account)
         return [turns for source in names if rows[source] for turns in conversations(rows[source], source, account)]
@@ -64,9 +63,9 @@ def load_conversations(
             taken, before = taken + size, drawn
             drawn = round(POOL_SIZE * taken / total)
             candidates = conversations(load_rows(name), name, account)
-            if len(candidates) < drawn - before:
-                raise UserError(f"{name} has {len(candidates)} conversations, the pool needs {drawn - before}")
-            found += random.Random(f"{name} {seed}").sample(candidates, drawn - before)[:limit]
+            needs = drawn - before
+            check(needs <= len(candidates), f"{name} has {len(candidates)} conversations, the pool needs {needs}")
+            found += random.Random(f"{name} {seed}").sample(candidates, needs)[:limit]
     return found
 
 
@@ -150,8 +149,7 @@ def load_examples(
     if tokenizer.lost:
         note(tokenizer.lost)
     kept = [e for e in examples if e.response[:max_length].any()]
-    if not kept:
-        raise UserError(f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
+    check(kept, f"{sources}: no response token within {max_length} tokens in any of {len(examples)} samples")
     account.dropped += len(examples) - len(kept)
     account.cut += sum(len(e.ids) > max_length for e in kept)
     return Dataset([Example(e.ids[:max_length], e.response[:max_length]) for e in kept], account)
@@ -167,10 +165,11 @@ def plan_batches(
     seed,
     pass_cost: int = PASS_COST["cpu"],
     pass_tokens: int | None = None,
+    padded: bool = True,
 ) -> Iterator[list[list[int]]]:
     """One epoch: global batches of sample indices, each a list of micro-batches of at most `micro_batch_size`.
 
-    With `pass_tokens`, a micro-batch of several samples has no more tokens than that, padding counted.
+    pass_tokens: the most tokens of several samples in one; padded: padding counts.
 
     The order is drawn from `seed` (an int or a str) and does not depend on the lengths. Inside a batch, samples of
     similar length share a micro-batch, to save padding.
@@ -179,7 +178,7 @@ def plan_batches(
     for start in range(0, len(order), batch_size):
         # The longest first: the memory that it takes then serves all that follow.
         batch = sorted(order[start : start + batch_size], key=lambda i: (-lengths[i], i))
-        cuts = cut_batch([lengths[i] for i in batch], micro_batch_size, pass_cost, pass_tokens)
+        cuts = cut_batch([lengths[i] for i in batch], micro_batch_size, pass_cost, pass_tokens, padded)
         yield [batch[first:end] for first, end in itertools.pairwise(cuts)]
 
 

@@ -29,7 +29,7 @@ from support import chat, command, losses, machine, ranks, templates
 from support.adapters import find_adapter, read_adapter
 from support.command import ArgumentParser, cell, short_names
 from support.decoding import SharedPrefix, check_numbers, generate, generation_settings
-from support.files import UserError
+from support.files import UserError, check
 from support.kernels import logits_at_once
 from support.packing import encode_contexts, encode_pairs, pack, plant, price_ratio, shared_prefix, tree_tensors
 from support.start import run_script
@@ -115,10 +115,7 @@ def generations(
     for settings, same in itertools.groupby(indices, key=lambda i: requests[i][1]):
         group, until, new = list(same), settings["until"], settings.get("max_gen_toks", MAX_NEW_TOKENS)
         room = model.config.max_position_embeddings - new
-        if room <= 0:
-            raise UserError(
-                f"an answer of {new} tokens leaves no room for its question: the model reads {room + new} tokens"
-            )
+        check(room > 0, f"an answer of {new} tokens leaves no room for its question")
         found = generate(
             model,
             [ids[i][-room:] for i in group],
@@ -286,8 +283,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     templates.add_flags(parser, "model", default=None)
     command.add_flags(parser)
     args = parser.parse_args(argv)
-    if args.data is not None and not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data} is not a folder")
+    check(args.data is None or os.path.isdir(args.data), f"--data {args.data} is not a folder")
     return args
 
 

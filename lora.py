@@ -17,7 +17,7 @@ from sstoken import ema_update
 from support import ranks
 from support.adapters import find_adapter, read_adapter, write_factors
 from support.checkpoint import save_model
-from support.files import UserError
+from support.files import check
 from support.kernels import dropout
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -90,12 +90,12 @@ def add_lora(model: Transformer, rank=64, alpha=16, dropout=0.1, targets=TARGETS
     """
     if lora_layers(model):
         raise ValueError("the model has adapters already; remove_lora takes them out")
-    if rank < 1 or not 0 <= dropout < 1:
-        raise UserError(f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}")
+    fits = rank >= 1 and 0 <= dropout < 1
+    check(fits, f"LoRA needs a rank of at least 1 and a dropout in [0, 1), not {rank} and {dropout}")
     linears = decoder_linears(model)
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linears):
-            raise UserError(f"LoRA target {target} names no linear layer of the decoder")
+        found = any(f".{name}".endswith(f".{target}") for name in linears)
+        check(found, f"LoRA target {target} names no linear layer of the decoder")
     model.requires_grad_(False)
     for name, linear in linears.items():
         if any(f".{name}".endswith(f".{target}") for target in targets):

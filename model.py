@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from support.checkpoint import EMBEDDING, check_tensors, find_checkpoint, find_weights, read_architecture, read_weights
 from support.kernels import attention, chunked_nll, logits_at_once, rms_norm, swiglu
+from support.packing import in_one_row
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,13 @@ class Transformer(nn.Module):
     """The decoder up to its last hidden state; `lm_head` turns those into logits where logits are wanted.
 
     folder: where the checkpoint lies; name_or_path, revision: what was asked for. gradient_checkpointing: a layer
-    keeps only its input, and runs again in the backward pass.
+    keeps only its input, and runs again in the backward pass. packed: `response_nll` puts a batch into one row.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.folder, self.name_or_path, self.revision = config, None, None, None
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.packed = False
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
@@ -187,7 +188,7 @@ class Transformer(nn.Module):
         rope = rope_table(self.config, positions, x.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = recompute_in_backward(layer, x, rope, use_reentrant=False)
+                x = recompute_in_backward(layer, x, rope, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, mask, cache[i] if cache is not None else None)
         return self.model.norm(x)
@@ -268,7 +269,10 @@ def response_nll(model: Transformer, input_ids: Tensor, response: Tensor, statis
     The loss of token x_i comes from the hidden state of x_{i-1}; only `response_places`, T in all, meet the
     vocabulary. With `response` on the host, nothing waits for a GPU. statistics: as token_nll's.
     """
-    hidden = model(input_ids)
+    positions = mask = None
+    if model.packed:
+        input_ids, response, positions, mask = in_one_row(input_ids, response)
+    hidden = model(input_ids, positions, mask)
     places = response_places(response, hidden.device)
     before = hidden.flatten(0, 1).index_select(0, places - 1)
     return token_nll(before, model.lm_head.weight, input_ids.flatten()[places], statistics=statistics)

@@ -20,7 +20,6 @@ step       one update of the weights, after the passes of a whole batch
 part       a fifth of the samples, in TokenCleaning's self-evolving variant
 """
 
-import functools
 import math
 from collections.abc import Iterable
 from fractions import Fraction
@@ -76,19 +75,17 @@ def _attention_to_prompt(q, k, positions, prompt, scale=None, cap=None, window=N
     return (attention @ prompt.float()).flatten(0, 1)  # Eq. 5 takes the prompt's columns, Eq. 6 sums them
 
 
-def attention_score(q, k: Tensor, response: Tensor, **settings) -> Tensor:
+def attention_score(q: Tensor, k: Tensor, response: Tensor, **settings) -> Tensor:
     """AttnScore, Eqs. 5-7: the attention that each response token pays to the prompt, averaged over the heads.
 
     q (H, L_seq, d), k (H_kv, L_seq, d), both after rope; response (L_seq,) bool -> (L_resp,) float32 in [0, 1].
-    The softmax is computed for response queries only, some at a time. So q may be a function, positions (n,) ->
-    (H, n, d), and need not exist as a whole.
+    The softmax is for response queries only, some at a time: memory is linear in L_seq.
     settings: scale of the logits (default d ** -0.5), their soft cap, window (how many tokens a token sees).
     """
-    queries = q if callable(q) else lambda positions: q[:, positions]
     prompt, k, scores = (~response).to(k.device, non_blocking=True), k.float(), []
     positions, size = response.nonzero().squeeze(1), QUERY_CHUNK.get(k.device.type, QUERY_CHUNK["cpu"])
     for chunk in positions.to(k.device, non_blocking=True).split(size):
-        heads = _attention_to_prompt(queries(chunk), k, chunk, prompt, **settings)
+        heads = _attention_to_prompt(q[:, chunk], k, chunk, prompt, **settings)
         scores.append(heads.mean(dim=0).clamp(max=1))  # Eq. 7; a sum of float32 may pass 1
     return torch.cat(scores)
 
@@ -142,7 +139,7 @@ class AttentionProbe:
                 self.attention.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0][0])),
             ):
                 model.eval()(tokens.unsqueeze(0))
-            q, k = (self._project(name, 0, 0, tokens) for name in "qk")
+            q, k = (self._project(name)[0] for name in "qk")
             heads = _attention_to_prompt(q, k.float(), tokens, prompt, **self.settings)
             off = (found[0].unflatten(1, (len(q), -1)).mean(dim=2).T - heads).abs().max()
             if off > 0.01:  # bfloat16 rounds by 0.003
@@ -157,39 +154,41 @@ class AttentionProbe:
     def scores(self, response: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """AttnScore of the batch that went through the model last: response (B, L) bool -> (B, L) float32, zero off it.
 
-        attention_mask (B, L): 0 for padding, on either side; without it, rows are padded on the right. Adapters are on,
-        dropout is off. Queries and keys are projected in chunks: memory grows with L, not with L * L. With `response`
-        on the host and no mask, nothing waits for a GPU.
+        attention_mask (B, L): 0 for padding, on either side; default: on the right. Adapters are on, dropout is off.
+        With `response` on the host and no mask, nothing waits for a GPU.
         """
         out = torch.zeros(response.shape, device=self.hidden.device)
-        training = self.layer.training
-        size = 8 * QUERY_CHUNK.get(out.device.type, QUERY_CHUNK["cpu"])
+        training, place = self.layer.training, 0
         self.layer.eval()
+        q, k = (self._project(name) for name in "qk")
         for row, supervised in enumerate(response):
             positions = supervised.nonzero().squeeze(1)
             if len(positions) == 0:
                 continue
             start = 0 if attention_mask is None else int(attention_mask[row].int().argmax())
             end = int(positions[-1]) + 1  # later tokens are padding or a turn that nobody asks about
-            queries, keys = (functools.partial(self._project, name, row, start) for name in "qk")
-            tokens = torch.arange(end - start, device=out.device)
-            k = torch.cat([keys(chunk) for chunk in tokens.split(size)], dim=1)
-            found = attention_score(queries, k, supervised[start:end], **self.settings)
+            own, tokens = row, slice(start, end)
+            if len(q) < len(response):  # `model.packed`: one row holds all
+                own, tokens = 0, slice(place, place + end)
+                place += end
+            found = attention_score(q[own, :, tokens], k[own, :, tokens], supervised[start:end], **self.settings)
             out[row, positions.to(out.device, non_blocking=True)] = found
         self.layer.train(training)
         return out
 
-    def _project(self, name: str, row: int, start: int, positions: Tensor) -> Tensor:
-        """Norm, projection, norm of heads and rope of a row's tokens from `start` on: (n,) -> (heads, n, d)."""
-        positions = start + positions
-        x = self.layer.input_layernorm(self.hidden[row, positions]).unsqueeze(0)
-        x = getattr(self.attention, f"{name}_proj")(x).unflatten(-1, (-1, self.attention.head_dim))
-        x = getattr(self.attention, f"{name}_norm", nn.Identity())(x)[0].transpose(0, 1)
-        cos, sin = (table.reshape(-1, *table.shape[-2:]) for table in self.rope)  # (1 or B, L, d or less)
-        cos, sin = cos[row % len(cos), positions], sin[row % len(sin), positions]
-        x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((x * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+    def _project(self, name: str) -> Tensor:
+        """Norm, projection, norm of heads and rope of all kept states: (B, heads, L, d)."""
+        (B, L, _), found = self.hidden.shape, []
+        rope = [table.reshape(-1, *table.shape[-2:]).expand(B, L, -1).flatten(0, 1) for table in self.rope]
+        size = 16 * QUERY_CHUNK.get(self.hidden.device.type, QUERY_CHUNK["cpu"])
+        for x, cos, sin in zip(*(rows.split(size) for rows in (self.hidden.flatten(0, 1), *rope)), strict=True):
+            x = getattr(self.attention, f"{name}_proj")(self.layer.input_layernorm(x.unsqueeze(0)))
+            x = x.unflatten(-1, (-1, self.attention.head_dim))
+            x = getattr(self.attention, f"{name}_norm", nn.Identity())(x)[0].transpose(0, 1)  # (heads, n, d)
+            x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+            first, second = x.chunk(2, dim=-1)
+            found.append(torch.cat((x * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1))
+        return torch.cat(found, dim=1).unflatten(1, (B, L)).transpose(0, 1)
 
 
 # -------------------------------------------------------------------------------------- score, selection, loss

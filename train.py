@@ -28,7 +28,7 @@ from paper.objectives import GAINS
 from sstoken import AttentionProbe, normalize, score, select, selected_loss, sft_loss, share_of
 from support import command, handoff, machine, ranks, runs, sources, templates
 from support.checkpoint import check_fits
-from support.files import UserError, check_writable
+from support.files import UserError, check, check_writable
 from support.packing import pass_cost
 from support.start import run_script
 
@@ -83,9 +83,9 @@ def update(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, re
 
 def plan_steps(lengths: list[int], args: argparse.Namespace, device: torch.device) -> list[list[list[int]]]:
     """All optimizer steps, each a list of micro-batches, each a list of sample indices; --max-steps at most."""
-    shape = (args.batch_size, args.micro_batch_size)
-    seeds = [f"{args.seed} {epoch}" for epoch in range(args.epochs)]
-    plans = [data.plan_batches(lengths, *shape, seed, pass_cost(device), args.pass_tokens) for seed in seeds]
+    shape = args.batch_size, args.micro_batch_size
+    limit = pass_cost(device), args.pass_tokens, not args.pack
+    plans = [data.plan_batches(lengths, *shape, f"{args.seed} {epoch}", *limit) for epoch in range(args.epochs)]
     return [batch for plan in plans for batch in plan][: args.max_steps]
 
 
@@ -194,7 +194,7 @@ MICRO_BATCH = {"cpu": 4, "cuda": 16}  # at most, by default: smaller ones leave 
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
 DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
 DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}
-DEMO_SETTINGS = {"lr": 4e-3, "epochs": 4, "micro_batch_size": 24, "max_length": 128}
+DEMO_SETTINGS = {"lr": 4e-3, "epochs": 4, "micro_batch_size": 48, "max_length": 128}
 DEMO_SETTINGS |= {"snapshot_every": 28, "eval_every": 28}
 
 
@@ -269,10 +269,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.pass_tokens = None
     if args.micro_batch_size is None:
         kind = "cpu" if machine.find_device(args.device).type == "cpu" else "cuda"
-        most, args.pass_tokens = MICRO_BATCH[kind], 4 * args.max_length if kind == "cuda" else None
+        most = args.batch_size if args.pack else MICRO_BATCH[kind]
+        args.pass_tokens = 4 * args.max_length if kind == "cuda" or args.pack else None
         args.micro_batch_size = max(n for n in range(1, most + 1) if args.batch_size % n == 0)
-    if args.batch_size % args.micro_batch_size:
-        raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide --batch-size {args.batch_size}")
+    size, part = args.batch_size, args.micro_batch_size
+    check(size % part == 0, f"--micro-batch-size {part} does not divide --batch-size {size}")
     runs.check_flags(args)
     baselines.check_flags(args, parser.given(argv))
     return args
@@ -293,8 +294,10 @@ def prepare(args: argparse.Namespace, device: torch.device, examples: list[data.
         AttentionProbe(model, args.layer).remove()
     except ValueError as error:  # before anything is written
         raise UserError(f"--layer: {error}") from None
-    model.gradient_checkpointing = args.gradient_checkpointing
+    model.gradient_checkpointing, model.packed = args.gradient_checkpointing, args.pack
     lora.new_adapters(model, args)
+    if args.compile:
+        machine.compile_layers(model)
     if args.shard:
         ranks.shard(model, model.model.layers[args.layer], device)
         lora.new_adapters(model, args)  # drawn again, where there is memory for them

@@ -15,7 +15,7 @@ from support.files import check
 from support.kernels import PredictionStatistics
 from support.losses import kept_losses, losses_key
 
-SCORING_BATCH = 4  # samples a pass
+SCORING = {"micro_batch_size": 64, "pass_tokens": 2048}  # samples and tokens a pass, at most
 HISTORY = ("history_nll", "history_entropy", "history_spread")  # of the base model, as objectives name them
 
 
@@ -43,9 +43,9 @@ class FrozenLosses(NamedTuple):
 
 
 def scoring_passes(examples: list[data.Example]) -> list[list[int]]:
-    """Passes of SCORING_BATCH samples at most, by indices. They depend on `examples` alone, so bits stay the same."""
+    """Passes within SCORING, by indices. They depend on `examples` alone, so bits stay the same."""
     lengths = [len(e.ids) for e in examples]
-    return next(data.plan_batches(lengths, max(1, len(lengths)), SCORING_BATCH, seed=0), [])
+    return next(data.plan_batches(lengths, max(1, len(lengths)), seed=0, **SCORING), [])
 
 
 @torch.no_grad()
@@ -89,7 +89,9 @@ def cached_losses(model, adapter: Path | None, examples, args, described=False) 
         key = losses_key(model.folder, adapter, examples, args.dtype, torch.device(args.device).type)
         key += "-described" * described
     sizes = [int(example.response.sum()) for example in examples]
-    found, seconds = kept_losses(
-        cache, key, lambda: torch.cat(response_losses(model, examples, described), -1).flatten()
-    )
+
+    def compute() -> Tensor:
+        return torch.cat(response_losses(model, examples, described), -1).flatten()
+
+    found, seconds = kept_losses(cache, key, compute)
     return list((found.view(3, -1) if described else found).split(sizes, -1)), seconds

@@ -1,10 +1,16 @@
 """Operations that take less memory or time than their formula. Each states its formula, and a test checks it."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -126,11 +132,29 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q.view(shape), *(x.to(q.dtype).unflatten(0, (shape[0], -1)) for x in (grad_k, grad_v))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+class Sequences(NamedTuple):
+    """Sequences behind one another in one row: how long each is, and (n + 1,) int32 where each begins, and the end."""
+
+    lengths: list[int]
+    bounds: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within each: q (1, H, sum of lengths, d), k and v (1, H_kv, same, d) -> (1, H, same, d)."""
+        if varlen_attn and q.is_cuda and q.dtype != torch.float32:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            sizes = self.bounds, self.bounds, max(self.lengths), max(self.lengths)
+            return varlen_attn(q, k, v, *sizes, window_size=(-1, 0), enable_gqa=True).transpose(0, 1).unsqueeze(0)
+        parts = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*part) for part in parts], dim=2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Sequences | None" = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, H, L, d), k and v (B, H_kv, S, d) -> (B, H, L, d).
 
-    mask: bool, (B, 1, n, S), where the last n queries may look; the queries before them are causal.
+    mask: bool, (B, 1, n, S), where the last n queries may look; the queries before them are causal. Or `Sequences`.
     """
+    if isinstance(mask, Sequences):
+        return mask.attend(q, k, v)
     if mask is None:
         # Padding is on the right: no real token sees it, and its own results are not read
         if q.device.type == "cpu" and q.shape[2] <= SHORT:

@@ -13,6 +13,7 @@ import torch
 
 from support.files import UserError
 
+COMPILER = "inductor"
 PACKAGES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "pyarrow")
 
 
@@ -51,6 +52,14 @@ def reuse_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes: what lies free at the end of the heap stays there
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: the largest that glibc takes
+
+
+def compile_layers(model: torch.nn.Module):
+    """torch.compile of each decoder layer, for any length. The first pass of each kind takes long."""
+    torch._dynamo.config.recompile_limit = 64  # training and the history pass have their own
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # the probe sees what enters o_proj
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,17 +1,19 @@
 """Many sequences in few passes: where to cut a batch, and requests that begin alike as one tree."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from support.decoding import pad_right
 from support.files import check
+from support.kernels import Sequences
 
 # What a pass costs before its first token, in tokens: estimated on a CPU, the best of four on an H200
-PASS_COST = {"cpu": 64, "cuda": 1024}
+PASS_COST = {"cpu": 192, "cuda": 1024}
 ROWS = 64  # of a batch of trees, at most
 
 
@@ -20,20 +22,40 @@ def pass_cost(device: torch.device) -> int:
     return PASS_COST["cpu" if device.type == "cpu" else "cuda"]
 
 
-def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None) -> list[int]:
-    """Where to cut `lengths`, the longest first, into groups of at most `most`, and of at most `tokens` with padding.
+def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None = None, padded=True) -> list[int]:
+    """Where to cut `lengths`, the longest first, into groups of at most `most`, and of at most `tokens`.
 
-    A group costs its size times its longest length, plus `pass_cost`. The cuts have the least total cost.
+    A group has as many tokens as its size times its longest length, or, not `padded`, as the sum of its lengths. It
+    costs that, plus `pass_cost`. The cuts have the least total cost.
     """
+    before = [0, *accumulate(lengths)]
+
+    def size(i: int, end: int) -> int:
+        return (end - i) * lengths[i] if padded else before[end] - before[i]
+
     best = [(0, 0)]  # for the first n lengths: the least cost, and where its last group starts
     for end in range(1, len(lengths) + 1):
         starts = range(max(0, end - most), end)
-        candidates = [i for i in starts if i == end - 1 or not tokens or (end - i) * lengths[i] <= tokens]
-        best.append(min((best[i][0] + (end - i) * lengths[i] + pass_cost, i) for i in candidates))
+        candidates = [i for i in starts if i == end - 1 or not tokens or size(i, end) <= tokens]
+        best.append(min((best[i][0] + size(i, end) + pass_cost, i) for i in candidates))
     cuts = [len(lengths)]
     while cuts[-1]:
         cuts.append(best[cuts[-1]][1])
     return cuts[::-1]
+
+
+def in_one_row(ids: Tensor, response: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequences]:
+    """The rows of a batch behind one another, each up to its last response token: what follows it changes no loss.
+
+    ids, response (B, L) -> ids, response (1, N), positions (N,), and the rows' lengths. `response` is on the host.
+    """
+    columns = torch.arange(ids.shape[1])
+    lengths = (response * (columns + 1)).amax(dim=1).clamp(min=1)
+    places = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    here, positions, bounds = (x.to(ids.device, non_blocking=True) for x in (places, places % len(columns), bounds))
+    sequences = Sequences(lengths.tolist(), bounds)
+    return ids.flatten()[here].unsqueeze(0), response.flatten()[places].unsqueeze(0), positions, sequences
 
 
 class Scored(NamedTuple):

@@ -94,5 +94,8 @@ def add_flags(parser):
     add = parser.group("machine")
     say = "keep only the input of each layer for the backward pass: same result, less memory, a third slower"
     add("--gradient-checkpointing", action="store_true", help=say)
+    say = "put samples behind one another in one row, without padding: for a GPU, and samples of many lengths"
+    add("--pack", action="store_true", help=say)
+    add("--compile", action="store_true", help="compile the layers: faster on a GPU, after a slow first step")
     say = "with torchrun: cut the frozen weights into one part a rank (FSDP2), for a model too large for one device"
     add("--shard", action="store_true", help=say)

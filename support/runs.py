@@ -325,6 +325,7 @@ def check_flags(args):
     """UserError for flags of a run that do not go together."""
     rule = "--resume goes on with the run in --out: it needs that flag, and does not go with --overwrite"
     check(not args.resume or (args.out and not args.overwrite), rule)
+    check(not (args.compile and args.shard), "--compile does not go with --shard")
     rule = "--eval-every measures the loss of held-out rows: give them as --eval-data"
     check(args.eval_data or not args.eval_every, rule)
 

@@ -281,6 +281,79 @@ def test_sample_weights_are_zero_for_samples_without_a_selected_token():
     assert sample_weights(batch, counts, "batch") == {0: 2 / 8, 2: 0, 3: 6 / 8}
 
 
+@pytest.mark.parametrize("flags", [[], ["--gradient-checkpointing"]], ids=str)
+def test_samples_in_one_row_are_what_they_are_one_by_one(checkpoint, rows, flags):
+    found = []
+    for packed in (False, True):
+        model, examples, args = prepare(checkpoint, rows, *flags)
+        some = sorted(examples[:7], key=lambda e: -len(e.ids))
+        last = some[3].response.nonzero()[-1]
+        some[3] = data.Example(
+            some[3].ids, some[3].response.index_fill(0, last, False)
+        )  # a token that nothing asks for
+        model.packed, model.gradient_checkpointing = packed, args.gradient_checkpointing
+        probe, seen = sstoken.AttentionProbe(model, 1), []
+        model.model.layers[0].register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].shape[:2]))
+        ids, response = data.collate(some)
+        nll = response_nll(model, ids, response)
+        (nll * torch.arange(1.0, len(nll) + 1)).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append([nll.detach(), probe.scores(response), *(g / gradients[0].abs().max() for g in gradients)])
+        tokens = sum(int(e.response.nonzero().max()) + 1 for e in some)
+        assert seen[0] == ((1, tokens) if packed else ids.shape) and tokens < ids.numel()
+    for apart, together in zip(*found, strict=True):
+        assert (apart - together).abs().max() < 1e-5 * max(1, apart.abs().max())
+
+
+def test_a_run_with_pack_selects_what_a_run_without_it_does(llama, rows, monkeypatch):
+    logs, shapes = [], []
+    for flags in ([], ["--pack"]):
+        model, examples, args = prepare(llama, rows, *flags, "--gamma", "0.4", "--epochs", "2", "--lr", "0.01")
+        model.packed = args.pack
+        model.model.layers[0].register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[:2]))
+        logs.append([])
+        train(model, examples, args, logs[-1].append)
+    for apart, together in zip(*logs, strict=True):
+        assert together["loss"] == pytest.approx(apart["loss"], rel=1e-5)
+        assert together["selected_tokens"] == apart["selected_tokens"]
+    assert args.micro_batch_size == args.batch_size and shapes[-1][0] == 1
+
+
+@pytest.mark.slow  # torch traces the layers for training, the history pass and the probe
+def test_compiled_layers_train_as_they_are_and_twice_the_same(llama, rows, monkeypatch):
+    monkeypatch.setattr(machine, "COMPILER", "aot_eager")  # traced as for a GPU, without a C++ compiler
+    found = []
+    for compiled in (False, True, True):
+        model, examples, args = prepare(llama, rows, "--lora-dropout", "0.1", "--lr", "0.01", "--batch-size", "2")
+        same = [
+            data.Example(e.ids[-30:], e.response[-30:]) for e in examples if len(e.ids) > 30 and e.response[-9:].all()
+        ]
+        layer = model.model.layers[0]
+        if compiled:
+            machine.compile_layers(model)
+            assert layer.forward != type(layer).forward.__get__(layer)
+        torch.manual_seed(0)
+        found.append([])
+        train(model, same[:6], args, found[-1].append)
+        found[-1] = [line["loss"] for line in found[-1]] + [p.detach() for p in model.parameters() if p.requires_grad]
+    assert len(found[0]) > 10 and all(map(torch.equal, *(map(torch.as_tensor, one) for one in found[1:])))
+    for plain, traced in zip(*found[:2], strict=True):
+        assert torch.allclose(torch.as_tensor(plain), torch.as_tensor(traced), atol=1e-4)
+
+
+def test_compiled_layers_are_not_sharded():
+    with pytest.raises(UserError, match="--compile does not go with --shard"):
+        parse_arguments(["--model", "x", "--compile", "--shard"])
+
+
+def test_a_pass_in_one_row_has_as_many_tokens_as_its_samples():
+    lengths = [9, 8, 4, 3, 3, 2, 1]
+    plan = lambda *limit: next(data.plan_batches(lengths, 7, 7, 0, *limit))
+    sizes = [[sum(lengths[i] for i in some) for some in plan(3, 12, padded)] for padded in (False, True)]
+    assert sizes[0] == [9, 12, 9] and sum(map(len, plan(3, 12, False))) == 7
+    assert all(len(some) * lengths[some[0]] <= 12 for some in plan(3, 12, True)) and len(sizes[1]) > 3
+
+
 def test_the_loss_of_a_micro_batch_is_the_weighted_sum_of_its_samples_means_by_hand():
     nll = torch.tensor([1.0, 3.0, 7.0, 2.0, 4.0, 5.0], requires_grad=True)
     selected = [torch.tensor([True, True, False]), torch.tensor([False]), torch.tensor([True, False])]
@@ -513,6 +586,8 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
             "snapshot_every": None,
             "resume": False,
             "gradient_checkpointing": False,
+            "pack": False,
+            "compile": False,
             "shard": False,
         },
         **{"batch_size": 48, "micro_batch_size": 4, "lr": 1e-4, "warmup_ratio": 0.03, "max_grad_norm": 0.0},

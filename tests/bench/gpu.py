@@ -243,8 +243,24 @@ def right(setting: Setting, report: Report):
         ]
         changed = (picks[0] & ~picks[1]).sum() / picks[0].sum()
         report(f"{family}, bfloat16: share of the selected tokens that differs from float32", changed.item())
+    in_one_row(setting, report)
     masked_attention(setting, report)
     killed_and_resumed(setting, report)
+
+
+def in_one_row(setting: Setting, report: Report):
+    """train.py --pack: losses, AttnScore, gradient and selection of samples in one row, beside the padded batch's."""
+    report("varlen_attn is there", kernels.varlen_attn is not None)
+    base, samples = tiny(setting, "llama"), setting.rows[:9]
+    for dtype in (torch.float32, torch.bfloat16):
+        both = [with_adapters(base, setting.device, dtype) for _ in range(2)]
+        both[1].packed = True
+        padded, packed = (computed(setting, model, samples) for model in both)
+        names = ("losses", "attention scores", "their gradient, of its largest")
+        differences = {name: differ(padded[name], packed[name]) for name in names}
+        report(f"--pack, {dtype}: largest difference from the padded batch", differences)
+        picks = [picked(model, samples) for model in both]
+        report(f"--pack, {dtype}: selected tokens that differ", (picks[0] & ~picks[1]).sum().item())
 
 
 def computed(setting: Setting, model: Transformer, samples: list[data.Example]) -> dict:
@@ -521,9 +537,13 @@ def steps(setting: Setting, samples, flags, kept=None, checkpointing=False) -> d
     model = lora.add_lora(setting.large())
     model.gradient_checkpointing = checkpointing
     args, lines = setting.arguments(*flags), []
+    model.packed = args.pack
+    if args.compile:
+        setting.model = None  # nobody else is to have compiled layers
+        machine.compile_layers(model)
     setting.tidy()
     train.train(model, samples, args, lines.append, frozen=FrozenLosses(base=kept))
-    model.gradient_checkpointing = False
+    model.gradient_checkpointing = model.packed = False
     rate = statistics.median(line["tokens"] / line["seconds"] for line in lines[1:] or lines)
     needed = bench_step.operations(samples, args, model.config, history=kept is None) / sum(len(e.ids) for e in samples)
     return {"tokens/s": round(rate), "GFLOP/s": round(rate * needed / args.epochs / 1e9), "GiB": setting.peak_so_far()}
@@ -558,6 +578,11 @@ def fast(setting: Setting, report: Report):
             report(
                 f"mixture, {method}, micro-batches of {flags[-1]}", steps(setting, short, [*flags, "--method", method])
             )
+        for flags in (["--pack"], ["--compile", "--micro-batch-size", min(16, batch)], ["--pack", "--compile"]):
+            found = steps(setting, short, ["--batch-size", batch, "--method", method, *flags])
+            report(f"mixture, {method}, {' '.join(map(str, flags))}", found)
+        found = steps(setting, long, [*whole, "--compile", "--method", method])
+        report(f"3 x {setting.length} tokens, {method}, --compile", found)
     pass_costs(setting, report, short, batch)
     report(
         "the peer on the mixture, micro-batches of 4",

@@ -72,13 +72,10 @@ def test_batches_hold_every_tree_once_and_no_more_tokens_than_allowed():
 
 def test_batches_are_cut_where_a_pass_costs_less_than_its_padding():
     trees = [Tree() for _ in range(3)]
-    for number, (tree, length) in enumerate(zip(trees, (10, 100, 12), strict=True)):
+    for number, (tree, length) in enumerate(zip(trees, (10, 300, 12), strict=True)):
         tree.add(number, list(range(length)), 1)
     lengths = {
         name: [[len(t.ids) for t in b] for b in pack(trees, 1024, torch.device(name))] for name in ("cpu", "cuda")
     }
-    assert lengths["cpu"] == [
-        [100],
-        [12, 10],
-    ]  # two passes and 2 tokens of padding: 64 + 2 more, against 178 of padding
-    assert lengths["cuda"] == [[100, 12, 10]]  # where a pass costs 1,024 tokens
+    assert lengths["cpu"] == [[300], [12, 10]]  # a pass and 2 tokens of padding: 192 + 2, against 578 of padding
+    assert lengths["cuda"] == [[300, 12, 10]]  # where a pass costs 1,024 tokens
