@@ -1,9 +1,8 @@
 """The ten benchmarks of Table 1, and how to add one: what is asked.
 
-Requests and metrics are those of lm-evaluation-harness 0.4.13. A request is (context, continuation), answered by
-(log P(continuation | context), whether it is the greedy one), or (context, {"until": [...], ...}), answered by the text
-that greedy decoding writes up to the first of these strings. Names and fixed prompts are in benchmarks.json; grading.py
-grades the answers.
+Requests and metrics are those of lm-evaluation-harness 0.4.13, to the letter. A request is one of two. (context,
+continuation) is answered by (log P(continuation | context), whether it is the greedy one). (context, {"until": [...]})
+is answered by what greedy decoding writes, up to the first of these strings. Data is in benchmarks.json.
 """
 
 import functools
@@ -19,14 +18,13 @@ from paper.grading import accuracy, one_of, overlap, same_number, squad_words, s
 from support.files import check, read_json
 from support.sources import hub_files, read_file
 
-Task = dict
-"""What a benchmark is:
-"hub":      (data set, configuration or None) on the hub; None: rows of the user's own, in a local folder
-"file":     what its files in a local folder are called, <file>.<split>.jsonl
-"rows":     (load, tokenizer) -> the rows to ask, where load(split) gives a split's rows, in the hub's schema
-"requests": row -> its requests
-"metrics":  row, their answers -> {metric: value}, to be averaged over rows
-"""
+Task = dict  # what a benchmark is:
+# "hub":      (data set, configuration or None) on the hub; None: rows of the user's own, in a local folder
+# "file":     what its files in a local folder are called, <file>.<split>.jsonl
+# "rows":     (load, tokenizer) -> the rows to ask, where load(split) gives a split's rows, in the hub's schema
+# "requests": row -> its requests
+# "metrics":  row, their answers -> {metric: value}, to be averaged over rows
+
 DATA = read_json(Path(__file__).with_name("benchmarks.json"))
 MMLU_SUBJECTS, AGIEVAL_SETS = DATA["mmlu"], DATA["agieval"]
 TYDIQA = DATA["tydiqa"]  # code: the language as ids spell it, and what lm-eval calls context, question, answer in it
@@ -41,7 +39,7 @@ def loader(name: str, folder: Path | None) -> Callable:
 @functools.cache
 def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
     path = f"{file}.{split}.jsonl"
-    check(folder or hub, f"--data must name the folder of your own rows, {path}")
+    check(folder or hub, f"rows of your own are asked about: name the folder that holds {path} by --data")
     paths = [folder / path] if folder else hub_files(hub[0], split, hub[1])
     rows = [row for path in paths for row in read_file(path)]
     check(rows, f"{paths[0]} has no rows")
@@ -51,8 +49,8 @@ def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list
 forget_rows = _load.cache_clear  # so that a command which is run again in one process reads its files again
 
 
-def every_row(file: str, path: str, configuration: str | None, split: str) -> Task:
-    """What a task is asked about: all rows of a split, as they are."""
+def questions(file: str, path: str, configuration: str | None, split: str) -> Task:
+    """What a task asks about: by default all rows of a split, as they are."""
     return {"hub": (path, configuration), "file": file, "rows": lambda load, tokenizer: load(split)}
 
 
@@ -80,12 +78,6 @@ def lettered(options: list[str], strict: bool = False) -> str:
     return "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=strict))
 
 
-def winogrande_requests(row: dict) -> list:
-    """Partial evaluation: the option goes into the context, and what is scored is the rest of the sentence."""
-    before, _, after = row["sentence"].partition("_")
-    return [(before + row[option], " " + after.strip()) for option in ("option1", "option2")]
-
-
 def mmlu(subject: str) -> Task:
     """One subject of MMLU, 5-shot: each row's examples are the first five of the split dev."""
 
@@ -99,23 +91,10 @@ def mmlu(subject: str) -> Task:
         prefix += "".join(f"{question(row)} {'ABCD'[row['answer']]}\n\n" for row in examples)
         return [row | {"prefix": prefix} for row in load("test")]
 
-    return {
-        "hub": ("cais/mmlu", subject),
-        "file": f"mmlu/{subject}",
+    return questions(f"mmlu/{subject}", "cais/mmlu", subject, "test") | {
         "rows": rows,
         "requests": lambda row: [(row["prefix"] + question(row), f" {letter}") for letter in "ABCD"],
         "metrics": lambda row, answers: {"acc": accuracy(answers, list("ABCD"), [row["answer"]])["acc"]},
-    }
-
-
-def agieval(name: str) -> Task:
-    """One set of AGIEval: choices, or a number to be written."""
-    asked = every_row(f"agieval/{name}", f"hails/agieval-{name}", None, "test")
-    if name not in ("gaokao-mathcloze", "math"):
-        return asked | multiple_choice(*map(itemgetter, ("query", "choices", "gold")))
-    return asked | {
-        "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
-        "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
     }
 
 
@@ -137,8 +116,8 @@ def tydiqa(code: str) -> Task:
     def metrics(row, answers):
         return overlap(answers[0].strip(), row["answers"]["text"], lambda text: tydiqa_words(text, code))
 
-    hub = "google-research-datasets/tydiqa", "secondary_task"
-    return {"hub": hub, "file": "tydiqa", "rows": rows, "requests": requests, "metrics": metrics}
+    asked = questions("tydiqa", "google-research-datasets/tydiqa", "secondary_task", "validation")
+    return asked | {"rows": rows, "requests": requests, "metrics": metrics}
 
 
 def tydiqa_release(code: str) -> Task:
@@ -168,7 +147,7 @@ def tydiqa_release(code: str) -> Task:
 def instructions_rows(load: Callable, tokenizer) -> list[dict]:
     """Rows of any schema that train.py reads, each as a prompt in its template and what should follow.
 
-    A row may have a column "answer", the part of the output that counts; otherwise all of it does.
+    A column "answer" names the part of the output that counts; without one, all of it does.
     """
     rows = load("test")
     found = conversations(rows, "instructions")
@@ -178,17 +157,17 @@ def instructions_rows(load: Callable, tokenizer) -> list[dict]:
     graded = []
     for number, (row, turns) in enumerate(zip(rows, found, strict=True), 1):
         output, answer = turns[-1]["content"], row.get("answer")
-        kind = type(answer)
-        check(kind in (type(None), str, int, float), f"row {number}: its answer is {kind.__name__}, no text or number")
+        check(
+            type(answer) in (type(None), str, int, float), f"row {number}: its answer {answer!r} is no text or number"
+        )
         answer = None if answer is None else str(answer).strip()
-        words = f"row {number}: its answer is empty, which anything would match"
-        check(output.strip() if answer is None else answer, words)
+        check(output.strip() if answer is None else answer, f"row {number}: its answer is empty")
         graded.append({"prompt": prompt_text(turns[:-1], tokenizer), "output": output, "answer": answer} | whole)
     return graded
 
 
 def instructions_metrics(row: dict, answers: list[str]) -> dict[str, float]:
-    """Is what was written the row's output? Or, where the row names an answer, does that stand in it (`stands_in`)?"""
+    """Was the row's output written? If the row names an answer: does that stand in what was written?"""
     written, answer = answers[0].strip(), row["answer"]
     right = written == row["output"].strip() if answer is None else stands_in(answer, written)
     return {"exact_match": float(right)}
@@ -200,7 +179,12 @@ ARC = multiple_choice(
     choices=lambda row: row["choices"]["text"],
     gold=lambda row: [row["choices"]["label"].index(row["answerKey"])],
 )
-# Those that ask every row of one split, which benchmarks.json names
+AGIEVAL = multiple_choice(*map(itemgetter, ("query", "choices", "gold")))
+AGIEVAL_WRITTEN = {
+    "requests": lambda row: [(row["query"], {"until": ["Q:"], "max_gen_toks": 32})],
+    "metrics": lambda row, answers: {"acc": float(same_number(answers[0], str(row["answer"])))},
+}
+# Tasks that ask every row of a split; benchmarks.json names it
 FUNCTIONS: dict[str, Task] = {
     "triviaqa": {
         "requests": lambda row: [(f"Question: {row['question']}?\nAnswer:", {"until": ["\n", ".", ","]})],
@@ -214,8 +198,11 @@ FUNCTIONS: dict[str, Task] = {
     },
     "arc_challenge": ARC,
     "arc_easy": ARC,
-    "winogrande": {
-        "requests": winogrande_requests,
+    "winogrande": {  # partial evaluation: the option goes into the context, the rest of the sentence is scored
+        "requests": lambda row: [
+            (row["sentence"].partition("_")[0] + row[option], " " + row["sentence"].partition("_")[2].strip())
+            for option in ("option1", "option2")
+        ],
         "metrics": lambda row, answers: {"acc": accuracy(answers, ["-", "-"], [int(row["answer"]) - 1])["acc"]},
     },
     "hellaswag": multiple_choice(
@@ -232,9 +219,13 @@ FUNCTIONS: dict[str, Task] = {
     ),
 }
 TASKS: dict[str, Task] = {
-    **{name: every_row(name, *DATA["splits"][name]) | functions for name, functions in FUNCTIONS.items()},
+    **{name: questions(name, *DATA["splits"][name]) | functions for name, functions in FUNCTIONS.items()},
     **{f"mmlu_{subject}": mmlu(subject) for subject in MMLU_SUBJECTS},
-    **{f"agieval_{name.replace('-', '_')}": agieval(name) for name in AGIEVAL_SETS},
+    **{
+        f"agieval_{name.replace('-', '_')}": questions(f"agieval/{name}", f"hails/agieval-{name}", None, "test")
+        | (AGIEVAL_WRITTEN if name in ("gaokao-mathcloze", "math") else AGIEVAL)
+        for name in AGIEVAL_SETS
+    },
     **{f"tydiqa_goldp_{code}": tydiqa(code) for code in TYDIQA},
     **{f"tydiqa_release_{code}": tydiqa_release(code) for code in TYDIQA},
     "instructions": {
@@ -246,7 +237,7 @@ TASKS: dict[str, Task] = {
     },
 }
 
-# group: its tasks, its metrics, and whether a task counts by its number of rows
+# group: its tasks, its metrics, and whether tasks count by their number of rows
 GROUPS = {
     group: ([name for name in TASKS if name.startswith(start)], metrics, weighted)
     for group, (start, metrics, weighted) in DATA["groups"].items()

@@ -180,8 +180,8 @@ def test_own_rows_name_their_answer_as_text_or_number_or_not_at_all(llama):
         assert graded(row | {"answer": answer}, "so 4, I think", tokenizer) == 1
         assert graded(row | {"answer": answer}, "so 4.5, I think", tokenizer) == 0
     assert graded(row | {"answer": 0.5}, "0.5", tokenizer) == 1
-    for answer, words in {"": "is empty", "  ": "is empty", True: "answer is bool", ("4",): "answer is tuple"}.items():
-        with pytest.raises(UserError, match=f"row 1: its {words}|row 1: its answer {words}"):
+    for answer, words in {"": "is empty", "  ": "is empty", True: "True is no text", ("4",): ".* is no text"}.items():
+        with pytest.raises(UserError, match=f"row 1: its answer {words}"):
             graded(row | {"answer": answer}, "4", tokenizer)
     with pytest.raises(UserError, match="row 1: its answer is empty"):
         graded(row | {"output": " "}, "4", tokenizer)
