@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:  # an older torch
-    varlen_attn = None
+    varlen = None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -132,6 +132,11 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q.view(shape), *(x.to(q.dtype).unflatten(0, (shape[0], -1)) for x in (grad_k, grad_v))
 
 
+def has_varlen(q: Tensor) -> bool:
+    """Whether this torch has a kernel for `Sequences`, with grouped queries, on q's device and in its dtype."""
+    return q.is_cuda and q.dtype != torch.float32 and hasattr(varlen, "varlen_attn_out")
+
+
 class Sequences(NamedTuple):
     """Sequences behind one another in one row: how long each is, and (n + 1,) int32 where each begins, and the end."""
 
@@ -140,10 +145,11 @@ class Sequences(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each: q (1, H, sum of lengths, d), k and v (1, H_kv, same, d) -> (1, H, same, d)."""
-        if varlen_attn and q.is_cuda and q.dtype != torch.float32:
+        if has_varlen(q):
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             sizes = self.bounds, self.bounds, max(self.lengths), max(self.lengths)
-            return varlen_attn(q, k, v, *sizes, window_size=(-1, 0), enable_gqa=True).transpose(0, 1).unsqueeze(0)
+            out = varlen.varlen_attn(q, k, v, *sizes, window_size=(-1, 0), enable_gqa=True)  # causal
+            return out.transpose(0, 1).unsqueeze(0)
         parts = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([attention(*part) for part in parts], dim=2)
 

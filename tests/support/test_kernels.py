@@ -1,7 +1,9 @@
 """Each fast operation against its formula in float64, value and gradient."""
 
 import functools
+import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -169,3 +171,28 @@ def test_on_a_gpu_float32_attention_repeats_keys_for_a_kernel_whose_memory_does_
             q, k, v = (torch.empty(2, n, 700, 64, device="cuda", dtype=dtype) for n in (6, 2, 2))
             assert attention(q, k, v).shape == q.shape
     assert [k[1] for _, k, _ in shapes] == [6, 2] and [v[1] for _, _, v in shapes] == [6, 2]
+
+
+def test_the_kernel_for_sequences_is_asked_for_what_the_loop_computes(monkeypatch):
+    """The kernel itself is a GPU's: in its place a float64 loop over what it is given."""
+
+    def in_its_place(q, k, v, starts, ends, longest, *rest, window_size, enable_gqa):
+        assert starts is ends and starts.dtype == torch.int32 and rest == (longest,) and enable_gqa
+        assert window_size == (-1, 0) and longest == max(b - a for a, b in itertools.pairwise(starts.tolist()))
+        out = torch.empty_like(q)
+        for a, b in itertools.pairwise(starts.tolist()):
+            for head in range(q.shape[1]):
+                group = head // (q.shape[1] // k.shape[1])
+                scores = q[a:b, head].double() @ k[a:b, group].double().T / q.shape[2] ** 0.5
+                seen = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+                out[a:b, head] = (seen @ v[a:b, group].double()).to(q.dtype)
+        return out
+
+    lengths, torch_has = [5, 1, 9], types.SimpleNamespace(varlen_attn=in_its_place)
+    q, k, v = (torch.randn(1, heads, 15, 8) for heads in (6, 2, 2))
+    sequences = kernels.Sequences(lengths, torch.tensor([0, 5, 6, 15], dtype=torch.int32))
+    apart = kernels.attention(q, k, v, sequences)
+    monkeypatch.setattr(kernels, "varlen", torch_has)
+    assert not kernels.has_varlen(q)
+    monkeypatch.setattr(kernels, "has_varlen", lambda q: True)
+    assert torch.allclose(kernels.attention(q, k, v, sequences), apart, atol=1e-5)
