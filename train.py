@@ -188,9 +188,9 @@ def train(
 
 # -------------------------------------------------------------------------------------------------- command line
 
-MICRO_BATCH = {"cpu": 4, "cuda": 16}  # at most, by default: smaller ones leave a GPU waiting for its host
+MICRO_BATCH = {"cpu": 4, "cuda": 16}  # by default, at most: smaller ones leave a GPU waiting
 
-# What `python train.py` does without --model: a tiny Llama and its rows, made by demo/make.py
+# Without --model: a tiny Llama and its rows, made by demo/make.py
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
 DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
 DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}
@@ -272,8 +272,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         most = args.batch_size if args.pack else MICRO_BATCH[kind]
         args.pass_tokens = 4 * args.max_length if kind == "cuda" or args.pack else None
         args.micro_batch_size = max(n for n in range(1, most + 1) if args.batch_size % n == 0)
-    size, part = args.batch_size, args.micro_batch_size
-    check(size % part == 0, f"--micro-batch-size {part} does not divide --batch-size {size}")
+    args.micro_batch_size = part = min(args.micro_batch_size, args.batch_size)
+    check(args.batch_size % part == 0, f"--micro-batch-size {part} does not divide --batch-size {args.batch_size}")
     runs.check_flags(args)
     baselines.check_flags(args, parser.given(argv))
     return args

@@ -595,6 +595,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_its_release():
         **{"dtype": machine.usual_dtype(torch.device("cpu")), "device": "cpu"},
     }
     assert parse_arguments(["--model", "x", "--batch-size", "9"]).micro_batch_size == 3
+    assert parse_arguments(["--batch-size", "24"]).micro_batch_size == 24  # of the demo's 48
 
 
 def test_on_a_gpu_a_pass_has_more_samples_by_default_and_no_more_tokens(monkeypatch):

@@ -540,6 +540,7 @@ def steps(setting: Setting, samples, flags, kept=None, checkpointing=False) -> d
     model.packed = args.pack
     if args.compile:
         setting.model = None  # nobody else is to have compiled layers
+        machine.COMPILER = "eager" if setting.dry_run else "inductor"
         machine.compile_layers(model)
     setting.tidy()
     train.train(model, samples, args, lines.append, frozen=FrozenLosses(base=kept))
