@@ -190,7 +190,7 @@ def train(
 
 MICRO_BATCH = {"cpu": 4, "cuda": 16}  # by default, at most: smaller ones leave a GPU waiting
 
-# Without --model: a tiny Llama and its rows, made by demo/make.py
+# Without --model: a tiny Llama and its rows, by demo/make.py
 DEMO_FOLDER = os.path.relpath(Path(__file__).parent / "demo")
 DEMO_FILES = {"model": "model", "data": "sft.jsonl", "eval_data": "instructions.test.jsonl"}
 DEMO_FILES = {flag: f"{DEMO_FOLDER}/{name}" for flag, name in DEMO_FILES.items()}

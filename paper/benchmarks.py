@@ -39,7 +39,7 @@ def loader(name: str, folder: Path | None) -> Callable:
 @functools.cache
 def _load(file: str, hub: tuple | None, folder: Path | None, split: str) -> list[dict]:
     path = f"{file}.{split}.jsonl"
-    check(folder or hub, f"rows of your own are asked about: name the folder that holds {path} by --data")
+    check(folder or hub, f"--data must name the folder of your own rows, {path}")
     paths = [folder / path] if folder else hub_files(hub[0], split, hub[1])
     rows = [row for path in paths for row in read_file(path)]
     check(rows, f"{paths[0]} has no rows")

@@ -1,12 +1,14 @@
 """Adapters as files, in peft's format: adapter_config.json, adapter_model.safetensors, and that the two agree."""
 
 import functools
+import re
 from pathlib import Path
 
+import pyarrow.compute
 from torch import nn
 
 from support.checkpoint import check_known, find_folder, open_safetensors, pickled, stored_in, write_tensors
-from support.files import check, is_count, is_number, read_json
+from support.files import check, is_count, is_number, read_json, told
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "run.json"]
 PREFIX = "base_model.model."
@@ -67,17 +69,29 @@ def read_adapter(folder: Path, linears: dict[str, nn.Linear]) -> tuple[int, floa
     return rank, alpha, rate, factors
 
 
+def matching(given: list[str] | str, names: list[str], folder: Path) -> set[str]:
+    """Those of `names` that peft means by `given`: ends of names, or a pattern of a whole name."""
+    if isinstance(given, list):
+        ends = tuple(f".{end}" for end in given)
+        return {name for name in names if f".{name}".endswith(ends)}
+    with told(f"{folder}: {given[:60]!r} is no pattern that can be matched here"):
+        re.compile(given)  # peft's language; RE2, which knows most of it, needs no longer for any pattern
+        found = pyarrow.compute.match_substring_regex(pyarrow.array(names, "string"), f"^(?:{given})$")
+    return {name for name, matched in zip(names, found.to_pylist(), strict=True) if matched}
+
+
 def described_layers(config: dict, linears: dict[str, nn.Linear], folder: Path) -> set[str]:
     """The layers that an adapter's config says it adapts, as peft reads it."""
+    for key, kind in {"target_modules": str, "exclude_modules": str, "layers_to_transform": int}.items():
+        value, what = config.get(key), "names" if kind is str else "numbers"
+        listed = isinstance(value, list) and all(isinstance(one, kind) for one in value)
+        check(listed or isinstance(value, kind | None), f"{folder}: {key} is {value!r}, not {what}")
     targets, only = config.get("target_modules") or [], config.get("layers_to_transform")
-    named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    check(named or targets == "all-linear", f"{folder}: target_modules is {targets!r}, no list of names")
-    only = [only] if isinstance(only, int) else only or []
-    numbers = isinstance(only, list) and all(isinstance(number, int) for number in only)
-    check(numbers, f"{folder}: layers_to_transform is {only!r}, not numbers")
-    if not named:
-        return set(linears)
-    ends = tuple(f".{name}" for name in targets)
-    found = {name for name in (*linears, "lm_head", "model.embed_tokens") if f".{name}".endswith(ends)}
+    names = [*linears, "lm_head", "model.embed_tokens"]
+    found = set(linears) if targets == "all-linear" else matching(targets, names, folder)
     check(found <= linears.keys(), f"{folder}: target_modules names the head or the embedding")
-    return {name for name in found if not only or name in targets or int(name.split(".")[2]) in only}
+    found -= matching(config.get("exclude_modules") or [], names, folder)
+    if isinstance(targets, list) and only not in (None, []):
+        numbers = only if isinstance(only, list) else [only]
+        found = {name for name in found if name in targets or int(name.split(".")[2]) in numbers}
+    return found

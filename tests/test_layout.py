@@ -149,7 +149,7 @@ def test_the_readmes_are_short_and_say_the_size_of_the_six():
 def test_what_stands_around_the_six_is_small():
     sizes = {name: len(lines(name)) for name in MODULES if "." in name}
     assert max(sizes.values()) <= 400
-    for folder, most, width in (("support", 3067, 65.9), ("paper", 2300, 63.1)):
+    for folder, most, width in (("support", 3080, 65.9), ("paper", 2300, 63.1)):
         text = [line for name in sizes if name.startswith(folder) for line in lines(name)]
         assert len(text) <= most, f"{folder}/ has {len(text)} lines"
         text = [line for line in text if line.strip()]

@@ -371,6 +371,7 @@ STATISTICS = {
     "a list": ({"target_modules": ["q_proj", "v_proj"]}, lambda layer, name: name in ("q_proj", "v_proj")),
     "names that are not there": ({"target_modules": ["q_proj", "query"]}, lambda layer, name: name == "q_proj"),
     "all-linear": ({"target_modules": "all-linear"}, lambda layer, name: name in ALL),
+    "a pattern": ({"target_modules": r".*\.(q|v)_proj"}, lambda layer, name: name in ("q_proj", "v_proj")),
     "some layers": (
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
         lambda layer, name: name == "q_proj" and layer != 1,
@@ -378,6 +379,10 @@ STATISTICS = {
     "one layer": (
         {"target_modules": ["o_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
         lambda layer, name: name == "o_proj" and layer == 1,
+    ),
+    "all but": (
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+        lambda layer, name: name == "q_proj",
     ),
     "a whole name": (
         {"target_modules": ["model.layers.1.self_attn.q_proj"]},
@@ -405,9 +410,12 @@ SAYS = {
     "lora_bias .* is not implemented": {"lora_bias": True},
     "mlp.down_proj.lora_A.weight has no place": {"target_modules": ["q_proj", "k_proj"]},
     "target_modules names the head": {"target_modules": [*lora.TARGETS, "lm_head"]},
-    "target_modules is 7, no list of names": {"target_modules": 7},
-    "q_proj', no list of names": {"target_modules": r".*\.q_proj"},  # peft's patterns may run for ever
-    "exclude_modules .* is not implemented": {"exclude_modules": ["k_proj"]},
+    "target_modules is 7, not names": {"target_modules": 7},
+    "has no place": {"target_modules": ".?" * 40 + "x"},  # each of these took hours, or longer than anyone lives
+    "has no place in": {"target_modules": "(a|a)*" * 40 + "(.+)+b"},
+    "has no place in the": {"exclude_modules": ".*" * 9},
+    "matched here: missing": {"target_modules": "("},
+    "matched here: Invalid regular expression": {"target_modules": "(?=.*q_proj)"},
     "layers_pattern .* is not implemented": {"layers_pattern": ["h"], "layers_to_transform": [0]},
     "layers_to_transform is 'all'": {"layers_to_transform": "all"},
 }
