@@ -42,7 +42,7 @@ def find_answers(examples: list[data.Example]) -> list[Answer]:
 
 
 def first_tokens(examples: list[data.Example]) -> list[data.Example]:
-    """The samples without what stands behind the first tokens of their last answers; only first tokens are scored."""
+    """Each sample up to the first tokens of its last answer. The first tokens of its answers are supervised alone."""
     masks = [torch.zeros_like(response) for _, response in examples]
     for sample, start, end in find_answers(examples):
         masks[sample][start : min(end, start + FIRST)] = True

@@ -136,7 +136,8 @@ def stands_in(answer: str, text: str) -> bool:
     """
     for found in re.finditer(f"(?={re.escape(answer)})", text):  # also where one begins within another
         before, after = text[: found.start()], text[found.start() + len(answer) :]
-        signed = re.search(r"(?<![\w)])[-\u2212]\|\d|\w\|[-\u2212]\d", f"{before[-2:]}|{answer[:2]}")
+        signed = re.search(r"(?<![\w)])[-\u2212]$", before) and re.match(r"\d", answer)
+        signed = signed or re.search(r"\w$", before) and re.match(r"[-\u2212]\d", answer)
         longer = "," in answer and (re.match(r",\s?[\w-]+([.,;:!?]|$)", after) or re.search(r",\s?$", before))
         if not (signed or longer or go_on(before, answer) or go_on(answer, after)):
             return True

@@ -22,7 +22,7 @@ LOSSES = 1  # how they are computed; a change to that makes it 2, and what an ol
 
 
 def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(tensors: Iterable[Tensor], most: int | None = 4096) -> str:
@@ -62,7 +62,7 @@ def files_key(whole: Iterable[Path], dated: Iterable[Path] = ()) -> str:
     def state(path: Path) -> list:
         with path.open("rb") as file:
             content = path.stat().st_mtime_ns if path in dated else hashlib.file_digest(file, "sha256").hexdigest()
-        return [path.name, path.stat().st_size, content]
+        return [os.fsencode(path.name).hex(), path.stat().st_size, content]
 
     return digest(sorted(map(state, {*whole, *dated}), key=str))
 
