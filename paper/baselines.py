@@ -142,7 +142,7 @@ def make_selection(model, sizes: list[int], args, frozen: FrozenLosses) -> Preco
 
 
 def reads_kept_history(args: argparse.Namespace, samples: int) -> bool:
-    """Whether the base model's losses, which stay as they are, are computed before training: for epochs, or --cache."""
+    """Whether the history losses are computed before training: the base model's, for several epochs or --cache."""
     again = args.epochs > 1 and (args.max_steps or math.inf) > math.ceil(samples / args.batch_size)
     scores = args.method == "sstoken" and args.rho not in ("auto", 1) and args.gamma
     return bool(scores and args.history == "base" and (again or args.cache))
