@@ -315,7 +315,7 @@ def test_a_layer_that_does_not_exist_is_refused(tmp_path):
 
 @pytest.mark.slow  # the arithmetic of a 3B model's layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_probes_memory_stays_under_a_fifth_of_the_attention_matrix(tmp_path, dtype):
+def test_the_probes_memory_stays_under_a_quarter_of_the_attention_matrix(tmp_path, dtype):
     sizes = {"hidden_size": 3072, "intermediate_size": 64, "num_hidden_layers": 1}  # Llama-3.2-3B's attention
     heads = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}
     model = make_model(tmp_path, "llama", **sizes, **heads).to(dtype)
@@ -325,7 +325,7 @@ def test_the_probes_memory_stays_under_a_fifth_of_the_attention_matrix(tmp_path,
     probe.hidden = torch.randn(1, 2048, 3072, dtype=dtype)  # what it keeps of a pass
     probe.rope = rope_table(model.config, torch.arange(2048), dtype)
     kept = probe.hidden.numel() * probe.hidden.element_size()
-    assert kept + peak_allocated(lambda: probe.scores(response)) < 24 * 2048 * 2048 * 4 / 5
+    assert kept + peak_allocated(lambda: probe.scores(response)) < 24 * 2048 * 2048  # of four bytes each
     q, k = torch.randn(24, 2048, 128, dtype=dtype), torch.randn(8, 2048, 128, dtype=dtype)
     assert peak_allocated(lambda: attention_score(q, k, response[0])) < 64 * 2**20
 
