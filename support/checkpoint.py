@@ -269,8 +269,8 @@ def save_model(model: nn.Module, folder):
         files.write_whole(folder / file.name, functools.partial(shutil.copyfile, file))
     ends = []  # of every answer in training; a base's own generation_config may name another
     if (path := model.folder / "tokenizer.json").exists():
-        ids, end = tokenizers.Tokenizer.from_file(str(path)).get_vocab(), special_token(model.folder, "eos_token")
-        ends = [ids[end]] if end in ids else []
+        number = tokenizers.Tokenizer.from_file(str(path)).token_to_id(special_token(model.folder, "eos_token") or "")
+        ends = [] if number is None else [number]
     if settings := generation_config(model.folder, config, ends):
         files.write_json(folder / "generation_config.json", settings)
 

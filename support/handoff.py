@@ -20,7 +20,6 @@ FORM = (HERE / "paper_template.jinja").read_text(encoding="utf-8").replace("\n",
 MADE = "<!-- made by train.py from run.json; a file without this line is left alone -->"
 JINJA = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 JINJA.filters |= {"cell": cell, "json": json.dumps}
-CARD = JINJA.from_string((HERE / "model_card.jinja").read_text(encoding="utf-8"))
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -59,7 +58,8 @@ def card(record: dict, name: str, defaults: dict) -> str:
     model = record["arguments"]["model"]
     command = shlex.join(["python", "train.py", "--model", model, *given_flags(record["arguments"], defaults)])
     local = Path(model).is_dir()  # the hub knows no folder of ours
-    return CARD.render(record, name=name, made=MADE, local=local, command=" ".join(command.split()))
+    text = (HERE / "model_card.jinja").read_text(encoding="utf-8")
+    return JINJA.from_string(text).render(record, name=name, made=MADE, local=local, command=" ".join(command.split()))
 
 
 def given_flags(args: dict, defaults: dict) -> list[str]:

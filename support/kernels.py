@@ -1,16 +1,12 @@
 """Operations that take less memory or time than their formula. Each states its formula, and a test checks it."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # an older torch
-    varlen = None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -132,9 +128,13 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q.view(shape), *(x.to(q.dtype).unflatten(0, (shape[0], -1)) for x in (grad_k, grad_v))
 
 
-def has_varlen(q: Tensor) -> bool:
-    """Whether this torch has a kernel for `Sequences`, with grouped queries, on q's device and in its dtype."""
-    return q.is_cuda and q.dtype != torch.float32 and hasattr(varlen, "varlen_attn_out")
+def varlen_kernel(q: Tensor) -> Callable | None:
+    """torch's attention for `Sequences`, if it has one with grouped queries for q's device and dtype."""
+    if q.is_cuda and q.dtype != torch.float32:
+        with contextlib.suppress(ImportError):  # an older torch
+            from torch.nn.attention import varlen  # here: it takes a second
+
+            return varlen.varlen_attn if hasattr(varlen, "varlen_attn_out") else None
 
 
 class Sequences(NamedTuple):
@@ -145,10 +145,10 @@ class Sequences(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each: q (1, H, sum of lengths, d), k and v (1, H_kv, same, d) -> (1, H, same, d)."""
-        if has_varlen(q):
+        if kernel := varlen_kernel(q):
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             sizes = self.bounds, self.bounds, max(self.lengths), max(self.lengths)
-            out = varlen.varlen_attn(q, k, v, *sizes, window_size=(-1, 0), enable_gqa=True)  # causal
+            out = kernel(q, k, v, *sizes, window_size=(-1, 0), enable_gqa=True)  # causal
             return out.transpose(0, 1).unsqueeze(0)
         parts = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([attention(*part) for part in parts], dim=2)

@@ -80,9 +80,8 @@ def model_key(model: Path, adapter: Path | None = None, whole: bool = False) -> 
 
 def losses_key(model: Path, adapter: Path | None, examples: Iterable[tuple], dtype: str, device: str) -> str:
     """A digest of all that losses depend on; examples: (ids, response) each."""
-    return digest(
-        LOSSES, dtype, device, model_key(model, adapter, whole=True), fingerprint(chain(*examples), most=None)
-    )
+    weights, samples = model_key(model, adapter, whole=True), fingerprint(chain(*examples), most=None)
+    return digest(LOSSES, dtype, device, weights, samples)
 
 
 def kept_losses(cache: Path | None, key: str, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:

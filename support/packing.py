@@ -35,9 +35,9 @@ def cut_batch(lengths: list[int], most: int, pass_cost: int, tokens: int | None 
 
     best = [(0, 0)]  # for the first n lengths: the least cost, and where its last group starts
     for end in range(1, len(lengths) + 1):
-        starts = range(max(0, end - most), end)
-        candidates = [i for i in starts if i == end - 1 or not tokens or size(i, end) <= tokens]
-        best.append(min((best[i][0] + size(i, end) + pass_cost, i) for i in candidates))
+        sizes = {i: size(i, end) for i in range(max(0, end - most), end)}
+        candidates = [i for i in sizes if i == end - 1 or not tokens or sizes[i] <= tokens]
+        best.append(min((best[i][0] + sizes[i] + pass_cost, i) for i in candidates))
     cuts = [len(lengths)]
     while cuts[-1]:
         cuts.append(best[cuts[-1]][1])
@@ -54,8 +54,7 @@ def in_one_row(ids: Tensor, response: Tensor) -> tuple[Tensor, Tensor, Tensor, S
     places = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     here, positions, bounds = (x.to(ids.device, non_blocking=True) for x in (places, places % len(columns), bounds))
-    sequences = Sequences(lengths.tolist(), bounds)
-    return ids.flatten()[here].unsqueeze(0), response.flatten()[places].unsqueeze(0), positions, sequences
+    return ids.flatten()[here][None], response.flatten()[places][None], positions, Sequences(lengths.tolist(), bounds)
 
 
 class Scored(NamedTuple):

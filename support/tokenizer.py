@@ -118,8 +118,9 @@ class Tokenizer:
         with told(f"the tokenizer cannot encode {text[:60]!r}"):
             encoding = self.backend.encode(text, add_special_tokens=False)
         found, last = [(token, *span) for token, span in zip(encoding.ids, encoding.offsets, strict=True)], 0
-        wrong = [token for token, number in self.control.items() if number in set(encoding.ids)]
-        check(not (plain and wrong), f"this tokenizer reads {wrong} in a text as control tokens")  # a whole word's
+        ids = set(encoding.ids) if plain else ()
+        wrong = [token for token, number in self.control.items() if number in ids]  # in a vocabulary of whole words
+        check(not wrong, f"this tokenizer reads {wrong} in a text as control tokens")
         for token, start, end in [*found, (None, len(text), len(text))]:
             lost = text[last:start].strip() or (text[start:end] if token == self.unknown else "")
             if lost and not self.lost:
@@ -227,9 +228,10 @@ def load_tokenizer(name_or_path, revision: str | None = None, template: str = "p
         ids = backend.get_vocab().values()
         check(len(ids) == len(set(ids)), f"{folder / 'tokenizer.json'}: two tokens have one id")
         tokenizer = Tokenizer(backend, eos, bos)
-        backend.encode_special_tokens = True
-        apart = tokenizer.eos_id not in backend.encode(eos, add_special_tokens=False).ids
-        check(apart, f"{folder / 'tokenizer_config.json'}: {eos!r}, the end of text, is read in a text as that")
+        try:
+            tokenizer.encode(eos)
+        except UserError as reason:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: {reason}") from None
         whole = tokenizer.read(f"a{eos}")[-1][0] == tokenizer.eos_id
         check(whole, f"{folder}: the tokenizer does not read {eos!r} behind a word: the flags of that token")
         if template == "model":

@@ -250,7 +250,7 @@ def right(setting: Setting, report: Report):
 
 def in_one_row(setting: Setting, report: Report):
     """train.py --pack: losses, AttnScore, gradient and selection of samples in one row, beside the padded batch's."""
-    report("varlen_attn is there", kernels.has_varlen(torch.ones(1, device=setting.device, dtype=torch.bfloat16)))
+    report("varlen_attn is there", bool(kernels.varlen_kernel(torch.ones(1, device=setting.device).bfloat16())))
     base, samples = tiny(setting, "llama"), setting.rows[:9]
     for dtype in (torch.float32, torch.bfloat16):
         both = [with_adapters(base, setting.device, dtype) for _ in range(2)]

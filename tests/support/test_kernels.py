@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import types
 
 import pytest
 import torch
@@ -188,11 +187,10 @@ def test_the_kernel_for_sequences_is_asked_for_what_the_loop_computes(monkeypatc
                 out[a:b, head] = (seen @ v[a:b, group].double()).to(q.dtype)
         return out
 
-    lengths, torch_has = [5, 1, 9], types.SimpleNamespace(varlen_attn=in_its_place)
+    lengths = [5, 1, 9]
     q, k, v = (torch.randn(1, heads, 15, 8) for heads in (6, 2, 2))
     sequences = kernels.Sequences(lengths, torch.tensor([0, 5, 6, 15], dtype=torch.int32))
     apart = kernels.attention(q, k, v, sequences)
-    monkeypatch.setattr(kernels, "varlen", torch_has)
-    assert not kernels.has_varlen(q)
-    monkeypatch.setattr(kernels, "has_varlen", lambda q: True)
+    assert not kernels.varlen_kernel(q)
+    monkeypatch.setattr(kernels, "varlen_kernel", lambda q: in_its_place)
     assert torch.allclose(kernels.attention(q, k, v, sequences), apart, atol=1e-5)
