@@ -1,0 +1,124 @@
+"""Tables and figures of the cells: intervals over seeds, and over questions by a paired bootstrap against full."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from paper.benchmarks import GROUPS, OWN_ROWS, TABLE
+from paper.tables import DASHED, PAPER, Line, paper_lines
+from paper.tables import markdown as paper_table
+
+DRAWS = 2000  # of the bootstrap
+RECIPE = ("model", "epochs", "lr")
+SHARES = {"sstoken-rho-0.4": 0.4, "sstoken-rho-0.6": 0.6, "sstoken-rho-0.8": 0.8, "full": 1.0}
+GAMMAS = {"sstoken-rho-0.6-gamma-0.0": 0.0, "sstoken-rho-0.6": 0.5, "sstoken-rho-0.6-gamma-1.0": 1.0}
+
+
+def column_score(tasks: dict[str, np.ndarray], task: str) -> np.ndarray:
+    """Table 1's score of a task or a group, from its tasks' mean scores: (..., questions) -> (...)."""
+    names, _, by_rows = GROUPS.get(task, ([task], [], False))
+    sizes = [tasks[name].shape[-1] for name in names]
+    return np.average([tasks[name].mean(-1) for name in names], axis=0, weights=sizes if by_rows else None)
+
+
+def scores(tasks: dict[str, np.ndarray]) -> np.ndarray:
+    """In percent: the ten columns, their average, the user's own rows: (..., 12)."""
+    columns = [100 * column_score(tasks, task) for _, task, _ in [*TABLE, OWN_ROWS]]
+    return np.stack([*columns[:-1], np.mean(columns[:-1], axis=0), columns[-1]], axis=-1)
+
+
+def bootstrap(difference: dict[str, np.ndarray], draws: int = DRAWS) -> np.ndarray:
+    """95 % interval of `scores` of differences between two models, over other questions: (2, 12).
+
+    difference: (questions,) for each task; a draw takes as many questions of each task, with replacement.
+    """
+    rng = np.random.default_rng(0)
+    drawn = {name: values[rng.integers(len(values), size=(draws, len(values)))] for name, values in difference.items()}
+    return np.percentile(scores(drawn), [2.5, 97.5], axis=0)
+
+
+def mean_values(records: list[dict]) -> dict[str, np.ndarray]:
+    """Of each task what every question is worth, (questions,): the mean over the records' seeds."""
+    return {name: np.mean([record["scores"][name] for record in records], axis=0) for name in records[0]["scores"]}
+
+
+def beside_full(found: list[dict], full: list[dict]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """`scores` of a method less those of full training, their interval (2, 12), and the seeds that both have."""
+    seeds = sorted({record["seed"] for record in found} & {record["seed"] for record in full})
+    method, all_tokens = (mean_values([r for r in records if r["seed"] in seeds]) for records in (found, full))
+    difference = {name: method[name] - all_tokens[name] for name in method}
+    return scores(difference), bootstrap(difference), seeds
+
+
+def markdown(rows: list[list]) -> str:
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [rows[0], rule, *rows[1:]])
+
+
+def paired(value: float, low: float, high: float) -> str:
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def differences(methods: dict[str, list[dict]]) -> str:
+    """Markdown of one recipe: each method beside full training, on the seeds that both have."""
+    heads = [
+        "trained by",
+        "seeds",
+        "AVG beside full",
+        "instructions",
+        "beside full",
+        "held-out loss",
+        "beside full",
+        "kept",
+    ]
+    rows = [heads]
+    for name, found in methods.items():
+        value, ends, seeds = beside_full(found, methods["full"])
+        loss, of_full = ([r["after"] for r in records if r["seed"] in seeds] for records in (found, methods["full"]))
+        gaps, own = np.subtract(loss, of_full), scores(mean_values(found))[-1]
+        rows.append([name, len(seeds), paired(value[-2], *ends[:, -2]), f"{own:.1f}", paired(value[-1], *ends[:, -1])])
+        rows[-1] += [f"{np.mean(loss):.4f}", f"{gaps.mean():+.4f} ({gaps.min():+.4f} to {gaps.max():+.4f})"]
+        rows[-1].append(f"{np.mean([r['kept'] for r in found]):.3f}")
+    return markdown(rows)
+
+
+def curves(groups: dict[tuple, dict], named: dict[str, float], number: str, title: str, ax):
+    """AVG beside full training over rho or gamma: a line for each recipe, and the paper's (Figure 3) dashed."""
+    for recipe, methods in groups.items():
+        points = {x: beside_full(methods[name], methods["full"]) for name, x in named.items() if name in methods}
+        if len(points) > 1:
+            value, low, high = np.array([[found[-2], *ends[:, -2]] for found, ends, _ in points.values()]).T
+            label = "{}, epochs {}, lr {}".format(*recipe)
+            ax.errorbar(list(points), value, [value - low, high - value], marker="o", capsize=3, label=label)
+    for model, rows in PAPER["tables"][number].items():
+        told = {label: values[-1] - rows["FULL"][-1] for label, values in rows.items() if title in label}
+        x = [float(label.split()[-1].rstrip(")")) for label in told]
+        ax.plot(x, list(told.values()), "--", linewidth=1, label=f"the paper, {model}")
+    ax.axhline(0, **DASHED)
+    ax.set(xlabel=title, ylabel="average beside full training, points")
+    ax.legend(fontsize="x-small")
+
+
+def write_report(records: list[dict], folder: Path):
+    """tables.md and rho.png, of the recipes that full training has a cell of."""
+    groups, lines, columns = {}, {}, [column for column, _, _ in TABLE]
+    for record in records:
+        recipe, score = tuple(record[key] for key in RECIPE), scores(mean_values([record]))[:-1]
+        methods = groups.setdefault(recipe, {})
+        methods.setdefault(record["method"], []).append(record)
+        line = lines.setdefault((*recipe, record["method"]), Line(record["method"], [], [], []))
+        line.seeds.append(record["seed"])
+        line.scores.append(list(score))
+    text, groups = "", {recipe: methods for recipe, methods in sorted(groups.items()) if "full" in methods}
+    for recipe, methods in groups.items():
+        base, paper = paper_lines(1, recipe[0], columns)
+        keys = [(recipe[0], 0, 0.0, "base"), *((*recipe, name) for name in methods)]
+        text += "## {}, epochs {}, learning rate {}\n\n".format(*recipe) + differences(methods) + "\n"
+        shown = [lines[key] for key in keys if key in lines]
+        text += paper_table(shown, [*columns, "AVG"], paper, f"*the paper, {base}*") + "\n\n"
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    figure = Figure((11, 4), layout="constrained")
+    for ax, asked in zip(figure.subplots(1, 2), ((SHARES, "4", "rho"), (GAMMAS, "3", "gamma")), strict=True):
+        curves(groups, *asked, ax)
+    figure.savefig(folder / "rho.png", dpi=130)
