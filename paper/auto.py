@@ -147,7 +147,7 @@ def separate_answers(gains: Tensor, chance: Tensor) -> AnswerFilter:
 
     Two normal groups are fitted. The bar between them has the same distance to both means, in standard deviations.
     Answers below the bar are dropped. All are kept if two groups are not ODDS times as likely as one, or if the bar is
-    not APART deviations from both. results/objectives/answers.md shows how often this is right.
+    not APART deviations from both. results/noise/answers.md shows how often this is right.
     """
     everything, x, chance = torch.ones_like(gains, dtype=torch.bool), gains.double(), chance.double()
     if len(x) < LEAST:

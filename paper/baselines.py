@@ -104,12 +104,13 @@ class StepwiseSelection(PrecomputedSelection):
     """A selection that is made in every step.
 
     inputs: what it is made of. weigh: all that is known of a sample -> the weights of its tokens (L_resp,).
-    counts are needed before the step. Without a rho all tokens count, or all of the answers that are kept.
+    settings: "rho", "vocabulary". counts are needed before the step: without a rho of all tokens, or of the answers
+    that are kept.
     """
 
-    def __init__(self, sizes: list[int], frozen: FrozenLosses, inputs: set, rho: float, weigh: Callable):
-        self.sizes, self.frozen, self.rho, self.weigh = sizes, frozen, rho, weigh
-        self.counts = [share_of(rho, size) for size in sizes] if "rho" in inputs else sizes
+    def __init__(self, sizes: list[int], frozen: FrozenLosses, inputs: set, settings: dict, weigh: Callable):
+        self.sizes, self.frozen, self.settings, self.weigh = sizes, frozen, settings, weigh
+        self.counts = [share_of(settings["rho"], size) for size in sizes] if "rho" in inputs else sizes
         if frozen.answer_masks:
             self.counts = [int(mask.sum()) for mask in frozen.answer_masks]
         names = sorted(inputs & STATISTICS.keys())
@@ -120,7 +121,7 @@ class StepwiseSelection(PrecomputedSelection):
         parts = {name: values.split([self.sizes[i] for i in samples]) for name, values in current.items()}
         found = []
         for place, i in enumerate(samples):
-            known = {name: values[place] for name, values in parts.items()} | {"rho": self.rho}
+            known = {name: values[place] for name, values in parts.items()} | self.settings
             found.append(self.weigh(known | self.frozen.known(i, nll.device)))
         return found
 
@@ -128,13 +129,14 @@ class StepwiseSelection(PrecomputedSelection):
 def make_selection(model, sizes: list[int], args, frozen: FrozenLosses) -> PrecomputedSelection | None:
     """The selection of a run's method for samples with `sizes` response tokens; None: it is ssToken's."""
     method = "surprise" if args.rho == "auto" else args.method
+    settings = {"rho": args.rho, "vocabulary": model.config.vocab_size}
     if method in OBJECTIVES:
         weigh, inputs = functools.partial(token_weights, method), inputs_of(method)
         if inputs <= set(HISTORY):
             return PrecomputedSelection([weigh(frozen.known(i, "cpu")) for i in range(len(sizes))])
-        return StepwiseSelection(sizes, frozen, inputs, args.rho, weigh)
+        return StepwiseSelection(sizes, frozen, inputs, settings, weigh)
     if args.excess == "current" and frozen.reference:
-        return StepwiseSelection(sizes, frozen, {"nll", "rho"}, args.rho, select_by_current)
+        return StepwiseSelection(sizes, frozen, {"nll", "rho"}, settings, select_by_current)
     excess, choose = None, METHODS[method]
     if frozen.reference:
         excess = list(map(excess_loss, frozen.base, frozen.reference))

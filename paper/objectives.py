@@ -7,7 +7,7 @@ with a weight (`sstoken.selected_loss`). No weight carries a gradient. What can 
     nll, entropy, spread, top_entropy               of the current model: the loss, and of the predicted distribution
                                                     H, sigma (`support.kernels`) and the H of the 20 likeliest tokens
     history_nll, history_entropy, history_spread    the same of the base model
-    rho                                             --rho
+    rho, vocabulary                                 --rho, the vocabulary's size V
 """
 
 import inspect
@@ -64,13 +64,13 @@ def low_loss(nll: Tensor, rho: float) -> Tensor:
     return select(-nll, rho)
 
 
-def surprise(nll: Tensor, entropy: Tensor, spread: Tensor) -> Tensor:
-    """Keep what the current model can account for: nll - H <= 3 sigma. An extension, of this project.
+def surprise(nll: Tensor, entropy: Tensor, spread: Tensor, vocabulary: int) -> Tensor:
+    """Keep what the current model can account for: nll <= H + 3 sigma or p >= 20 / V. Of this project.
 
-    The loss of a token that is drawn from the model's own distribution is H on average, and deviates from it by sigma.
-    Three sigma is the usual bound for outliers. So no rho is needed.
+    The loss of a token that the model draws itself is H on average, and deviates from it by sigma. Three sigma is the
+    usual bound for outliers. p >= 20 / V: 20 times as likely as one drawn blindly from the vocabulary.
     """
-    return nll - entropy <= 3 * spread
+    return (nll <= entropy + 3 * spread) | (torch.exp(-nll) >= 20 / vocabulary)
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

@@ -143,8 +143,8 @@ def content(samples: list[Sample], head: dict) -> str:
 def build_page(samples: list[Sample], head: dict) -> str:
     """The page: the template with digests of its style and script in the security policy, and the samples.
 
-    head: about (the line under the title), states (labels), layers (numbers), gamma and rho in hundredths, NATS, SHARE,
-    and runs, as curves.py reads them.
+    head: about (the line under the title), states (labels), layers (numbers), vocabulary (its size), gamma and rho in
+    hundredths, NATS, SHARE, and runs, as curves.py reads them.
     """
     template = TEMPLATE.read_text(encoding="utf-8")
 
@@ -246,7 +246,8 @@ def look(args: argparse.Namespace) -> tuple[list[Sample], dict, list[curves.Stat
         samples.append(Sample(split_parts(example, tokenizer), *shown, *more))
     name = Path(args.model).name if Path(args.model).is_absolute() else args.model
     about = command.one_line(f"{name} on {', '.join(Path(source).name for source in source_names(args.data))}")
-    return samples, {"about": about, "states": [state.label for state in states], "layers": layers}, states
+    head = {"about": about, "states": [state.label for state in states], "layers": layers}
+    return samples, head | {"vocabulary": model.config.vocab_size}, states
 
 
 def main(argv: list[str] | None = None):

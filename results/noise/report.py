@@ -11,7 +11,6 @@ from planted import KINDS
 from support import command
 
 STEPS = (1, 3, 6, 12)  # at which the scores are measured
-MEASURES = {"auroc": 0.5, "noise_selected": 0.2}  # and what chance has
 OUTCOMES = ["loss before", "loss after", "beside full or oracle", "kept", "noise in weight"]
 OUTCOMES += ["fall on clean", "fall on noise"]
 CELL = "{:.4f} ({:.3f} to {:.3f})"  # mean, least, greatest
@@ -67,16 +66,16 @@ def only_kept(results: list[dict], words: list[str]) -> str:
     return text
 
 
-def score_figure(results: list[dict], scores: list[str], chance: float) -> Figure:
-    """Each score over the steps, a row a kind of noise and rate, a column a method."""
-    rows, columns = sorted(grouped(results, "kind", "lr")), [*grouped(results, "method")]
+def auroc_figure(results: list[dict]) -> Figure:
+    """Each score's AUROC over the steps: a row for a model, kind of noise and rate, a column for a method."""
+    rows, columns = sorted(grouped(results, "model", "kind", "lr")), [*grouped(results, "method")]
     figure = Figure((3.3 * len(columns), 2.5 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
-    for (kind, lr, method), found in grouped(results, "kind", "lr", "method").items():
-        ax = axes[rows.index((kind, lr)), columns.index((method,))]
-        ax.set_title(f"{kind}, lr {lr}, trained by {method}", fontsize="small")
-        ax.axhline(chance, color="gray", linewidth=0.8, linestyle="--")
-        for key in scores:
+    for (*row, method), found in grouped(results, "model", "kind", "lr", "method").items():
+        ax = axes[rows.index(tuple(row)), columns.index((method,))]
+        ax.set_title("{}\n{}, lr {}".format(*row) + f", trained by {method}", fontsize="small")
+        ax.axhline(0.5, color="gray", linewidth=0.8, linestyle="--")
+        for key in [key for key in found[0] if key.endswith("auroc")]:
             curves = np.array([r[key] for r in found])
             (line,) = ax.plot(STEPS, curves.mean(0), marker="o", markersize=3, label=key)
             ax.fill_between(STEPS, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
@@ -86,42 +85,55 @@ def score_figure(results: list[dict], scores: list[str], chance: float) -> Figur
 
 
 def outcome_figure(results: list[dict]) -> Figure:
-    """The change of the held-out loss, a dot a seed. On top is the method whose worst kind is best."""
-    change = {}
-    for record in results:
-        of_method = change.setdefault(record["method"], {kind: [] for kind in KINDS})
-        of_method[record["kind"]].append(record["loss after"] - record["loss before"])
-    worst = {name: max(mean(x) for x in of.values() if x) for name, of in change.items()}
-    names = sorted(worst, key=worst.get, reverse=True)
-    figure = Figure((3 * len(KINDS), 4.5), layout="constrained")
-    for ax, kind in zip(figure.subplots(1, len(KINDS), sharex=True, sharey=True), KINDS, strict=True):
-        ax.set_title(KINDS[kind], fontsize="small")
-        ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-        ax.grid(alpha=0.3)
-        for place, name in enumerate(names):
-            values, colour = change[name][kind], COLOURS.get(name, "gray")
-            ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.7, markersize=5)
-            if values and name in ("full", "oracle"):
-                ax.axvline(mean(values), color=colour, linewidth=1)
+    """The change of the held-out loss at each model's highest rate, a dot for a seed. On top: the best worst kind."""
+    models = grouped(results, "model")
+    figure = Figure((3 * len(KINDS), 4.5 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), len(KINDS), sharey="row", squeeze=False)
+    for row, ((model,), found) in zip(axes, models.items(), strict=True):
+        found = [r | {"change": r["loss after"] - r["loss before"]} for r in found]
+        of = grouped([r for r in found if r["lr"] == max(r["lr"] for r in found)], "method", "kind")
+        change = {key: [r["change"] for r in records] for key, records in of.items()}
+        worst = {name: max(mean(x) for (other, _), x in change.items() if other == name) for name, _ in change}
+        names = sorted(worst, key=worst.get, reverse=True)
+        for ax, kind in zip(row, KINDS, strict=True):
+            ax.set_title(f"{model}\n{KINDS[kind]}", fontsize="small")
+            ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+            ax.grid(alpha=0.3)
+            for place, name in enumerate(names):
+                values, colour = change.get((name, kind), []), COLOURS.get(name, "gray")
+                ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.7, markersize=5)
+                if values and name in ("full", "oracle"):
+                    ax.axvline(mean(values), color=colour, linewidth=1)
     figure.supxlabel("loss on held-out clean rows: change in nats a token")
     return figure
 
 
-def write_report(results: list[dict], methods: list[str], words: list[str], folder: Path):
-    """tables.md and the figures. methods: those in `outcome_figure` and in `only_kept`."""
-    for found in grouped(results, "kind", "lr", "seed").values():
+def beside(results: list[dict], method: str) -> str:
+    """Markdown: the loss of a method less the lower of full training's and the oracle's, by kind, model and rate."""
+    rows, places = [], sorted(grouped(results, "model", "lr"), reverse=True)
+    for kind in KINDS:
+        rows.append([kind])
+        for model, lr in places:
+            found = [r for r in results if (r["kind"], r["model"], r["lr"], r["method"]) == (kind, model, lr, method)]
+            gaps = [r["beside full or oracle"] for r in found if "beside full or oracle" in r]
+            rows[-1].append(CELL.format(mean(gaps), min(gaps), max(gaps)) + f", n = {len(gaps)}" if gaps else "")
+    heads = [method, *(f"{model}, lr {lr}" for model, lr in places)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def write_report(results: list[dict], methods: list[str], words: dict[str, list[str]], folder: Path):
+    """tables.md and the figures. methods: those in `outcome_figure` and in `only_kept`. words: of each model."""
+    for found in grouped(results, "model", "kind", "lr", "seed").values():
         best = [r["loss after"] for r in found if r["method"] in ("full", "oracle")]
         for record in found if best else ():
             record["beside full or oracle"] = record["loss after"] - min(best)
-    shown = [r for r in results if r["method"] in methods]
-    text = table(results, OUTCOMES) + "\n" + only_kept(shown, words)
-    for measure, chance in MEASURES.items():
-        scored = [r for r in results if f"REL, {measure}" in r]
-        if scored:
-            scores = [key for key in scored[0] if key.endswith(measure)]
-            text += f"\nAfter {STEPS[-1]} steps:\n\n" + table(scored, scores)
-            score_figure(scored, scores, chance).savefig(folder / f"{measure}.png", dpi=130)
-    highest = max(r["lr"] for r in shown)
-    figure = outcome_figure([r for r in shown if r["lr"] == highest])
-    figure.savefig(folder / "objectives.png", dpi=130)
+    text, shown = beside(results, "auto"), [r for r in results if r["method"] in methods]
+    for (model,), found in grouped(results, "model").items():
+        text += f"\n## {model}\n\n" + table(found, OUTCOMES)
+        text += "\n" + only_kept([r for r in shown if r["model"] == model], words[model]) if model in words else ""
+        if scored := [r for r in found if "REL, auroc" in r]:
+            text += f"\nAfter {STEPS[-1]} steps:\n\n" + table(scored, [k for k in scored[0] if k.endswith("auroc")])
+    if scored := [r for r in shown if "REL, auroc" in r]:
+        auroc_figure(scored).savefig(folder / "auroc.png", dpi=130)
+    outcome_figure(shown).savefig(folder / "objectives.png", dpi=130)
     (folder / "tables.md").write_text(text, encoding="utf-8")

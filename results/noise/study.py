@@ -9,6 +9,7 @@ A training is a line of trainings.jsonl in --out, and is not run again.
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from unittest import mock
@@ -27,21 +28,22 @@ from model import load_model
 from paper import auto, baselines
 from paper.frozen import FrozenLosses, response_losses, signals
 from paper.objectives import OBJECTIVES, probability_gain
-from sstoken import excess_loss, normalize, retrospective_excess_loss, score, select
+from sstoken import excess_loss, normalize, retrospective_excess_loss, score
 from support import command, machine
 from support.files import check, write_lines
 from support.start import run_script
 
-RHO, GAMMA = 0.6, 0.5  # train.py's defaults
+GAMMA = 0.5  # train.py's default
 ROWS, LENGTH = 48, 256  # to train on; as many more for the reference, half held out
 METHODS = {name: f"--method {name}" for name in ("full", "random", *OBJECTIVES)}  # by their flags
 METHODS |= {"sstoken": "", "probability": "--gain probability", "auto": "--rho auto"}
 METHODS |= {"rho1": "--method rho1 --reference-data -", "oracle": "--method full"}
+PLACE = ("model", "kind", "lr", "seed", "method")  # of a training
 FOLLOWED = ("full", "sstoken", "probability", "auto")  # the scores, in trainings by these
 
 
 def measure(nll: list, attention: list, history: list, reference: list, noise: list[Tensor]) -> dict[str, float]:
-    """Of each score: the mean AUROC of clean over noise, and the share of noise in the selection."""
+    """Of each score the AUROC of clean over noise, the mean over samples."""
     found = {}
     for current, att, his, ref, noisy in zip(nll, attention, history, reference, noise, strict=True):  # (L_resp,)
         rel = retrospective_excess_loss(current, his)
@@ -51,35 +53,34 @@ def measure(nll: list, attention: list, history: list, reference: list, noise: l
             "ssToken": score(normalize(rel), att, GAMMA),  # Eq. 9
             "excess loss": excess_loss(his, ref),  # Eq. 2
             "probability": normalize(probability_gain(current, his)),
-            "relative": normalize(rel / his.clamp(min=1e-6)),
         }
-        for name, values in scores.items():
-            selected = noisy[select(values, RHO)].tolist()
-            found.setdefault(f"{name}, noise_selected", []).extend(selected)
-            if noisy.any():
-                above = values[~noisy].unsqueeze(1) - values[noisy]  # ties count half
-                auroc = (1 + above.sign().double().mean().item()) / 2
-                found.setdefault(f"{name}, auroc", []).append(auroc)
+        for name, values in scores.items() if noisy.any() else ():
+            above = values[~noisy].unsqueeze(1) - values[noisy]  # ties count half
+            found.setdefault(f"{name}, auroc", []).append((1 + above.sign().double().mean().item()) / 2)
     return {key: fmean(values) for key, values in found.items()}
 
 
 class Setting:
     """One kind of data with one rate and one seed: what is known before any training."""
 
-    def __init__(self, args, model, tokenizer, examples: list[data.Example], kind: str, lr: float, seed: int):
+    def __init__(self, model, tokenizer, examples: list[data.Example], references: dict, kind: str, lr, seed: int):
         self.model, self.record = model, {"kind": kind, "lr": lr, "seed": seed}
-        self.flags = ["--model", args.model, "--max-length", str(LENGTH), "--epochs", "2", "--batch-size", "8"]
+        self.flags = ["--model", model.name_or_path, *f"--max-length {LENGTH} --epochs 2 --batch-size 8".split()]
         self.flags += ["--lr", str(lr), "--seed", str(seed)]
         self.examples, self.noise = plant(kind, examples[:ROWS], tokenizer, seed)
         self.held_out = examples[2 * ROWS :]
-        lora.remove_lora(model)
-        self.described = response_losses(model, self.examples, described=True)
+        with lora.disabled(model):
+            self.described = response_losses(model, self.examples, described=True)
+            others = response_losses(model, auto.behind_other_prompts(self.examples, seed))
+            self.record["loss before"] = self.held_out_loss()
         self.base = [values[0] for values in self.described]
-        self.record["loss before"] = self.held_out_loss()
-        others = auto.behind_other_prompts(self.examples, seed)
-        self.filter = auto.filter_answers(self.examples, self.base, response_losses(model, others))
-        self.fit("full", examples[ROWS : 2 * ROWS], FrozenLosses())
-        self.reference = response_losses(model, self.examples)  # of a model of other, clean rows
+        self.filter = auto.filter_answers(self.examples, self.base, others)
+        if (lr, seed) not in references:  # a model of other, clean rows: the same for all kinds
+            self.fit("full", examples[ROWS : 2 * ROWS], FrozenLosses())
+            layers = lora.lora_layers(model).values()
+            references[lr, seed] = [(layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for layer in layers]
+        with lora.replaced(model, references[lr, seed]):
+            self.reference = response_losses(model, self.examples)
 
     def held_out_loss(self) -> float:
         return torch.cat(response_losses(self.model, self.held_out)).mean().item()
@@ -138,36 +139,41 @@ class Setting:
         return record
 
 
+def trainings(args, folder: str, tokenizer, examples: list[data.Example], done: list[dict]) -> Iterator[dict]:
+    """The records of the trainings that are asked for and not done, seed by seed."""
+    device, references = machine.find_device("auto"), {}  # by rate and seed
+    model = load_model(folder, getattr(torch, machine.usual_dtype(device)), device)
+    for seed, lr, kind in itertools.product(range(args.seeds), map(float, args.lrs.split(",")), args.kinds.split(",")):
+        had = {r["method"] for r in done if (r["kind"], r["lr"], r["seed"]) == (kind, lr, seed)}
+        had |= {"oracle"} if kind == "clean" else set()  # there it is full training
+        if missing := [name for name in args.only.split(",") if name not in had]:
+            known = Setting(model, tokenizer, examples, references, kind, lr, seed)
+            yield from map(known.train, missing)
+
+
 def main():
     parser = command.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    for flag in ("--model", "--data", "--out"):
-        add(flag, required=True)
+    for flag, text in {"--model": "folders, comma-separated", "--data": None, "--out": None}.items():
+        add(flag, required=True, help=text)
     add("--only", default=",".join(METHODS), help="these alone")
     add("--kinds", default=",".join(KINDS), help="these alone")
     add("--lrs", default="1e-3")
-    add("--seeds", type=int, default=3)
-    add("--report", action="store_true", help="only write tables and figures from what is there")
+    add("--seeds", type=int, default=3, help="0: only write tables and figures from what is there")
     args = parser.parse_args()
-    path, setting = Path(args.out) / "trainings.jsonl", [Path(args.model).name, Path(args.data).name]
+    path, words = Path(args.out) / "trainings.jsonl", {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = data.load_tokenizer(args.model)
-    examples, _ = data.load_examples(args.data, tokenizer, LENGTH, ROWS * 5 // 2)
-    check(len(examples) == ROWS * 5 // 2, f"{args.data} has {len(examples)} rows, the study needs {ROWS * 5 // 2}")
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    check(all(record["setting"] == setting for record in results), f"{path} holds trainings of another model or data")
-    if not args.report:
-        device = machine.find_device("auto")
-        model = load_model(args.model, getattr(torch, machine.usual_dtype(device)), device)
-        done = {(record["kind"], record["lr"], record["seed"], record["method"]) for record in results}
-        for place in itertools.product(args.kinds.split(","), map(float, args.lrs.split(",")), range(args.seeds)):
-            missing = [name for name in args.only.split(",") if (*place, name) not in done]
-            known = Setting(args, model, tokenizer, examples, *place) if missing else None
-            for name in missing:
-                results.append({"setting": setting} | known.train(name))
-                write_lines(path, results)
-                print(*place, name, f"held-out loss {results[-1]['loss after']:.3f}", flush=True)
-    words = [tokenizer.decode([token]) for e in examples[:ROWS] for token in e.ids[e.response].tolist()]
+    for folder in args.model.split(","):
+        tokenizer, of_model = data.load_tokenizer(folder), {"model": Path(folder).name, "data": Path(args.data).name}
+        examples, _ = data.load_examples(args.data, tokenizer, LENGTH, ROWS * 5 // 2)
+        check(len(examples) == ROWS * 5 // 2, f"{args.data} has {len(examples)} rows, the study needs {ROWS * 5 // 2}")
+        words[of_model["model"]] = [tokenizer.decode([i]) for e in examples[:ROWS] for i in e.ids[e.response].tolist()]
+        done = [record for record in results if of_model.items() <= record.items()]
+        for record in trainings(args, folder, tokenizer, examples, done):
+            results.append(of_model | record)
+            write_lines(path, results)
+            print(*map(results[-1].get, PLACE), f"held-out loss {results[-1]['loss after']:.3f}", flush=True)
     report.write_report(results, list(METHODS), words, Path(args.out))
 
 

@@ -1,6 +1,6 @@
 """How often `--rho auto` is right about which answers belong to their prompt, for simulated gains.
 
-    python tests/bench/auto_cases.py --out results/objectives/answers.md      # a quarter of an hour on one core
+    python tests/bench/auto_cases.py --out results/noise/answers.md      # a quarter of an hour on one core
 
 Gains are drawn from normal distributions: of right answers with a mean of 2 to 20 and a deviation of 4 to 12, of wrong
 ones with a mean of -4 to 2 and the deviation of chance. Each cell is the mean over draws.

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,11 +34,12 @@ BY_HAND = {  # method -> what it is given beside NLL, and the weights
     "low-loss": ({"rho": 0.5}, [1, 0, 0, 1]),
     "surprise": (
         {
-            "nll": torch.tensor([1.0, 3.9, 4.1, 9.0]),
-            "entropy": torch.tensor([1.0, 1.0, 1.0, 4.0]),
-            "spread": torch.tensor([0.0, 1.0, 1.0, 1.7]),
+            "nll": torch.tensor([1.0, 3.9, 4.1, 9.0, 3.1]),
+            "entropy": torch.tensor([1.0, 1.0, 1.0, 4.0, 1.0]),
+            "spread": torch.tensor([0.0, 1.0, 1.0, 1.7, 0.1]),
+            "vocabulary": 20 * math.exp(3.2),
         },
-        [1, 1, 0, 1],  # 0 <= 0, 2.9 <= 3, 3.1 > 3, 5 <= 5.1
+        [1, 1, 0, 1, 1],  # 0 <= 0, 2.9 <= 3, 3.1 > 3, 5 <= 5.1; 2.1 > 0.3, but 3.1 <= 3.2
     ),
 }
 
@@ -130,7 +132,7 @@ def test_a_step_of_the_loop_is_the_step_written_out(tmp_path, method):
         H = -(p * p.log()).sum(1)
         sigma = ((p * p.log() ** 2).sum(1) - H**2).sqrt()
         known = {"nll": nll.detach(), "rho": args.rho, "top_entropy": -(best * best.log()).sum(1).float()}
-        known |= {"entropy": H.float(), "spread": sigma.float()}
+        known |= {"entropy": H.float(), "spread": sigma.float(), "vocabulary": p.shape[1]}
         if base:
             known["history_nll"] = base[i]
         weights = token_weights(method, known)
@@ -189,12 +191,13 @@ def test_what_a_cache_keeps_of_the_base_model_is_what_is_computed(llama, tmp_pat
 
 
 def test_a_mean_over_a_batch_counts_the_tokens_that_are_kept(llama, rows, with_one_of_the_base):
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
     sizes, kept = [4, 10], [torch.rand(3, 4), torch.rand(3, 10)]
     for method, expected in {"dft": sizes, "low-loss": [3, 6], "profit": sizes}.items():
         args = arguments(llama, rows, "--method", method, "--loss-mean", "batch")
-        assert baselines.make_selection(None, sizes, args, FrozenLosses(kept)).counts == expected
+        assert baselines.make_selection(model, sizes, args, FrozenLosses(kept)).counts == expected
     args = arguments(llama, rows, "--method", "of-the-base", "--loss-mean", "batch")
-    selection = baselines.make_selection(None, sizes, args, FrozenLosses(kept))
+    selection = baselines.make_selection(model, sizes, args, FrozenLosses(kept))
     assert selection.counts == [int(mask.sum()) for mask in selection.masks]
 
 
@@ -213,9 +216,9 @@ def test_a_step_without_a_token_changes_nothing_and_the_log_says_so(llama, tmp_p
     model, examples, args = prepare(llama, rows, "--method", "surprise", "--batch-size", "4", "--micro-batch-size", "2")
     real, asked, kept, lines = OBJECTIVES["surprise"], [], [], []
 
-    def some_steps(nll, entropy, spread):  # the second and the third step find no token
+    def some_steps(nll, entropy, spread, vocabulary):  # the second and the third step find no token
         asked.append(len(asked) // 4)
-        return real(nll, entropy, spread) & (asked[-1] not in (1, 2))
+        return real(nll, entropy, spread, vocabulary) & (asked[-1] not in (1, 2))
 
     def log(line):
         lines.append(line)

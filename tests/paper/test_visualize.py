@@ -179,6 +179,7 @@ def test_other_objectives_are_shown_as_shades_of_their_weights(explorer, made):
         known = {"nll": sample["losses"][state].double() / 2000, "history_nll": sample["history"].double() / 2000}
         known |= {"entropy": known["nll"] - sample["surprise"][state].double() / 40, "spread": torch.ones(1).double()}
         known |= {"top_entropy": sample["topEntropy"][state].double() / 80, "rho": 0.6}
+        known["vocabulary"] = page["vocabulary"]
         for shown, method in names.items():
             explorer.select_option("#method-b", shown)
             weights = token_weights(method, known).double()
