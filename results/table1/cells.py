@@ -42,7 +42,6 @@ THEN = [row("sstoken", 0.8), row("sstoken", 0.4)]  # Figure 3b
 THEN += [row("sstoken", RHO, "", "--gamma", gamma) for gamma in (1.0, 0.0)]  # Figure 3a
 THEN += [row("rho1", RHO), row("tokencleaning", RHO)]
 METRICS = {name: metric for _, task, metric in [*TABLE, OWN_ROWS] for name in GROUPS.get(task, [[task]])[0]}
-
 KEY = ("model", "epochs", "lr", "method", "seed")
 
 

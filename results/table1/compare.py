@@ -51,36 +51,26 @@ def beside_full(found: list[dict], full: list[dict]) -> tuple[np.ndarray, np.nda
     return scores(difference), bootstrap(difference), seeds
 
 
-def markdown(rows: list[list]) -> str:
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [rows[0], rule, *rows[1:]])
-
-
 def paired(value: float, low: float, high: float) -> str:
     return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+HEADS = "trained by|seeds|AVG beside full|instructions|beside full|held-out loss|beside full|kept|minutes of training"
+
+
 def differences(methods: dict[str, list[dict]]) -> str:
     """Markdown of one recipe: each method beside full training, on the seeds that both have."""
-    heads = [
-        "trained by",
-        "seeds",
-        "AVG beside full",
-        "instructions",
-        "beside full",
-        "held-out loss",
-        "beside full",
-        "kept",
-    ]
-    rows = [heads]
+    rows = [HEADS.split("|"), ["---"] + ["---:"] * HEADS.count("|")]
     for name, found in methods.items():
         value, ends, seeds = beside_full(found, methods["full"])
         loss, of_full = ([r["after"] for r in records if r["seed"] in seeds] for records in (found, methods["full"]))
         gaps, own = np.subtract(loss, of_full), scores(mean_values(found))[-1]
-        rows.append([name, len(seeds), paired(value[-2], *ends[:, -2]), f"{own:.1f}", paired(value[-1], *ends[:, -1])])
+        rows.append([name, str(len(seeds)), paired(value[-2], *ends[:, -2])])
+        rows[-1] += [f"{own:.1f}", paired(value[-1], *ends[:, -1])]
         rows[-1] += [f"{np.mean(loss):.4f}", f"{gaps.mean():+.4f} ({gaps.min():+.4f} to {gaps.max():+.4f})"]
-        rows[-1].append(f"{np.mean([r['kept'] for r in found]):.3f}")
-    return markdown(rows)
+        rows[-1] += [f"{np.mean([r['kept'] for r in found]):.3f}"]
+        rows[-1] += [f"{np.mean([r['seconds']['training'] for r in found]) / 60:.1f}"]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def curves(groups: dict[tuple, dict], named: dict[str, float], number: str, title: str, ax):
