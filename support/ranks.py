@@ -67,8 +67,7 @@ def gather(value) -> list:
 def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     """Add up each of `tensors`, all of one dtype, over the ranks, in place and in one message; returns them."""
     if distributed.is_initialized():
-        message = parameters_to_vector(tensors)
-        distributed.all_reduce(message)
+        distributed.all_reduce(message := parameters_to_vector(tensors))
         vector_to_parameters(message, tensors)
     return tensors
 

@@ -45,4 +45,5 @@ def run_script(main: Callable[[], None]):
         status = 128 + number
     if distributed.is_initialized():  # not after an error: the others may never come to the same place
         distributed.destroy_process_group()
+        os._exit(status)  # a usual exit aborts where one of gloo's threads still holds a tensor
     sys.exit(status)

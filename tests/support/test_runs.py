@@ -521,6 +521,24 @@ def torchrun(ranks, *given, script=None, **options):
     )
 
 
+@pytest.mark.slow  # a rank imports torch, and so does what starts it
+def test_a_rank_ends_at_once_when_its_work_is_done(tmp_path):
+    """A usual exit takes apart what gloo's threads may still hold, and then aborts: seldom, by chance."""
+    (tmp_path / "script.py").write_text(
+        "import atexit\n"
+        "from support import ranks, start\n"
+        "def main():\n"
+        "    atexit.register(print, 'a usual exit')\n"
+        "    ranks.start_ranks('cpu')\n"
+        "    print('worked', ranks.ranks())\n"
+        "start.run_script(main)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*TORCHRUN, "1", str(tmp_path / "script.py")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert (found.returncode, found.stdout) == (0, "worked 1\n"), found.stderr
+
+
 @pytest.mark.parametrize(
     "family, flags",
     [
