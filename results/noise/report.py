@@ -11,9 +11,8 @@ from planted import KINDS
 from support import command
 
 STEPS = (1, 3, 6, 12)  # at which the scores are measured
-OUTCOMES = ["loss before", "loss after", "beside full or oracle", "kept", "noise in weight"]
-OUTCOMES += ["fall on clean", "fall on noise"]
-CELL = "{:.4f} ({:.3f} to {:.3f})"  # mean, least, greatest
+GAP = "beside full or oracle"
+OUTCOMES = ["loss before", "loss after", GAP, "kept", "noise in weight", "fall on clean", "fall on noise"]
 LABELS = {"sstoken": "ssToken", "auto": "--rho auto", "oracle": "full, on clean tokens"}
 COLOURS = {"full": "black", "oracle": "tab:green", "sstoken": "tab:orange", "auto": "tab:blue"}
 
@@ -24,6 +23,15 @@ def grouped(results: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     for record in results:
         groups.setdefault(tuple(record[key] for key in keys), []).append(record)
     return groups
+
+
+def cell(values: list[float]) -> str:
+    """Mean, least and greatest."""
+    return f"{mean(values):.4f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def table(results: list[dict], columns: list[str]) -> str:
@@ -39,9 +47,8 @@ def table(results: list[dict], columns: list[str]) -> str:
         found = groups[key]
         rows.append([*map(str, key), str(len(found))])
         for column in columns:
-            values = [np.ravel(r[column])[-1] for r in found if column in r]
-            rows[-1].append(CELL.format(mean(values), min(values), max(values)) if values else "")
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+            rows[-1].append(cell([np.ravel(r[column])[-1] for r in found if column in r]))
+    return markdown(rows)
 
 
 def only_kept(results: list[dict], words: list[str]) -> str:
@@ -90,9 +97,9 @@ def outcome_figure(results: list[dict]) -> Figure:
     figure = Figure((3 * len(KINDS), 4.5 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(KINDS), sharey="row", squeeze=False)
     for row, ((model,), found) in zip(axes, models.items(), strict=True):
-        found = [r | {"change": r["loss after"] - r["loss before"]} for r in found]
-        of = grouped([r for r in found if r["lr"] == max(r["lr"] for r in found)], "method", "kind")
-        change = {key: [r["change"] for r in records] for key, records in of.items()}
+        highest = max(r["lr"] for r in found)
+        places = grouped([r for r in found if r["lr"] == highest], "method", "kind")
+        change = {key: [r["loss after"] - r["loss before"] for r in records] for key, records in places.items()}
         worst = {name: max(mean(x) for (other, _), x in change.items() if other == name) for name, _ in change}
         names = sorted(worst, key=worst.get, reverse=True)
         for ax, kind in zip(row, KINDS, strict=True):
@@ -110,15 +117,13 @@ def outcome_figure(results: list[dict]) -> Figure:
 
 def beside(results: list[dict], method: str) -> str:
     """Markdown: the loss of a method less the lower of full training's and the oracle's, by kind, model and rate."""
-    rows, places = [], sorted(grouped(results, "model", "lr"), reverse=True)
+    places, compared = sorted(grouped(results, "model", "lr"), reverse=True), [r for r in results if GAP in r]
+    found = grouped([r for r in compared if r["method"] == method], "kind", "model", "lr")
+    rows = [[method, *(f"{model}, lr {lr}" for model, lr in places)], ["---"] * (1 + len(places))]
     for kind in KINDS:
-        rows.append([kind])
-        for model, lr in places:
-            found = [r for r in results if (r["kind"], r["model"], r["lr"], r["method"]) == (kind, model, lr, method)]
-            gaps = [r["beside full or oracle"] for r in found if "beside full or oracle" in r]
-            rows[-1].append(CELL.format(mean(gaps), min(gaps), max(gaps)) + f", n = {len(gaps)}" if gaps else "")
-    heads = [method, *(f"{model}, lr {lr}" for model, lr in places)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+        gaps = [[r[GAP] for r in found.get((kind, *place), [])] for place in places]
+        rows.append([kind, *(f"{cell(x)}, n = {len(x)}" if x else "" for x in gaps)])
+    return markdown(rows)
 
 
 def write_report(results: list[dict], methods: list[str], words: dict[str, list[str]], folder: Path):
@@ -126,7 +131,7 @@ def write_report(results: list[dict], methods: list[str], words: dict[str, list[
     for found in grouped(results, "model", "kind", "lr", "seed").values():
         best = [r["loss after"] for r in found if r["method"] in ("full", "oracle")]
         for record in found if best else ():
-            record["beside full or oracle"] = record["loss after"] - min(best)
+            record[GAP] = record["loss after"] - min(best)
     text, shown = beside(results, "auto"), [r for r in results if r["method"] in methods]
     for (model,), found in grouped(results, "model").items():
         text += f"\n## {model}\n\n" + table(found, OUTCOMES)

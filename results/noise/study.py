@@ -141,12 +141,12 @@ class Setting:
 
 def trainings(args, folder: str, tokenizer, examples: list[data.Example], done: list[dict]) -> Iterator[dict]:
     """The records of the trainings that are asked for and not done, seed by seed."""
-    device, references = machine.find_device("auto"), {}  # by rate and seed
-    model = load_model(folder, getattr(torch, machine.usual_dtype(device)), device)
+    device, references, model = machine.find_device("auto"), {}, None  # references by rate and seed
     for seed, lr, kind in itertools.product(range(args.seeds), map(float, args.lrs.split(",")), args.kinds.split(",")):
         had = {r["method"] for r in done if (r["kind"], r["lr"], r["seed"]) == (kind, lr, seed)}
         had |= {"oracle"} if kind == "clean" else set()  # there it is full training
         if missing := [name for name in args.only.split(",") if name not in had]:
+            model = model or load_model(folder, getattr(torch, machine.usual_dtype(device)), device)
             known = Setting(model, tokenizer, examples, references, kind, lr, seed)
             yield from map(known.train, missing)
 

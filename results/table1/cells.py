@@ -187,10 +187,11 @@ def main():
     found = [{key: record[key] for key in KEY} for record in done]
     left = [cell for cell in all_cells(args.models.split(","), args.seeds) if cell.key() not in found]
     workshop = Workshop(args) if args.hours else None
+    same = not workshop or all(record["setting"] == workshop.setting for record in done)
+    check(same, f"{path} holds cells of other rows or limits")  # before hours are spent
     while fitting := [cell for cell in left if time.perf_counter() + expected_seconds(cell, done) < end]:
         left.remove(cell := fitting[0])
         done.append({"setting": workshop.setting} | workshop.record(cell))
-        check(done[-1]["setting"] == done[0]["setting"], f"{path} holds cells of other rows or limits")
         write_lines(path, done)
         print(*cell.key().values(), f"{sum(done[-1]['seconds'].values()):.0f} s", flush=True)
     compare.write_report(done, Path(args.out))

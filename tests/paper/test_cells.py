@@ -12,6 +12,7 @@ from conftest import write_rows
 import evaluate
 import train
 from paper.benchmarks import GROUPS, TABLE
+from support.files import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "results" / "table1"))
 import cells
@@ -136,3 +137,6 @@ def test_cells_are_trained_asked_and_told_once(llama, tmp_path, monkeypatch, cap
     monkeypatch.setattr(cells.Workshop, "record", lambda *given: pytest.fail("a cell is computed again"))
     cells.main()
     assert (out / "tables.md").read_text() == text
+    monkeypatch.setattr(sys, "argv", [*argv, "--hours", "1", "--max-length", "63"])
+    with pytest.raises(UserError, match="cells.jsonl holds cells of other rows or limits"):
+        cells.main()
