@@ -1,15 +1,15 @@
 """Tables and figures of the cells: intervals over seeds, and over questions by a paired bootstrap against full."""
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from paper.benchmarks import GROUPS, OWN_ROWS, TABLE
-from paper.tables import DASHED, PAPER, Line, paper_lines
+from paper.tables import DASHED, PAPER, Line, interval, paper_lines
 from paper.tables import markdown as paper_table
 
-DRAWS = 2000  # of the bootstrap
 RECIPE = ("model", "epochs", "lr")
 SHARES = {"sstoken-rho-0.4": 0.4, "sstoken-rho-0.6": 0.6, "sstoken-rho-0.8": 0.8, "full": 1.0}
 GAMMAS = {"sstoken-rho-0.6-gamma-0.0": 0.0, "sstoken-rho-0.6": 0.5, "sstoken-rho-0.6-gamma-1.0": 1.0}
@@ -28,7 +28,7 @@ def scores(tasks: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([*columns[:-1], np.mean(columns[:-1], axis=0), columns[-1]], axis=-1)
 
 
-def bootstrap(difference: dict[str, np.ndarray], draws: int = DRAWS) -> np.ndarray:
+def bootstrap(difference: dict[str, np.ndarray], draws: int = 2000) -> np.ndarray:
     """95 % interval of `scores` of differences between two models, over other questions: (2, 12).
 
     difference: (questions,) for each task; a draw takes as many questions of each task, with replacement.
@@ -43,72 +43,74 @@ def mean_values(records: list[dict]) -> dict[str, np.ndarray]:
     return {name: np.mean([record["scores"][name] for record in records], axis=0) for name in records[0]["scores"]}
 
 
-def beside_full(found: list[dict], full: list[dict]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """`scores` of a method less those of full training, their interval (2, 12), and the seeds that both have."""
-    seeds = sorted({record["seed"] for record in found} & {record["seed"] for record in full})
-    method, all_tokens = (mean_values([r for r in records if r["seed"] in seeds]) for records in (found, full))
-    difference = {name: method[name] - all_tokens[name] for name in method}
-    return scores(difference), bootstrap(difference), seeds
+def beside_full(found: list[dict], full: list[dict]) -> tuple[np.ndarray, np.ndarray, list[tuple[dict, dict]]]:
+    """`scores` of a method less those of full training, their interval (2, 12), and both records of each seed."""
+    pairs = [(ours, other) for ours in found for other in full if ours["seed"] == other["seed"]]
+    ours, others = (mean_values(records) for records in zip(*pairs, strict=True))
+    difference = {name: ours[name] - others[name] for name in ours}
+    return scores(difference), bootstrap(difference), pairs
 
 
-def paired(value: float, low: float, high: float) -> str:
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+def over_seeds(values: list[float], digits: int = 2) -> str:
+    """The mean, and where there are several its 95 % interval."""
+    half = interval(values)
+    return f"{fmean(values):+.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
-HEADS = "trained by|seeds|AVG beside full|instructions|beside full|held-out loss|beside full|kept|minutes of training"
+HEADING = "First table: beside full training, mean over seeds ± 95 %, 95 % interval over questions.\n\n"
+HEADS = "trained by|seeds|AVG|over questions|instructions|over questions|held-out loss|of full|kept|minutes of training"
 
 
 def differences(methods: dict[str, list[dict]]) -> str:
     """Markdown of one recipe: each method beside full training, on the seeds that both have."""
     rows = [HEADS.split("|"), ["---"] + ["---:"] * HEADS.count("|")]
     for name, found in methods.items():
-        value, ends, seeds = beside_full(found, methods["full"])
-        loss, of_full = ([r["after"] for r in records if r["seed"] in seeds] for records in (found, methods["full"]))
-        gaps, own = np.subtract(loss, of_full), scores(mean_values(found))[-1]
-        rows.append([name, str(len(seeds)), paired(value[-2], *ends[:, -2])])
-        rows[-1] += [f"{own:.1f}", paired(value[-1], *ends[:, -1])]
-        rows[-1] += [f"{np.mean(loss):.4f}", f"{gaps.mean():+.4f} ({gaps.min():+.4f} to {gaps.max():+.4f})"]
-        rows[-1] += [f"{np.mean([r['kept'] for r in found]):.3f}"]
-        rows[-1] += [f"{np.mean([r['seconds']['training'] for r in found]) / 60:.1f}"]
+        _, ends, pairs = beside_full(found, methods["full"])
+        gaps = np.array([scores(mean_values([ours])) - scores(mean_values([other])) for ours, other in pairs])
+        rows.append([name, str(len(pairs))])
+        for i in (-2, -1):
+            rows[-1] += [over_seeds(gaps[:, i].tolist()), "{:+.2f} to {:+.2f}".format(*ends[:, i])]
+        rows[-1].append(over_seeds([ours["after"] - other["after"] for ours, other in pairs], 4))
+        rows[-1] += [f"{fmean(other['after'] for _, other in pairs):.4f}", f"{fmean(r['kept'] for r in found):.3f}"]
+        rows[-1].append(f"{fmean(r['seconds']['training'] for r in found) / 60:.1f}")
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def curves(groups: dict[tuple, dict], named: dict[str, float], number: str, title: str, ax):
-    """AVG beside full training over rho or gamma: a line for each recipe, and the paper's (Figure 3) dashed."""
-    for recipe, methods in groups.items():
-        points = {x: beside_full(methods[name], methods["full"]) for name, x in named.items() if name in methods}
-        if len(points) > 1:
-            value, low, high = np.array([[found[-2], *ends[:, -2]] for found, ends, _ in points.values()]).T
-            label = "{}, epochs {}, lr {}".format(*recipe)
-            ax.errorbar(list(points), value, [value - low, high - value], marker="o", capsize=3, label=label)
+    """AVG beside full training over rho or gamma: the paper's lines dashed (Figure 3), and one for each recipe."""
     for model, rows in PAPER["tables"][number].items():
         told = {label: values[-1] - rows["FULL"][-1] for label, values in rows.items() if title in label}
         x = [float(label.split()[-1].rstrip(")")) for label in told]
         ax.plot(x, list(told.values()), "--", linewidth=1, label=f"the paper, {model}")
+    for i, (recipe, methods) in enumerate(groups.items(), len(ax.lines)):
+        points = {x: beside_full(methods[name], methods["full"]) for name, x in named.items() if name in methods}
+        if len(points) > 1:
+            value, low, high = np.array([[found[-2], *ends[:, -2]] for found, ends, _ in points.values()]).T
+            style = {"color": f"C{i}", "marker": "o", "capsize": 3, "label": "{}, epochs {}, lr {}".format(*recipe)}
+            ax.errorbar(list(points), value, [value - low, high - value], **style)
     ax.axhline(0, **DASHED)
     ax.set(xlabel=title, ylabel="average beside full training, points")
-    ax.legend(fontsize="x-small")
+    ax.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def write_report(records: list[dict], folder: Path):
     """tables.md and rho.png, of the recipes that full training has a cell of."""
-    groups, lines, columns = {}, {}, [column for column, _, _ in TABLE]
+    groups, text, columns = {}, HEADING, [column for column, _, _ in TABLE]
     for record in records:
-        recipe, score = tuple(record[key] for key in RECIPE), scores(mean_values([record]))[:-1]
-        methods = groups.setdefault(recipe, {})
+        methods = groups.setdefault(tuple(record[key] for key in RECIPE), {})
         methods.setdefault(record["method"], []).append(record)
-        line = lines.setdefault((*recipe, record["method"]), Line(record["method"], [], [], []))
-        line.seeds.append(record["seed"])
-        line.scores.append(list(score))
-    text, groups = "", {recipe: methods for recipe, methods in sorted(groups.items()) if "full" in methods}
+    bases = {recipe[0]: methods for recipe, methods in groups.items() if "base" in methods}
+    groups = {recipe: methods for recipe, methods in sorted(groups.items()) if "full" in methods}
     for recipe, methods in groups.items():
         base, paper = paper_lines(1, recipe[0], columns)
-        keys = [(recipe[0], 0, 0.0, "base"), *((*recipe, name) for name in methods)]
         text += "## {}, epochs {}, learning rate {}\n\n".format(*recipe) + differences(methods) + "\n"
-        shown = [lines[key] for key in keys if key in lines]
+        shown = []
+        for name, found in (bases.get(recipe[0], {}) | methods).items():
+            values = [scores(mean_values([record]))[:-1].tolist() for record in found]
+            shown.append(Line(name, [record["seed"] for record in found], values, []))
         text += paper_table(shown, [*columns, "AVG"], paper, f"*the paper, {base}*") + "\n\n"
     (folder / "tables.md").write_text(text, encoding="utf-8")
-    figure = Figure((11, 4), layout="constrained")
+    figure = Figure((11, 5), layout="constrained")
     for ax, asked in zip(figure.subplots(1, 2), ((SHARES, "4", "rho"), (GAMMAS, "3", "gamma")), strict=True):
         curves(groups, *asked, ax)
     figure.savefig(folder / "rho.png", dpi=130)

@@ -22,12 +22,13 @@ import compare
 def test_cells_are_planned_by_what_they_tell_and_cost(llama):
     plan = cells.all_cells([str(llama)], 2)
     assert len(plan) == 1 + 2 * 2 * 10 * 2 and len({tuple(cell.key().values()) for cell in plan}) == len(plan)
-    first = [(cell.epochs, cell.lr, cell.row.method, cell.seed) for cell in plan[:10]]
-    methods = ("full", "sstoken", "auto", "random")
-    assert first[0] == (0, 0.0, "base", 0)
-    assert first[1:9] == [(1, lr, name, 42) for lr in (3e-4, 1e-4) for name in methods]
-    assert first[9] == (3, 3e-4, "full", 42)
-    assert [cell.seed for cell in plan[1:17]] == [42] * 8 * 2 and plan[17].seed == 43  # a second seed, then other rho
+    order = [(cell.epochs, cell.lr, cell.seed) for cell in plan]
+    names = ["full", "sstoken", "auto", "random"]
+    assert order[:9] == [(0, 0.0, 0), *[(1, 3e-4, 42)] * 4, *[(1, 1e-4, 42)] * 4]
+    assert [cell.row.method for cell in plan[:9]] == ["base", *names, *names]
+    twice = [(1, 3e-4, 42), (1, 3e-4, 43), (1, 1e-4, 42), (1, 1e-4, 43)]  # other methods, or a second seed
+    assert order[9:29] == [place for place in twice for _ in range(4 if place[2] == 43 else 6)]
+    assert order[29] == (3, 3e-4, 42) and plan[29].row.method == "full"
     for cell in plan[1:]:
         flags = [*cell.row.flags, *(["--reference", "x"] if cell.row.method in cells.WITH_REFERENCE else [])]
         train.parse_arguments(["--model", "x", "--out", "x", *flags])
@@ -102,9 +103,9 @@ def test_a_method_is_compared_on_the_seeds_that_full_training_has():
     rng, value = np.random.default_rng(3), {}
     for method, seeds in (("full", (42, 43)), ("auto", (43, 44))):
         value[method] = [{"seed": seed, "scores": random_values(rng)} for seed in seeds]
-    found, (low, high), seeds = compare.beside_full(value["auto"], value["full"])
+    found, (low, high), pairs = compare.beside_full(value["auto"], value["full"])
     expected = compare.scores(value["auto"][0]["scores"]) - compare.scores(value["full"][1]["scores"])
-    assert seeds == [43] and found == pytest.approx(expected) and (low <= high).all()
+    assert pairs == [(value["auto"][0], value["full"][1])] and found == pytest.approx(expected) and (low <= high).all()
 
 
 @pytest.mark.slow  # four trainings, and all benchmarks four times
