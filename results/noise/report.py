@@ -26,8 +26,9 @@ def grouped(results: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def cell(values: list[float]) -> str:
-    """Mean, least and greatest."""
-    return f"{mean(values):.4f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+    """Mean, least and greatest; of one value, itself."""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{spread}" if values else ""
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -35,19 +36,14 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def table(results: list[dict], columns: list[str]) -> str:
-    """Markdown: a row for each kind of data, rate and method, the lowest loss first.
-
-    columns: keys of the records, of lists the last value. A cell: mean over seeds, least, greatest.
-    """
+    """Markdown: a row for each kind of data, rate and method, the lowest loss first. A list gives its last value."""
     columns = [key for key in columns if any(key in r for r in results)]
     rows = [["data", "lr", "trained by", "seeds", *columns], ["---"] * (4 + len(columns))]
     groups, kinds = grouped(results, "kind", "lr", "method"), list(KINDS)
     loss = {key: mean(r["loss after"] for r in found) for key, found in groups.items()}
     for key in sorted(groups, key=lambda key: (kinds.index(key[0]), -key[1], loss[key])):
-        found = groups[key]
-        rows.append([*map(str, key), str(len(found))])
-        for column in columns:
-            rows[-1].append(cell([np.ravel(r[column])[-1] for r in found if column in r]))
+        cells = [cell([np.ravel(r[column])[-1] for r in groups[key] if column in r]) for column in columns]
+        rows.append([*map(str, key), str(len(groups[key])), *cells])
     return markdown(rows)
 
 
@@ -95,7 +91,9 @@ def outcome_figure(results: list[dict]) -> Figure:
     """The change of the held-out loss at each model's highest rate, a dot for a seed. On top: the best worst kind."""
     models = grouped(results, "model")
     figure = Figure((3 * len(KINDS), 4.5 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), len(KINDS), sharey="row", squeeze=False)
+    axes = figure.subplots(len(models), len(KINDS), sharex=True, sharey="row", squeeze=False)
+    axes[0, 0].set_xscale("symlog", linthresh=0.1)
+    axes[0, 0].set_xticks(ticks := [-0.05, 0, 0.05, 0.1, 0.3, 1], ticks)
     for row, ((model,), found) in zip(axes, models.items(), strict=True):
         highest = max(r["lr"] for r in found)
         places = grouped([r for r in found if r["lr"] == highest], "method", "kind")
@@ -111,7 +109,7 @@ def outcome_figure(results: list[dict]) -> Figure:
                 ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.7, markersize=5)
                 if values and name in ("full", "oracle"):
                     ax.axvline(mean(values), color=colour, linewidth=1)
-    figure.supxlabel("loss on held-out clean rows: change in nats a token")
+    figure.supxlabel("loss on held-out clean rows: change in nats a token, logarithmic from 0.1 on")
     return figure
 
 
